@@ -1,0 +1,566 @@
+"""Datasets: images in memory (or in a memory-mapped file), batches as a pure function of (seed, step).
+
+    data = load("shapes", image_size=32)                      # or cifar10, cifar100, imagenet64, folder
+    indices, flips = data.plan(step=0, batch=128, seed=0)     # which images, mirrored or not
+    x, y = data.gather(indices, flips)                        # (B, C, H, W) float32 in [-1, 1], (B,) int64
+
+There are no worker processes: a set lives in memory as bytes, so a batch is one indexing operation. And there
+is no loader state: the batch of step k can be asked for directly, so a resumed run sees exactly the batches
+that it would have seen, and ranks and micro-batches take slices of one plan.
+
+Contents: Dataset; shapes (drawn, no download); cifar10, cifar100; imagenet64; folder (your own images); load.
+"""
+
+import difflib
+import hashlib
+import http.client
+import io
+import json
+import math
+import os
+import pickle
+import tarfile
+import urllib.request
+import warnings
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+DATASETS = {
+    "shapes": "drawn here, no download: 8 shapes with captions, any size, 20,000 train + 5,000 test",
+    "cifar10": "32x32 photographs, 10 classes, 50,000 train + 10,000 test; downloads itself (170 MB)",
+    "cifar100": "32x32 photographs, 100 classes, 50,000 train + 10,000 test; downloads itself (169 MB)",
+    "imagenet64": "64x64 photographs, 1000 classes, 1.28 M train + 50,000 test; bring train_data_batch_*.npz",
+    "folder": "your own PNG, JPEG, WebP, BMP images; sub-folders are classes, x.txt is the caption of x.jpg",
+}
+
+
+# ---- Dataset -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Dataset:
+    """N labelled images, and the order in which training visits them."""
+
+    images: torch.Tensor | np.memmap     # uint8 (N, C, H, W); a tensor on `device`, or a memory-mapped file
+    labels: torch.Tensor                 # int64 (N,), in [0, len(classes)); all 0 where there are no classes
+    classes: list[str]                   # class names; [] for a folder without classes
+    captions: list[str] | None = None    # one per image
+    flip: bool = False                   # mirror half of the images in training batches
+    device: str | torch.device = "cpu"   # where batches are wanted
+    _orders: dict = field(default_factory=dict, repr=False)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def _order(self, seed, epoch):
+        """The permutation of the N images in one epoch. The last two are kept: batches straddle epochs."""
+        if (seed, epoch) not in self._orders:
+            if len(self._orders) == 2:
+                del self._orders[next(iter(self._orders))]
+            self._orders[seed, epoch] = np.random.default_rng([seed, epoch]).permutation(len(self))
+        return self._orders[seed, epoch]
+
+    def plan(self, step, batch, seed):
+        """The images of a step's batch, as CPU tensors: (indices int64 (batch,), flips bool (batch,)).
+
+        A pure function of its arguments, integers >= 0. The batches of all steps in a row form one endless
+        sequence in which each epoch is a fresh permutation of the N images; a batch may exceed N.
+        """
+        position = step * batch + np.arange(batch)
+        epochs, places = position // len(self), position % len(self)
+        indices = np.empty(batch, np.int64)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            here = epochs == epoch
+            indices[here] = self._order(seed, epoch)[places[here]]
+        flips = np.random.default_rng([seed, step, 1]).random(batch) < (0.5 if self.flip else 0)
+        return torch.from_numpy(indices), torch.from_numpy(flips)
+
+    def gather(self, indices, flips=None):
+        """The images and labels at `indices` (B,), mirrored left-right where `flips` (B,) is true.
+
+        Returns (x float32 (B, C, H, W) in [-1, 1], y int64 (B,)), both on the dataset's device.
+        """
+        indices = torch.as_tensor(indices)
+        if isinstance(self.images, np.ndarray):      # read in file order, which a disk prefers
+            ordered, back = indices.cpu().unique(return_inverse=True)
+            x = torch.from_numpy(self.images[ordered.numpy()])[back].to(self.device)
+        else:
+            x = self.images.index_select(0, indices.to(self.images.device))     # (B, C, H, W) uint8
+        if flips is not None:
+            rows = torch.as_tensor(flips).nonzero()[:, 0].to(x.device)
+            x[rows] = x[rows].flip(-1)
+        return x.float().div_(127.5).sub_(1), self.labels[indices.to(self.labels.device)]
+
+
+# ---- shapes: the dataset that is always there -------------------------------------------------------------
+
+SHAPES = ["circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent"]
+SIZES = ["small", "medium", "large"]
+COLOURS = {"red": (0.90, 0.16, 0.18), "orange": (1.00, 0.55, 0.08), "yellow": (0.98, 0.86, 0.15),
+           "green": (0.20, 0.72, 0.28), "turquoise": (0.16, 0.78, 0.78), "blue": (0.18, 0.40, 0.92),
+           "purple": (0.56, 0.24, 0.78), "pink": (0.98, 0.52, 0.72)}
+GROUNDS = {"black": (0.06, 0.06, 0.07), "white": (0.96, 0.96, 0.96), "dark blue": (0.07, 0.11, 0.30),
+           "dark green": (0.05, 0.24, 0.15), "light grey": (0.78, 0.79, 0.81), "cream": (0.97, 0.92, 0.78)}
+SPLITS = {"train": range(20_000), "test": range(1_000_000, 1_005_000)}
+
+
+def _contrast(a, b):
+    """How well two RGB colours can be told apart: by brightness and, at a third of the weight, by hue."""
+    difference = np.array(a) - np.array(b)
+    return abs(difference @ [0.30, 0.59, 0.11]) + 0.35 * abs(difference).max()
+
+
+PAIRS = np.array([(i, j) for i, colour in enumerate(COLOURS) for j, ground in enumerate(GROUNDS)
+                  if _contrast(COLOURS[colour], GROUNDS[ground]) > 0.45])
+
+
+def distance(shape, x, y):
+    """Signed distance from points (x, y) to a shape's outline, negative inside. Shapes fill the unit circle.
+
+    Built from + - * / sqrt abs min max only, which every machine rounds alike.
+    """
+    if shape == "circle":
+        return np.sqrt(x * x + y * y) - 0.9
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.72
+    if shape == "triangle":
+        return np.maximum(abs(x) * math.sqrt(0.75) + y * 0.5, -y) - 0.5
+    if shape == "star":          # fold the plane into a tenth of the star: there its outline is one line
+        c, s = math.cos(math.pi / 5), math.sin(math.pi / 5)
+        x = abs(x)
+        d = 2 * np.maximum(c * x - s * y, 0)
+        x, y = x - c * d, y + s * d
+        d = 2 * np.maximum(-c * x - s * y, 0)
+        x, y = abs(x + c * d), y + s * d
+        a, b = 1 - 0.45 * c, 0.45 * s            # the line from the tip (0, 1) to the notch 0.45 (s, c)
+        return (a * x + b * (y - 1)) / math.hypot(a, b)
+    if shape == "ring":
+        return abs(np.sqrt(x * x + y * y) - 0.72) - 0.21
+    if shape == "cross":
+        x, y = abs(x), abs(y)
+        return np.maximum(np.maximum(x, y) - 0.94, np.minimum(x, y) - 0.27)
+    if shape == "heart":         # a square on its corner, and half a disc on each of its upper sides
+        x, y = abs(x), y + 0.2
+        diamond = (x + abs(y)) * math.sqrt(0.5) - 0.56
+        return np.minimum(diamond, np.sqrt((x - 0.396) ** 2 + (y - 0.396) ** 2) - 0.56)
+    if shape == "crescent":
+        return np.maximum(np.sqrt(x * x + y * y) - 0.95, 0.75 - np.sqrt((x - 0.48) ** 2 + y * y))
+    raise ValueError(f"no shape is called {shape!r}: choose from {', '.join(SHAPES)}")
+
+
+def _uniform(index, channel):
+    """A number in [0, 1) from (index, channel) alone: the output function of the splitmix64 generator."""
+    z = (index * np.uint64(64) + channel + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+def render(indices, size):
+    """Draw images of an endless collection: image i depends on i alone, and is the same picture at any size.
+
+    Returns (images uint8 (n, 3, size, size), labels int64 (n,) into SHAPES, attributes int64 (n, 3) into
+    SIZES, COLOURS and GROUNDS). Edges are one pixel soft: a pixel shows how much of it the shape covers.
+    """
+    index = np.asarray(indices, np.uint64)
+    u = _uniform(index[:, None], np.arange(16, dtype=np.uint64))                # (n, 16)
+    label = (index % np.uint64(len(SHAPES))).astype(np.int64)
+    colour, ground = PAIRS[(u[:, 0] * len(PAIRS)).astype(int)].T
+    word = (u[:, 1] * len(SIZES)).astype(int)
+    radius = 0.40 + 0.18 * word + 0.08 * u[:, 2]                                # the image is [-1, 1] wide
+    centre = (2 * u[:, 3:5] - 1) * (0.95 - radius)[:, None]
+    turn = 2 * np.pi * u[:, 5]
+    slope = 0.10 * (u[:, 6:8] - 0.5)                                            # the ground's soft gradient
+    ink = np.array(list(COLOURS.values()))[colour] + 0.10 * (u[:, 8:11] - 0.5)
+    paper = np.array(list(GROUNDS.values()))[ground] + 0.06 * (u[:, 11:14] - 0.5)
+
+    per_image = np.cos(turn), np.sin(turn), radius, *centre.T, *slope.T
+    cos, sin, r, cx, cy, gx, gy = (np.float32(a)[:, None, None] for a in per_image)     # (n, 1, 1) each
+    ink, paper = (np.float32(a)[:, :, None, None] for a in (ink, paper))                # (n, 3, 1, 1)
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1                   # pixel centres
+
+    images = np.empty((len(index), 3, size, size), np.uint8)
+    chunk = max(1, 2**15 // size**2)                    # so few that they stay in the processor's cache
+    with tqdm(total=len(index), desc=f"drawing {size}x{size} shapes", delay=2, leave=False) as bar:
+        for k, shape in enumerate(SHAPES):
+            rows = np.flatnonzero(label == k)
+            for i in (rows[start:start + chunk] for start in range(0, len(rows), chunk)):
+                x, y = (axis - cx[i]) / r[i], (-axis[:, None] - cy[i]) / r[i]
+                d = distance(shape, cos[i] * x + sin[i] * y, cos[i] * y - sin[i] * x) * r[i]
+                cover = np.clip(0.5 - d * (size / 2), 0, 1)[:, None]                    # (n, 1, size, size)
+                back = paper[i] + (gx[i] * axis + gy[i] * axis[:, None])[:, None]       # (n, 3, size, size)
+                images[i] = np.clip(back + cover * (ink[i] - back), 0, 1) * 255 + 0.5
+                bar.update(len(i))
+    return images, label, np.stack([word, colour, ground], 1)
+
+
+def caption(label, attributes):
+    """The words for one image of `render`, such as "a small red star on dark blue"."""
+    size, colour, ground = attributes
+    return f"a {SIZES[size]} {list(COLOURS)[colour]} {SHAPES[label]} on {list(GROUNDS)[ground]}"
+
+
+def _load_shapes(split, size):
+    images, labels, attributes = render(SPLITS[split], size)
+    return images, labels, list(SHAPES), [caption(*row) for row in zip(labels, attributes, strict=True)]
+
+
+# ---- cifar10, cifar100: the original python archives -------------------------------------------------------
+
+KRIZ = "https://www.cs.toronto.edu/~kriz/"
+CIFAR = {
+    "cifar10": {"url": KRIZ + "cifar-10-python.tar.gz", "md5": "c58f30108f718f92721af3b95e74349a",
+                "folder": "cifar-10-batches-py", "meta": "batches.meta", "names": "label_names",
+                "train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"],
+                "labels": "labels"},
+    "cifar100": {"url": KRIZ + "cifar-100-python.tar.gz", "md5": "eb9058c3a382ffc7106e4002c42a8d85",
+                 "folder": "cifar-100-python", "meta": "meta", "names": "fine_label_names",
+                 "train": ["train"], "test": ["test"], "labels": "fine_labels"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """A pickle may call any function. This reader knows the few that rebuild a numpy array, and no other."""
+
+    allowed = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+               ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which no CIFAR file does")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def _blame(path, advice):
+    """Turn whatever a damaged or foreign file makes a decoder raise into one sentence that names the file."""
+    try:
+        yield
+    except Exception as error:                       # decoders raise nearly every type there is
+        raise ValueError(f"{path} cannot be used: {error or type(error).__name__}; {advice}") from error
+
+
+def _unpickle(raw):
+    """The dict in the bytes of a CIFAR file, its keys as str; what Python 2 wrote as text stays bytes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")              # numpy frowns on how Python 2 described a dtype
+        items = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
+    if not isinstance(items, dict):
+        raise ValueError(f"found a pickled {type(items).__name__}, expected a dict")
+    return {k.decode() if isinstance(k, bytes) else k: v for k, v in items.items()}
+
+
+def _require_md5(path, md5, advice):
+    found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise ValueError(f"{path} is not the original archive: found {path.stat().st_size:,} bytes with md5 "
+                         f"{found}, expected md5 {md5}; {advice}")
+
+
+def fetch(url, path, md5):
+    """Download url to path + ".part", resuming what is there already; rename it once its md5 is right.
+
+    FileNotFoundError if the network fails (run again to resume), ValueError if another file arrives.
+    """
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            have = have if reply.status == 206 else 0            # a server that knows no ranges starts over
+            total = have + int(reply.headers["Content-Length"] or 0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            bar = tqdm(desc=path.name, initial=have, total=total, unit="B", unit_scale=True)
+            with bar, open(part, "ab" if have else "wb") as file:
+                while block := reply.read(2**18):
+                    bar.update(file.write(block))
+        if part.stat().st_size < total:
+            raise ConnectionError(f"the connection broke after {part.stat().st_size:,} of {total:,} bytes")
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", 0) != 416:         # 416: nothing is left to send, we had it all
+            raise FileNotFoundError(f"cannot download {url} ({error}): run again to resume, or put that file "
+                                    f"into {path.parent.absolute()} yourself") from error
+    try:
+        _require_md5(part, md5, "it was removed: run again")
+    except ValueError:
+        part.unlink()
+        raise
+    os.replace(part, path)
+
+
+def _cifar_files(spec, root, wanted, download):
+    """The raw bytes of the wanted files {path: bytes}: from a folder, else the archive, else the network."""
+    for folder in (root / spec["folder"], root):
+        if any((folder / name).is_file() for name in wanted):
+            lacking = [name for name in wanted if not (folder / name).is_file()]
+            if lacking:
+                raise FileNotFoundError(f"{folder} lacks {', '.join(lacking)}: unpack {spec['url']} again")
+            return {folder / name: (folder / name).read_bytes() for name in wanted}
+    archive = root / spec["url"].rsplit("/", 1)[1]
+    if archive.exists():
+        _require_md5(archive, spec["md5"], "delete it and run again to download it")
+    elif download:
+        fetch(spec["url"], archive, spec["md5"])
+    else:
+        raise FileNotFoundError(f"there is no {spec['folder']} in {root.absolute()}: put {spec['url']} "
+                                "there, or allow the download")
+    with tarfile.open(archive, "r|gz") as tar:       # read in place: nothing is unpacked onto the disk
+        inside = {m.name.split("/")[-1]: tar.extractfile(m).read() for m in tar if m.isfile()}
+    return {archive / name: inside[name] for name in wanted}
+
+
+def _load_cifar(name, root, split, size, download):
+    spec = CIFAR[name]
+    images, labels = [], []
+    for path, raw in _cifar_files(spec, root, [spec["meta"], *spec[split]], download).items():
+        with _blame(path, f"found {len(raw):,} bytes, expected a file of {spec['url']}: unpack it again"):
+            items = _unpickle(raw)
+            if path.name == spec["meta"]:
+                classes = [c.decode() if isinstance(c, bytes) else c for c in items[spec["names"]]]
+                continue
+            x, y = items["data"], items[spec["labels"]]
+            if not (isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.shape[1:] == (3072,)):
+                raise ValueError("its images are no uint8 array of shape (n, 3072)")
+            if not (isinstance(y, list) and len(y) == len(x)
+                    and all(isinstance(k, int) and 0 <= k < len(classes) for k in y)):
+                raise ValueError(f"its labels are not {len(x)} whole numbers from 0 to {len(classes) - 1}")
+        images.append(shrink(x.reshape(-1, 3, 32, 32), size, name))
+        labels += y
+    return np.concatenate(images), np.array(labels), classes, None
+
+
+def shrink(images, size, name):
+    """Average blocks of pixels: uint8 (N, C, H, H) -> (N, C, size, size); ValueError if H % size."""
+    n, c, h, _ = images.shape
+    if h % size:
+        sizes = ", ".join(str(s) for s in range(4, h + 1) if h % s == 0)
+        raise ValueError(f"{name} is {h}x{h}, it cannot be {size}x{size}: choose an image size of {sizes}")
+    if size == h:
+        return images
+    k = h // size
+    total = images.reshape(n, c, size, k, size, k).sum((3, 5), np.uint32)
+    return ((total + k * k // 2) // (k * k)).astype(np.uint8)
+
+
+# ---- imagenet64: the downsampled npz files, converted once into a memory-mapped array ----------------------
+
+
+def _open_array(archive, name):
+    """An array inside an npz, its header checked before any of it is unpacked: (stream, shape, dtype)."""
+    info = archive.getinfo(f"{name}.npy")
+    stream = archive.open(info)
+    old = np.lib.format.read_magic(stream) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    stored = info.file_size - stream.tell()
+    if fortran or dtype.hasobject or math.prod(shape) * dtype.itemsize != stored:
+        raise ValueError(f"its header promises {dtype} {shape} as `{name}`, but {stored:,} bytes follow")
+    if stored > 100 * info.compress_size:            # photographs hardly shrink
+        raise ValueError(f"{info.compress_size:,} bytes would unpack to {stored:,}, as no photographs do")
+    return stream, shape, dtype
+
+
+def _npz_labels(path):
+    """Labels of one npz file, counted from 0, after a check of its header: int64 (n,)."""
+    with _blame(path, "download it again"), zipfile.ZipFile(path) as archive:
+        _, shape, dtype = _open_array(archive, "data")
+        if dtype != np.uint8 or shape[1:] != (3 * 64 * 64,):
+            raise ValueError(f"`data` is {dtype} {shape}, not uint8 (n, 12288)")
+        stream, count, dtype = _open_array(archive, "labels")
+        if dtype.kind not in "iu" or count != shape[:1]:
+            raise ValueError(f"`labels` is {dtype} {count}, not {shape[0]} whole numbers")
+        labels = np.frombuffer(stream.read(), dtype).astype(np.int64)
+        if labels.min() < 1 or labels.max() > 1000:
+            raise ValueError(f"labels run from {labels.min()} to {labels.max()}, not within 1 to 1000")
+        return labels - 1
+
+
+def _npz_images(path, chunk=1024):
+    """The images of one npz file, a chunk at a time: uint8 (<= chunk, 3, 64, 64)."""
+    with _blame(path, "download it again"), zipfile.ZipFile(path) as archive:
+        stream, (n, width), _ = _open_array(archive, "data")
+        for start in range(0, n, chunk):
+            raw = stream.read(min(chunk, n - start) * width)
+            yield np.frombuffer(raw, np.uint8).reshape(-1, 3, 64, 64)
+
+
+def _convert(sources, keep, size, file):
+    """Write the images of npz files as one .npy of (n, 3, size, size), without those where keep is false."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (int(keep.sum()), 3, size, size)}
+    np.lib.format.write_array_header_1_0(file, header)
+    done = 0
+    with tqdm(total=len(keep), desc="converting imagenet64 (once)", unit=" images", delay=2) as bar:
+        for images in (chunk for path in sources for chunk in _npz_images(path)):
+            file.write(shrink(images[keep[done:done + len(images)]], size, "imagenet64").tobytes())
+            done += len(images)
+            bar.update(len(images))
+
+
+def _load_imagenet64(root, split, size):
+    root = root / "imagenet64" if (root / "imagenet64").is_dir() else root
+    train = sorted(root.glob("train_data_batch_*.npz"), key=lambda path: (len(path.name), path.name))
+    val = list(root.glob("val_data.npz"))
+    sources = {path.name: path.stat().st_size for path in train + val}
+    made = [root / f"imagenet64_{split}_{size}{end}" for end in (".npy", "_labels.npy", ".json")]
+    note = json.loads(made[2].read_text()) if all(path.exists() for path in made) else None
+    if note is None or sources not in ({}, note["sources"]):     # the sources may be deleted once converted
+        chosen = val if val and split == "test" else train
+        if not chosen:
+            raise FileNotFoundError(f"there is no train_data_batch_1.npz in {root.absolute()}: put the 64x64 "
+                                    "npz files of image-net.org's download page there")
+        labels = {path: _npz_labels(path) for path in train + val}
+        note = {"sources": sources, "classes": 1 + max(int(y.max()) for y in labels.values())}
+        y = np.concatenate([labels[path] for path in chosen])
+        keep = np.ones(len(y), bool)
+        if not val:                                  # the last 5 % of a fixed shuffle are the test split
+            held_out = np.random.default_rng(0).permutation(len(y))[int(0.95 * len(y)):]
+            keep = np.isin(np.arange(len(y)), held_out) == (split == "test")
+        partial = [path.with_name(path.name + ".tmp") for path in made]
+        try:
+            with open(partial[0], "wb") as images_file, open(partial[1], "wb") as labels_file:
+                _convert(chosen, keep, size, images_file)
+                np.save(labels_file, y[keep])
+            partial[2].write_text(json.dumps(note))
+            made[2].unlink(missing_ok=True)          # until the note is back, nothing vouches for the rest
+            for new, path in zip(partial, made, strict=True):
+                os.replace(new, path)
+        finally:
+            for path in partial:
+                path.unlink(missing_ok=True)
+    with _blame(made[0], "delete it, and it is converted again"):
+        images, labels = np.load(made[0], mmap_mode="r"), np.load(made[1])
+    return images, labels, [str(k) for k in range(note["classes"])], None
+
+
+# ---- folder: your own images -------------------------------------------------------------------------------
+
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP"]
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+MAX_PIXELS = 64_000_000             # a file of 20 kB can claim to be an image that fills the memory
+
+
+def read_image(path, size):
+    """An image file as uint8 (3, size, size): upright, RGB, short side fitted, centre crop.
+
+    Transparent parts become white. Shrinks by averaging areas, enlarges bicubically. A file that is damaged,
+    too large or no image raises OSError or ValueError, or what else Pillow's decoders raise.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # our own limit is lower
+        image = Image.open(path, formats=FORMATS)
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height}, more than {MAX_PIXELS // 10**6} million pixels")
+        picture = ImageOps.exif_transpose(image)
+    if picture.mode.startswith("I"):                                            # 16 bits a pixel
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    (w, h), side = picture.size, min(picture.size)
+    square = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
+    picture = picture.convert("RGB")
+    picture = picture.resize((size, size), Image.BOX if side >= size else Image.BICUBIC, box=square)
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def _list_images(root):
+    """The image files below a folder in sorted order, without hidden ones."""
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES
+                  and not any(part.startswith(".") for part in path.relative_to(root).parts))
+
+
+def _list_folder(root, split):
+    """The files of a split, their labels and the class names: (list of paths, int64 (n,), list of str)."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root.absolute()}: name the one with your images")
+    names = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    splits = names if "train" in names and names <= {"train", "test", "val"} else set()
+    home = root / "train" if splits else root
+    files = _list_images(home)
+    classes = sorted({path.relative_to(home).parts[0] for path in files if path.parent != home})
+    if splits > {"train"}:                           # a test split on disk
+        if split == "test":
+            home = root / ("test" if "test" in splits else "val")
+            files = _list_images(home)
+    else:                                            # every tenth image of a fixed shuffle is the test split
+        held_out = set(np.random.default_rng(0).permutation(len(files))[9::10].tolist())
+        files = [path for i, path in enumerate(files) if (i in held_out) == (split == "test")]
+    if not files:
+        raise FileNotFoundError(f"{home.absolute()} has no image for the {split} split: it needs PNG, JPEG, "
+                                "WebP or BMP files, at least 10 if a tenth is to be held out as test split")
+    number = {name: k for k, name in enumerate(classes)}
+    labels = [number.get(path.relative_to(home).parts[0], -1) if classes else 0 for path in files]
+    if -1 in labels:
+        raise ValueError(f"{files[labels.index(-1)]} is in none of the {len(classes)} class folders of the "
+                         "train split: move it into one, or out of the way")
+    return files, np.array(labels), classes
+
+
+def _load_folder(root, split, size, bad_images):
+    files, labels, classes = _list_folder(root, split)
+    images, good, bad = np.empty((len(files), 3, size, size), np.uint8), [], []
+    for i, path in enumerate(tqdm(files, desc=f"reading {root}", unit=" images", delay=2, leave=False)):
+        try:
+            images[len(good)] = read_image(path, size)
+            good.append(i)
+        except Exception as error:                   # decoders raise nearly every type there is
+            reason = "not a PNG, JPEG, WebP or BMP" if isinstance(error, UnidentifiedImageError) else error
+            bad.append(f"{path.relative_to(root)} ({reason})")
+    if bad:
+        report = f"{len(bad)} of {len(files)} images in {root} cannot be read: {', '.join(bad[:5])}"
+        report += ", ..." if len(bad) > 5 else ""
+        if bad_images == "error" or not good:
+            raise ValueError(f'{report}; remove them, or skip them with bad_images="skip"')
+        warnings.warn(f"{report}; skipped", stacklevel=3)
+    beside = [files[i].with_suffix(".txt") for i in good]
+    captions = [path.read_text("utf-8", "replace").strip() if path.exists() else "" for path in beside]
+    return images[:len(good)], labels[good], classes, captions if any(captions) else None
+
+
+# ---- load --------------------------------------------------------------------------------------------------
+
+
+def load(name, data_dir="data", image_size=None, split="train", device="cpu", flip=None, download=True,
+         bad_images="error"):
+    """A Dataset by name (the names are in DATASETS).
+
+    data_dir    where its files are, or are downloaded to; for `folder`, the folder of images itself
+    image_size  side in pixels; None: 32, or 64 for imagenet64 and folder. cifar and imagenet64 can shrink
+    split       "train" or "test"; where no test split is on disk, a fixed part of the images is held out
+                (folder: a tenth; imagenet64: a twentieth, unless there is val_data.npz)
+    flip        mirror half of the images in training batches; None: yes for photographs, no for shapes
+    bad_images  "error", or "skip" to leave out files of a folder that cannot be read, with a warning
+
+    Raises ValueError or FileNotFoundError with a sentence: what is wrong, where, what to do. The first call
+    may download or convert: of several processes, let one call it before the others.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.4) or DATASETS
+        raise ValueError(f"there is no dataset called {name!r}: did you mean {' or '.join(near)}?")
+    for value, choices in ((split, ("train", "test")), (bad_images, ("error", "skip"))):
+        if value not in choices:
+            raise ValueError(f"{value!r} is neither {' nor '.join(choices)}")
+    size = image_size if image_size is not None else 64 if name in ("imagenet64", "folder") else 32
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"image_size is {size!r}: choose a whole number of pixels, such as 32")
+    root = Path(data_dir).expanduser()
+    if name == "shapes":
+        images, labels, classes, captions = _load_shapes(split, size)
+    elif name == "imagenet64":
+        images, labels, classes, captions = _load_imagenet64(root, split, size)
+    elif name == "folder":
+        images, labels, classes, captions = _load_folder(root, split, size, bad_images)
+    else:
+        images, labels, classes, captions = _load_cifar(name, root, split, size, download)
+    if not isinstance(images, np.memmap):
+        images = torch.from_numpy(images).to(device)
+    flip = name != "shapes" if flip is None else flip
+    return Dataset(images, torch.from_numpy(labels).to(device), classes, captions, flip, device)

@@ -1,0 +1,95 @@
+"""Pictures of results, drawn with Pillow: grids of samples, films of a trajectory, curves."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+INK, GREY, PALE = (40, 40, 40), (130, 130, 130), (228, 228, 228)
+COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207), (140, 86, 75)]
+
+
+def to_uint8(x):
+    """Images in [-1, 1], (n, C, H, W), to uint8 (n, H, W, 3), rounded as DiT and EDM do. One channel becomes grey; of more than
+    three (latents) the first three are drawn, each stretched to its own range: false colour."""
+    if x.shape[1] > 3:
+        low, high = (f(x[:, :3], dim=(0, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+        x = (x[:, :3] - low) / (high - low).clamp(min=1e-8) * 2 - 1
+    x = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return np.repeat(x, 3, axis=3) if x.shape[3] == 1 else x
+
+
+def save(picture, path, **options):
+    """Write a PIL picture so that the path never holds half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    picture.save(partial, format={".gif": "GIF", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG"), **options)
+    os.replace(partial, path)
+
+
+def grid(images, columns=None, zoom=None, gap=2):
+    """uint8 (n, H, W, 3) -> one PIL picture, row by row; small images are enlarged without smoothing to about 64 pixels."""
+    n, H, W, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    zoom = zoom or max(1, round(64 / max(H, W)))
+    images = images.repeat(zoom, 1).repeat(zoom, 2)
+    h, w = H * zoom + gap, W * zoom + gap
+    sheet = np.full((math.ceil(n / columns) * h + gap, columns * w + gap, 3), 255, np.uint8)
+    for k, image in enumerate(images):
+        row, column = divmod(k, columns)
+        sheet[row * h + gap:(row + 1) * h, column * w + gap:(column + 1) * w] = image
+    return Image.fromarray(sheet)
+
+
+def film(frames, path, milliseconds=80, hold=1500):
+    """A list of PIL pictures as an animated .gif or .webp; the last one stays for `hold` milliseconds, then it starts again."""
+    durations = [milliseconds] * (len(frames) - 1) + [hold]
+    save(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def nice_ticks(low, high, count=5):
+    """About `count` round numbers that cover [low, high]."""
+    raw = (high - low) / count or 1.0
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * 0.999)
+    return [step * k for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def curves(series, title="", x_label="", y_label="", size=(800, 460)):
+    """Lines {name: (xs, ys)} on one pair of axes, as a PIL picture. A name that starts with "_" is drawn pale and kept out of
+    the legend (raw values behind their running mean)."""
+    font = ImageFont.load_default(14)
+    W, H = size
+    left, top, right, bottom = 70, 40, W - 20, H - 50
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    named = [v for k, v in series.items() if not k.startswith("_")] or list(series.values())
+    xs = [x for v in named for x in v[0]]
+    ys = [y for v in named for y in v[1] if math.isfinite(y)] or [0.0]
+    x_ticks, y_ticks = nice_ticks(min(xs, default=0), max(xs, default=1)), nice_ticks(min(ys), max(ys))
+    place = lambda x, y: (left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0] or 1) * (right - left),
+                          bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0] or 1) * (bottom - top))
+    for y in y_ticks:
+        draw.line([place(x_ticks[0], y), place(x_ticks[-1], y)], PALE)
+        draw.text((left - 8, place(0, y)[1]), f"{y:.4g}", GREY, font, anchor="rm")
+    for x in x_ticks:
+        draw.text((place(x, 0)[0], bottom + 8), f"{x:,.6g}", GREY, font, anchor="mt")
+    draw.text((W / 2, 12), title, INK, font, anchor="mt")
+    draw.text(((left + right) / 2, H - 8), x_label, INK, font, anchor="mb")
+    draw.text((8, 14), y_label, INK, font, anchor="lt")
+    colours = iter(COLOURS * (len(series) // len(COLOURS) + 1))
+    row = 0
+    for name, (x_values, y_values) in series.items():
+        pale = name.startswith("_")
+        colour = (200, 214, 226) if pale else next(colours)
+        points = [place(x, min(max(y, y_ticks[0]), y_ticks[-1])) for x, y in zip(x_values, y_values) if math.isfinite(y)]
+        draw.line(points, colour, 1 if pale else 2)
+        if len(series) > 1 and not pale:
+            draw.line([(right - 150, top + 12 + 20 * row), (right - 130, top + 12 + 20 * row)], colour, 3)
+            draw.text((right - 122, top + 12 + 20 * row), name, INK, font, anchor="lm")
+            row += 1
+    return picture

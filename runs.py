@@ -1,0 +1,239 @@
+"""A run's folder, runs/<name>/: what it holds, how it is written so that no crash can spoil it, how it is read back.
+
+    config.json     every setting, enough to rebuild the model        ckpt.pt        the newest checkpoint
+    metrics.jsonl   one line per log step                             ckpt.prev.pt   the one before
+    loss.png        the curve                                         samples/       step_0001000.png, ...
+
+A checkpoint is {config, step, model, ema, optimiser}, plain types and tensors only. Nothing random is stored: data order,
+noise and dropout are functions of (seed, step), so that a run killed at any moment goes on as if it had not been.
+"""
+
+import difflib
+import json
+import os
+import shutil
+import signal
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+import diffusion
+from models import create_model
+
+# Settings that may change when a run is resumed: they do not change what a step computes.
+HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum", "compile", "data_dir",
+            "download", "sampler", "sample_steps", "guidance", "dry_run", "run"}
+
+
+def command(main):
+    """Run a script's main(): a user's mistake ends in one line and exit code 2, never in a traceback."""
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory on the GPU ({str(error).split('.')[0]}): try a smaller --batch, or --accum 2 (the same batch in "
+             "two halves), a smaller --model, or --precision bf16")
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+def fail(message):
+    """Print one line to stderr and leave with exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def device(name="auto"):
+    """torch.device by name; "auto" takes cuda, then mps, then cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: this machine, or this build of torch, has no such device; try --device auto") from None
+    return torch.device(name)
+
+
+def build(config):
+    """The training objective that a config describes, with freshly initialised weights."""
+    model = create_model(config["model"], config["image_size"], config["in_channels"], config["num_classes"],
+                         **({"learn_sigma": True} if config["learned_variance"] else {}), **config["model_options"])
+    draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "guidance": config["guidance"]}
+    return diffusion.Diffusion(model, process(config), (config["in_channels"], config["image_size"], config["image_size"]),
+                               config["num_classes"], config["label_drop"], draw)
+
+
+def process(config):
+    """The diffusion process that a config describes."""
+    name = config["process"]
+    if name not in diffusion.PROCESSES:
+        raise ValueError(unknown("process", name, diffusion.PROCESSES))
+    options = {"density": config["density"]} if name == "flow" else {"learned_variance": config["learned_variance"]}
+    if config["learned_variance"] and name == "flow":
+        raise ValueError("--learned-variance: rectified flow has no variance to learn; use --process linear or cosine")
+    if config["prediction"]:
+        options["prediction"] = config["prediction"]
+    return diffusion.PROCESSES[name][0](**options)
+
+
+def unknown(what, name, choices):
+    """The sentence for a name that is not among the choices: the nearest ones, or all of them."""
+    near = difflib.get_close_matches(name, choices, 3, 0.4)
+    return f"unknown {what} {name!r}: " + (f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}")
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def write(path, save):
+    """Call save(temporary path), flush it to the disk and only then give it its name: `path` never holds half a file."""
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        save(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:                      # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(f"cannot write {path} ({free:,.0f} MB free): {error}; what was there before is untouched") from None
+
+
+def save_checkpoint(folder, state):
+    """Write ckpt.pt and keep the one it replaces as ckpt.prev.pt. There is a whole checkpoint at every moment."""
+    newest, previous = folder / "ckpt.pt", folder / "ckpt.prev.pt"
+    if newest.exists():
+        write(previous, lambda path: link(newest, path))
+    write(newest, lambda path: torch.save(state, path))
+
+
+def link(source, target):
+    """Another name for a file, or a copy where the file system knows no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def load_checkpoint(path):
+    """A checkpoint file on the CPU, its checksums verified (torch alone would load flipped bits without a word)."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"checksum of {bad} does not match")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: state[key] for key in ("config", "step", "model", "ema", "optimiser")}
+    except Exception as error:
+        message = f"{path} is damaged or not a checkpoint of this project ({str(error).splitlines()[0][:120]})"
+        previous = path.with_name("ckpt.prev.pt")
+        if path.name == "ckpt.pt" and previous.exists():
+            message += f"; the one before it is {previous}: train.py --resume {previous} goes on from there"
+        raise ValueError(message) from None
+
+
+def load_weights(objective, state, path):
+    """Put a state dict into the objective, all of it or nothing, with a sentence if it belongs to another model."""
+    own = objective.state_dict()
+    wrong = [k for k in own if k not in state] + [k for k in state if k not in own or state[k].shape != own[k].shape]
+    if wrong:
+        raise ValueError(f"{path} holds the weights of another model: {len(wrong)} of {len(own)} names or shapes differ, "
+                         f"the first is {wrong[0]}")
+    objective.load_state_dict(state)
+
+
+def open_run(folder, device="cpu", weights="ema"):
+    """(config, objective in eval mode) of a run, from its newest checkpoint. weights: "ema" or "model"."""
+    folder = Path(folder)
+    path = folder / "ckpt.pt" if folder.is_dir() else folder
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run: there is no {path}; `python train.py --run {folder}` makes one")
+    checkpoint = load_checkpoint(path)
+    objective = build(checkpoint["config"])
+    load_weights(objective, checkpoint[weights], path)
+    return checkpoint["config"], objective.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------------------ run folder
+
+
+def start(folder, config, overwrite=False):
+    """Begin a new run in a (locked) folder by writing its config; refuses a folder in use unless overwrite."""
+    if any(entry.name != ".lock" for entry in folder.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"{folder} exists already: go on with it by --resume, replace it by --overwrite, or choose "
+                                  "another folder by --run")
+        for old in [folder / name for name in ("config.json", "metrics.jsonl", "loss.png", "ckpt.pt", "ckpt.prev.pt")]:
+            old.unlink(missing_ok=True)                           # only what a run wrote
+        shutil.rmtree(folder / "samples", ignore_errors=True)
+    write(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def lock(folder):
+    """Hold the folder for this process; a second process is refused. The system lets go when the process ends, however."""
+    try:
+        import fcntl
+    except ImportError:                                           # Windows: no lock
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another process is writing to {folder}: wait for it, or choose another folder by --run") from None
+    return file
+
+
+def check_resumable(old, new):
+    """Refuse to go on with settings that change what a step computes."""
+    for key in sorted(old.keys() | new.keys()):
+        if key not in HARMLESS and old.get(key) != new.get(key):
+            raise ValueError(f"--resume: {key} was {old.get(key)!r} and is now {new.get(key)!r}; leave it as it was, or start a new "
+                             "run by --run")
+
+
+def log(folder, entry):
+    """Append one line to metrics.jsonl."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def history(folder, until=None):
+    """The entries of metrics.jsonl; with `until`, those of later steps and a torn last line are removed from the file."""
+    path, entries = folder / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    if until is not None and path.exists():
+        entries = [e for e in entries if e["step"] <= until]
+        write(path, lambda p: p.write_text("".join(json.dumps(e) + "\n" for e in entries)))
+    return entries
+
+
+def clean(folder):
+    """Remove what a killed process left half-written."""
+    for leftover in folder.rglob("*.tmp"):
+        leftover.unlink()
+
+
+class Stop:
+    """True once SIGINT (Ctrl-C) or SIGTERM has come: the loop finishes its step, saves, leaves. A second signal ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.handle)
+
+    def handle(self, number, frame):
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+    def __bool__(self):
+        return self.asked
