@@ -129,7 +129,7 @@ def distance(shape, x, y):
     if shape == "circle":
         return np.sqrt(x * x + y * y) - 0.9
     if shape == "square":
-        return np.maximum(abs(x), abs(y)) - 0.72
+        return np.maximum(abs(x), abs(y)) - 0.70
     if shape == "triangle":
         return np.maximum(abs(x) * math.sqrt(0.75) + y * 0.5, -y) - 0.5
     if shape == "star":          # fold the plane into a tenth of the star: there its outline is one line
@@ -174,8 +174,8 @@ def render(indices, size):
     label = (index % np.uint64(len(SHAPES))).astype(np.int64)
     colour, ground = PAIRS[(u[:, 0] * len(PAIRS)).astype(int)].T
     word = (u[:, 1] * len(SIZES)).astype(int)
-    radius = 0.40 + 0.18 * word + 0.08 * u[:, 2]                                # the image is [-1, 1] wide
-    centre = (2 * u[:, 3:5] - 1) * (0.95 - radius)[:, None]
+    radius = 0.38 + 0.18 * word + 0.08 * u[:, 2]                                # the image is [-1, 1] wide
+    centre = (2 * u[:, 3:5] - 1) * (0.89 - radius)[:, None]
     turn = 2 * np.pi * u[:, 5]
     slope = 0.10 * (u[:, 6:8] - 0.5)                                            # the ground's soft gradient
     ink = np.array(list(COLOURS.values()))[colour] + 0.10 * (u[:, 8:11] - 0.5)

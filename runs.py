@@ -8,6 +8,7 @@ A checkpoint is {config, step, model, ema, optimiser}, plain types and tensors o
 noise and dropout are functions of (seed, step), so that a run killed at any moment goes on as if it had not been.
 """
 
+import argparse
 import difflib
 import json
 import os
@@ -18,6 +19,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import diffusion
 from models import create_model
@@ -42,6 +44,13 @@ def fail(message):
     """Print one line to stderr and leave with exit code 2."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def device(name="auto"):
@@ -156,6 +165,24 @@ def open_run(folder, device="cpu", weights="ema"):
     objective = build(checkpoint["config"])
     load_weights(objective, checkpoint[weights], path)
     return checkpoint["config"], objective.to(device).eval()
+
+
+def draw(objective, labels, n, seed, batch, device, first=0, frames=None, **options):
+    """Images first .. first + n - 1 of `seed`, batch by batch: yields (b, C, H, W), with labels (n,) or None. frames, a list,
+    collects the first batch's trajectory. options override the objective's own way of sampling."""
+    for begin in tqdm(range(0, n, batch), desc="drawing", unit=" batches", leave=False, delay=2, disable=n <= batch):
+        indices = range(begin, min(begin + batch, n))
+        noise = diffusion.ImageNoise(seed, [first + i for i in indices], device)
+        y = labels[indices.start:indices.stop].to(device) if labels is not None else None
+        x = noise((len(indices), *objective.shape))
+        if frames is not None and begin == 0:
+            frames.append(x)
+        steps = options.get("steps") or objective.draw.get("steps")
+        trajectory = objective.trajectory(x, y, noise=noise, **options)
+        for x in tqdm(trajectory, total=steps, desc="denoising", unit=" steps", leave=False, delay=2, disable=n > batch):
+            if frames is not None and begin == 0:
+                frames.append(x)
+        yield x
 
 
 # ------------------------------------------------------------------------------------------------------------ run folder

@@ -36,12 +36,6 @@ def options(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value,name=value (separate by ; if a value holds a comma)")
 
 
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 class Flags(argparse.ArgumentParser):
     """argparse whose @files hold any number of words a line and # comments."""
 
@@ -60,7 +54,7 @@ def flags():
                 text += " (default: %(default)s)"
             g.add_argument(name, default=default, help=text, **extra)
 
-    switch, word, whole = {"action": "store_true"}, {"metavar": "NAME"}, {"type": positive, "metavar": "N"}
+    switch, word, whole = {"action": "store_true"}, {"metavar": "NAME"}, {"type": runs.positive, "metavar": "N"}
     group("run",
           ("--run", None, "folder of the run (default: runs/<data>-<model>)", {"metavar": "FOLDER"}),
           ("--resume", None, "go on with the run in --run from its newest checkpoint, or from the checkpoint FILE",

@@ -1,0 +1,209 @@
+"""Measure:
+
+    python evaluate.py score runs/shapes-unet-nano      how good a run's samples are, beside real images
+    python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import diffusion
+import runs
+from metrics import Classifier, frechet_distance
+from models import MODELS, cost, create_model
+
+# ---------------------------------------------------------------------------------------------------------------- score
+
+
+def classifier(config, device, steps):
+    """A `Classifier` of the run's dataset, trained once and kept beside the runs: (network, its file)."""
+    name = f"{config['data']}-{config['image_size']}-{config['data_size']}-{config['num_classes']}"
+    path = Path("runs/classifiers") / f"{name}.pt"
+    network = Classifier(config["num_classes"], config["in_channels"]).to(device)
+    if path.exists():
+        network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        return network.eval()
+    dataset = load_data(config, "train", device)
+    dataset.flip = config["flip"]
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, steps)
+    bar = tqdm(range(steps), desc=f"training a classifier of {config['data']} (once, kept in {path})", unit=" steps", delay=1)
+    for step in bar:
+        x, y = dataset.gather(*dataset.plan(step, 128, seed=0))
+        loss = F.cross_entropy(network(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write(path, lambda partial: torch.save(network.state_dict(), partial))
+    return network.eval()
+
+
+def load_data(config, split, device="cpu"):
+    """The run's dataset, no flips."""
+    return data.load(config["data"], config["data_dir"], config["image_size"], split, device, flip=False, download=config["download"],
+                     bad_images=config["bad_images"])
+
+
+@torch.no_grad()
+def read(network, batches, device):
+    """Features (n, 128) and predicted classes (n,) of batches of images in [-1, 1]."""
+    features, classes = [], []
+    for x in batches:
+        f = network.features(x.to(device).clamp(-1, 1))
+        features.append(f.cpu())
+        classes.append(network.head(f).argmax(1).cpu())
+    return torch.cat(features), torch.cat(classes)
+
+
+def score(args):
+    device = runs.device(args.device)
+    config, objective = runs.open_run(args.run, device, args.weights)
+    if not config["num_classes"]:
+        raise ValueError(f"{args.run} is unconditional: class accuracy needs a run with classes")
+    network = classifier(config, device, args.classifier_steps)
+
+    # Real images that no training has seen: one half is the reference, the other the ceiling.
+    held_out = load_data(config, "test")
+    n = min(args.n, len(held_out) // 2)
+    batches = lambda rows: (held_out.gather(r)[0] for r in rows.split(256))
+    order = torch.randperm(len(held_out), generator=diffusion.seeded(0))
+    reference, _ = read(network, batches(order[n:]), device)
+    real, real_classes = read(network, batches(order[:n]), device)
+
+    labels = torch.arange(n) % config["num_classes"]
+    options = {k: v for k, v in dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance).items() if v is not None}
+    clock = time.perf_counter()
+    drawn, drawn_classes = read(network, runs.draw(objective, labels, n, args.seed, args.batch, device, **options), device)
+    clock = time.perf_counter() - clock
+
+    how = {"sampler": config["sampler"], "steps": config["sample_steps"], "guidance": config["guidance"]} | options
+    result = {"run": str(args.run), "images": n, "reference_images": len(reference), "weights": args.weights, "seed": args.seed, **how,
+              "class_accuracy": (drawn_classes == labels).float().mean().item(),
+              "class_accuracy_real": (real_classes == held_out.labels[order[:n]].cpu()).float().mean().item(),
+              "frechet_classifier": frechet_distance(drawn, reference), "frechet_classifier_real": frechet_distance(real, reference)}
+    print(f"{n} images in {clock:.0f} s: {how['sampler']}, {how['steps']} steps, guidance {how['guidance']:g}, {args.weights} weights, seed {args.seed}")
+    print(f"{'':34}{'generated':>10}{'held-out real':>15}")
+    print(f"{'class accuracy':34}{result['class_accuracy']:10.4f}{result['class_accuracy_real']:15.4f}")
+    print(f"{'Frechet distance, classifier':34}{result['frechet_classifier']:10.3f}{result['frechet_classifier_real']:15.3f}")
+    print(f"(128 features of a classifier of {config['data']}, against {len(reference)} held-out real images: not the FID of the literature)")
+    if Path(args.run).is_dir():
+        runs.write(Path(args.run) / "score.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- speed
+
+
+def peak_memory(device, call):
+    """Bytes that call() needs at its highest beyond what is held before (CUDA's allocator; on Linux the process's own peak)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")                  # resets the peak
+        status = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+        before = status("VmRSS")
+        call()
+        return status("VmHWM") - before
+    except (OSError, StopIteration):
+        return math.nan
+
+
+def seconds(device, call):
+    """Wall time of call()."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    clock = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - clock
+
+
+def speed(args):
+    device = runs.device(args.device)
+    shape, calls, rows = (3, args.image_size, args.image_size), {}, {}
+    for name in args.models:
+        model = create_model(name, args.image_size).to(device)
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        x, t, y = torch.randn(args.batch, *shape, device=device), torch.full((args.batch,), 500.0, device=device), torch.zeros(
+            args.batch, dtype=torch.long, device=device)
+
+        def forward(model=model, x=x, t=t, y=y):
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                model(x, t, y)
+
+        def step(model=model, optimiser=optimiser, x=x, t=t, y=y):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                loss = model(x, t, y).float().pow(2).mean()
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+        rows[name] = [*cost(model, shape), peak_memory(device, step)]
+        calls[name] = forward, step
+    times = {name: ([], []) for name in args.models}
+    for _ in tqdm(range(args.rounds), desc="timing, all models in turn", delay=2, leave=False):
+        for name in args.models:
+            for call, kept in zip(calls[name], times[name]):
+                kept.append(seconds(device, call))
+    print(f"{args.image_size}x{args.image_size}, batch {args.batch}, {device.type}, {torch.get_num_threads()} threads, {args.precision}; "
+          f"medians of {args.rounds} interleaved rounds")
+    print(f"{'model':20}{'parameters':>12}{'GMACs':>9}{'forward ms':>12}{'step ms':>10}{'images/s':>10}{'peak MiB':>10}")
+    for name, (parameters, macs, memory) in rows.items():
+        forward, step = (statistics.median(t) for t in times[name])
+        print(f"{name:20}{parameters / 1e6:10.2f} M{macs / 1e9:9.3f}{forward * 1e3:12.1f}{step * 1e3:10.1f}{args.batch / step:10.1f}{memory / 2**20:10.0f}")
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def flags():
+    p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    s = commands.add_parser("score", help="class accuracy and Frechet distance of a run's samples, beside real images")
+    s.set_defaults(function=score)
+    s.add_argument("run", help="folder of a run, or a checkpoint file in it")
+    s.add_argument("--n", type=runs.positive, default=512, help="images to draw (default: %(default)s)")
+    s.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="default: the run's own")
+    s.add_argument("--steps", type=runs.positive, help="sampling steps (default: the run's own)")
+    s.add_argument("--guidance", type=float, help="default: the run's own")
+    s.add_argument("--seed", type=int, default=1, help="of the samples (default: %(default)s)")
+    s.add_argument("--batch", type=runs.positive, default=64, help="images drawn at once (default: %(default)s)")
+    s.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or last weights (default: %(default)s)")
+    s.add_argument("--classifier-steps", type=runs.positive, default=400, help="training steps of 128 images, the first time (default: %(default)s)")
+    s.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+    s = commands.add_parser("speed", help="parameters, MACs, time of forward and training step, peak memory")
+    s.set_defaults(function=speed)
+    s.add_argument("models", nargs="+", help=f"names out of {', '.join(MODELS)}")
+    s.add_argument("--image-size", type=runs.positive, default=32, help="default: %(default)s")
+    s.add_argument("--batch", type=runs.positive, default=16, help="default: %(default)s")
+    s.add_argument("--rounds", type=runs.positive, default=5, help="timed rounds (default: %(default)s)")
+    s.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="default: %(default)s")
+    s.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+    return p
+
+
+def evaluate():
+    args = flags().parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    runs.command(evaluate)

@@ -1,0 +1,140 @@
+"""Draw images:  python sample.py runs/shapes-unet-nano --n 64 --guidance 2
+
+From the run's averaged (EMA) weights, or from a published checkpoint:
+    python sample.py --official dit --checkpoint DiT-XL-2-256x256.pt --decoder sd-vae-ft-ema.safetensors --classes 207,360 --n 4
+Image i is a function of the seed and i alone, whatever --batch is.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import convert
+import diffusion
+import figures
+import runs
+
+
+def flags():
+    p = argparse.ArgumentParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run", nargs="?", help="folder of a run, or a checkpoint file in it")
+    p.add_argument("--n", type=runs.positive, default=64, help="images (default: %(default)s)")
+    p.add_argument("--classes", help="class names or numbers, comma separated, drawn in turn (default: all of them in turn)")
+    p.add_argument("--sampler", help="default: the run's own; " + ", ".join(diffusion.SAMPLERS))
+    p.add_argument("--steps", type=runs.positive, help="sampling steps (default: the run's own)")
+    p.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
+    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument("--batch", type=runs.positive, default=64, help="images drawn at once (default: %(default)s)")
+    p.add_argument("--out", help="FILE.png: a grid (default: sample.png in the run's folder); FILE.npz: arr_0 uint8 (N, H, W, 3) and the "
+                                 "labels as arr_1; a name without suffix: a folder of PNGs")
+    p.add_argument("--film", metavar="FILE.gif", help="also write the trajectory from noise to images as an animated .gif or .webp")
+    p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or last weights (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+    g = p.add_argument_group("published checkpoints")
+    g.add_argument("--official", choices=list(convert.OFFICIAL), help="architecture of the published checkpoint")
+    g.add_argument("--checkpoint", help="its file (.pt, .bin or .safetensors)")
+    g.add_argument("--decoder", help="Stable Diffusion's autoencoder file, to turn latents into images")
+    return p
+
+
+def official(args, device):
+    """The objective around a published model, with its published way of sampling, and the decoder (or None)."""
+    if not args.checkpoint:
+        raise ValueError("--official needs the published file: --checkpoint FILE")
+    state = convert.read_weights(args.checkpoint)
+    config = convert.infer_config(args.official, state)
+    model = convert.load_official(args.official, config, state)
+    process = diffusion.Discrete(diffusion.linear_betas(), learned_variance=config["learn_sigma"])
+    # DiT as published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
+    draw = dict(sampler="ddpm", steps=250, guidance=4.0, guide_channels=3, clip=False)
+    size = config["input_size"]
+    objective = diffusion.Diffusion(model, process, (config["in_channels"], size, size), config["num_classes"], draw=draw)
+    decoder = convert.load_decoder(args.decoder).to(device) if args.decoder else None
+    return [], objective.to(device).eval(), decoder
+
+
+def choose_labels(text, classes, num_classes, n):
+    """--classes as n labels (n,), or None for a model without classes."""
+    if not num_classes:
+        if text:
+            raise ValueError(f"--classes {text}: this model knows no classes")
+        return None
+    names = {name: k for k, name in enumerate(classes)}
+    chosen = []
+    for word in text.split(",") if text else []:
+        k = names.get(word.strip(), int(word) if word.strip().isdigit() else -1)
+        if not 0 <= k < num_classes:
+            raise ValueError(f"--classes: {runs.unknown('class', word.strip(), names)}" if names else
+                             f"--classes: {word!r} is not one of 0 to {num_classes - 1}")
+        chosen.append(k)
+    return torch.tensor(chosen or range(num_classes)).repeat(-(-n // (len(chosen) or num_classes)))[:n]
+
+
+def save_npz(path, **arrays):
+    def to(partial):
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write(path, to)
+
+
+def write(images, labels, out, columns):
+    """uint8 images (N, H, W, 3) to a grid, an .npz or a folder, by the name's suffix."""
+    out = Path(out)
+    if out.suffix == ".npz":
+        save_npz(out, arr_0=images, **({} if labels is None else {"arr_1": labels.numpy()}))
+    elif out.suffix:
+        if out.suffix != ".png":
+            raise ValueError(f"--out {out}: give a name that ends in .png or .npz, or one without suffix for a folder")
+        figures.save(figures.grid(images, columns), out)
+    else:
+        for k, image in enumerate(images):
+            figures.save(Image.fromarray(image), out / f"{k:06d}.png")
+
+
+def sample():
+    args = flags().parse_args()
+    device = runs.device(args.device)
+    decoder = None
+    if args.official:
+        classes, objective, decoder = official(args, device)
+        out = Path(args.out or "sample.png")
+    elif args.run:
+        config, objective = runs.open_run(args.run, device, args.weights)
+        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+        classes, out = config["classes"], Path(args.out or folder / "sample.png")
+    else:
+        raise ValueError("name the folder of a run (python sample.py runs/<name>), or a published model by --official and --checkpoint")
+    if args.sampler and args.sampler not in diffusion.SAMPLERS:
+        raise ValueError(runs.unknown("--sampler", args.sampler, diffusion.SAMPLERS))
+    if args.film and Path(args.film).suffix not in (".gif", ".webp"):
+        raise ValueError(f"--film {args.film}: the name must end in .gif or .webp")
+    labels = choose_labels(args.classes, classes, objective.num_classes, args.n)
+    options = {k: v for k, v in dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance).items() if v is not None}
+
+    frames = [] if args.film else None
+    x = torch.cat([b.cpu() for b in runs.draw(objective, labels, args.n, args.seed, args.batch, device, frames=frames, **options)])
+    if decoder is not None:
+        with torch.no_grad():
+            x = torch.cat([decoder(z[None].to(device)).cpu() for z in tqdm(x, desc="decoding", unit=" images", delay=2)])
+    elif args.official:
+        latents = out.with_name(out.stem + ".latents.npz")
+        save_npz(latents, arr_0=x.numpy())
+        print(f"no --decoder was given: the latents are in {latents}, and the picture shows three of their channels in false colour")
+    columns = None
+    if args.classes is None and 1 < len(classes) <= 16:
+        columns = len(classes)
+    write(figures.to_uint8(x), labels, out, columns)
+    print(f"{args.n} images: {out}")
+    if args.film:
+        figures.film([figures.grid(figures.to_uint8(f[:64]), columns) for f in frames], args.film)
+        print(f"their trajectory: {args.film}")
+
+
+if __name__ == "__main__":
+    runs.command(sample)

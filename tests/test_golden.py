@@ -1,0 +1,163 @@
+"""Every golden case, numbers recorded from the published implementations, against our computation. A case of an unknown
+architecture fails and is named. `pytest tests/test_golden.py --golden FOLDER` runs a folder of other cases."""
+
+import golden
+import pytest
+import torch
+
+import convert
+import diffusion
+from layers import LabelEmbedder, drop_labels, position_table, timestep_embedding
+from models import create_model
+
+
+def same(ours, theirs, what, tolerance=1e-5):
+    """||ours - theirs|| / ||theirs|| <= tolerance; integers must be equal."""
+    ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
+    assert ours.shape == theirs.shape, f"{what}: shape {tuple(ours.shape)}, published {tuple(theirs.shape)}"
+    if not theirs.is_floating_point():
+        assert torch.equal(ours.to(theirs.dtype), theirs), f"{what} differs"
+        return
+    error = (ours.detach().double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-12)
+    assert error <= tolerance, f"{what}: relative error {error:.2e}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ dit
+
+
+def chain(options):
+    """The published create_diffusion's options as our process."""
+    known = {"noise_schedule", "predict_xstart", "learn_sigma", "diffusion_steps"}
+    assert set(options) <= known, f"options {set(options) - known} of create_diffusion are not covered"
+    table = {"linear": diffusion.linear_betas, "squaredcos_cap_v2": diffusion.cosine_betas}[options.get("noise_schedule", "linear")]
+    return diffusion.Discrete(table(options.get("diffusion_steps", 1000)), "x0" if options.get("predict_xstart") else "eps",
+                              options.get("learn_sigma", True))
+
+
+def check_dit(case):
+    if "drop" in case.inputs:
+        check_dit_labels(case)
+    elif not case.state_dict:
+        check_dit_tables(case)
+    else:
+        model = convert.load_official("dit", case.config, case.state_dict).eval()
+        check = (check_dit_sampling if "noises" in case.inputs else check_dit_guidance if "cfg_scale" in case.meta else
+                 check_dit_loss if "noise" in case.inputs else check_dit_forward)
+        check(case, model)
+
+
+def check_dit_forward(case, model):
+    x, t, y = (case.inputs[k] for k in "xty")
+    points = {"patch_tokens": model.x_embedder, "block0.attn": model.blocks[0].attn, "block0.mlp": model.blocks[0].mlp,
+              "block0": model.blocks[0], "block_last": model.blocks[-1], "final_tokens": model.final_layer,
+              "t_emb": model.t_embedder, "y_emb": model.y_embedder}
+    seen = {"t_freq": timestep_embedding(t, 256)}
+    for name, module in points.items():
+        if module is not None:
+            module.register_forward_hook(lambda m, args, output, name=name: seen.__setitem__(name, output))
+    seen["out"] = model(x, t, y)
+    for name, value in case.outputs.items():
+        same(seen[name], value, name)
+
+
+def check_dit_guidance(case, model):
+    x, t, y, scale = *(case.inputs[k] for k in "xty"), case.meta["cfg_scale"]
+    process = chain({"learn_sigma": case.config["learn_sigma"]})
+    null = torch.full_like(y, case.config["num_classes"])
+    outputs = {"cond": model(x, t, y), "uncond": model(x, t, null)}
+    channels = x.shape[1]
+
+    def output_of(d):                       # a Denoised back to the network's channels
+        return torch.cat([d.eps] + ([] if d.variance is None else [2 * d.variance - 1]), 1)
+
+    cond, uncond = process.denoiser(model, y), process.denoiser(model, null)
+    outputs["out_first3"] = output_of(diffusion.guided(cond, uncond, scale, channels=3)(x, t))
+    outputs["out_all_channels"] = output_of(diffusion.guided(cond, uncond, scale)(x, t))
+    # the published batch holds both halves: the second keeps the unconditional variance and fourth channel
+    first3 = outputs["out_first3"]
+    outputs["out_first3_second_half"] = torch.cat([first3[:, :3], outputs["uncond"][:, 3:]], 1)
+    assert channels >= 3
+    for name, value in case.outputs.items():
+        same(outputs[name], value, name)
+
+
+def check_dit_loss(case, model):
+    process = chain({"learn_sigma": case.config["learn_sigma"], **case.meta["diffusion"]})
+    x0, t, y, noise = (case.inputs[k] for k in ("x0", "t", "y", "noise"))
+    ours = process.loss(model, x0, y, t, noise) | {"x_t": process.noised(x0, noise, t)}
+    ours["loss"].mean().backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            ours |= {f"grad_norm:{name}": p.grad.norm(), f"grad:{name}": p.grad}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_dit_labels(case):
+    embed = LabelEmbedder(case.config["num_classes"], case.config["hidden_size"], null=case.config["dropout_prob"] > 0)
+    embed.load_state_dict(case.state_dict)
+    y = case.inputs["y"]
+    dropped = drop_labels(y, case.inputs["drop"] == 1, case.config["num_classes"])
+    ours = {"labels_after_drop": dropped, "emb_forced": embed(dropped), "emb_plain": embed(y)}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_dit_sampling(case, model):
+    process = chain({"learn_sigma": case.config["learn_sigma"], **case.meta["diffusion"]})
+    z, y, noises = (case.inputs[k] for k in ("z", "y", "noises"))
+    kept = diffusion.respaced(process.T, case.meta["respacing"])
+    times = torch.tensor([*reversed(kept), -1], dtype=torch.float64)
+    null = torch.full_like(y, case.config["num_classes"])
+    denoise = diffusion.guided(process.denoiser(model, y), process.denoiser(model, null), case.meta["cfg_scale"], channels=3)
+    if case.meta["clip_denoised"]:
+        denoise = diffusion.clipped(denoise, process)
+    t, s = times[:-1], times[1:]
+    _, _, log_small, log_large = process.posterior(t, s)
+    log_small = torch.cat([log_small[:-1], log_small[-2:-1]])           # the last, -inf, is published as its neighbour
+    with torch.no_grad():
+        walk = lambda sampler, **o: torch.stack(list(sampler(
+            denoise, z, times, process, lambda shape, pool=iter(noises): next(pool), **o)))
+        ours = {"timestep_map": torch.tensor(kept), "betas_respaced": log_large.exp().flip(0),
+                "posterior_log_variance_clipped": log_small.flip(0), "ddpm_steps": walk(diffusion.ddpm),
+                "ddim_steps": walk(diffusion.ddim, eta=case.meta["ddim_eta"])}
+        d = denoise(z, times[0])
+        x0_factor, xt_factor, small, large = process.posterior(t[:1], s[:1])
+    ours |= {"ddpm_final": ours["ddpm_steps"][-1], "ddim_final": ours["ddim_steps"][-1], "ddpm_xstart0": d.x0,
+             "pmv_mean": x0_factor.float() * d.x0 + xt_factor.float() * z}
+    if d.variance is not None:
+        ours["pmv_log_variance"] = d.variance * large + (1 - d.variance) * small
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_dit_tables(case):
+    for name, value in case.outputs.items():
+        kind, _, rest = name.partition(":")
+        if kind.startswith("pos_embed"):
+            dim, grid = (int(part[1:]) for part in kind.split("_")[2:])
+            ours = position_table(dim, grid, grid)
+        elif kind.startswith("timestep_embedding"):
+            ours = timestep_embedding(case.inputs["t"], int("".join(filter(str.isdigit, kind))))
+        elif kind == "space_timesteps":
+            ours = torch.tensor(diffusion.respaced(1000, rest))
+        elif kind == "betas_linear_first_last":
+            ours = diffusion.linear_betas()[[0, 1, 499, 999]].float()
+        elif kind == "param_count":
+            with torch.device("meta"):
+                model = create_model(rest.lower().replace("_", "/"), 32, 4, 1000, learn_sigma=True)
+            ours = torch.tensor(sum(p.numel() for p in model.parameters()))
+        else:
+            raise AssertionError(f"nothing here computes {name}")
+        same(ours, value, name)
+
+
+CHECKS = {"dit": check_dit}
+
+
+def test_golden(golden_file):
+    assert golden_file is not None, "the folder given by --golden holds no .npz"
+    case = golden.load(golden_file)
+    if case.arch not in CHECKS:
+        pytest.fail(f"{golden_file.name}: no check is written for architecture {case.arch!r}")
+    CHECKS[case.arch](case)
