@@ -1,7 +1,7 @@
 """Autoencoders: from images to the latents that latent diffusion works on, and back.
 
-    KLDecoder   decoder of Stable Diffusion's autoencoder (High-Resolution Image Synthesis with Latent Diffusion Models, 2112.10752):
-                what DiT's published latents are drawn with
+    KLDecoder   decoder of Stable Diffusion's autoencoder (High-Resolution Image Synthesis with Latent Diffusion Models,
+                2112.10752): what DiT's published latents are drawn with
 """
 
 import torch.nn.functional as F
@@ -43,8 +43,10 @@ class KLUpBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, blocks, upsample):
         super().__init__()
-        self.resnets = nn.ModuleList(KLResBlock(in_channels if k == 0 else out_channels, out_channels) for k in range(blocks))
-        self.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(out_channels, out_channels, 3, padding=1)})] if upsample else [])
+        self.resnets = nn.ModuleList(
+            KLResBlock(in_channels if k == 0 else out_channels, out_channels) for k in range(blocks))
+        self.upsamplers = nn.ModuleList(
+            [nn.ModuleDict({"conv": nn.Conv2d(out_channels, out_channels, 3, padding=1)})] if upsample else [])
 
     def forward(self, x):
         for block in self.resnets:
@@ -57,8 +59,8 @@ class KLUpBlock(nn.Module):
 class KLDecoder(nn.Module):
     """Latents (B, 4, h, w), scaled as the diffusion model sees them, -> images (B, 3, 8h, 8w) in about [-1, 1].
 
-    Names are those of the published `AutoencoderKL` files; their encoder is left out. latent_scale: the latents' standard
-    deviation was brought to 1 by this factor (2112.10752, appendix G; DiT uses 0.18215).
+    Names are those of the published `AutoencoderKL` files; their encoder is left out. latent_scale: the latents'
+    standard deviation was brought to 1 by this factor (2112.10752, appendix G; DiT uses 0.18215).
     """
 
     def __init__(self, widths=(512, 512, 256, 128), blocks=3, latent_channels=4, latent_scale=0.18215):

@@ -1,5 +1,5 @@
-"""Published checkpoints into our models: one function an architecture, from the published constructor's arguments and parameter
-names to a model of `models.py` with the weights in place.
+"""Published checkpoints into our models: one function an architecture, from the published constructor's arguments and
+parameter names to a model of `models.py` with the weights in place.
 
     load_official("dit", config, state_dict)     config: the published constructor's keyword arguments
     infer_config("dit", state_dict)              the same arguments read off a published file's shapes
@@ -19,8 +19,8 @@ from models import MODELS, DiT
 
 
 def read_weights(path):
-    """name -> tensor from a file of weights. Nothing in the file is executed. An "ema", "model" or "state_dict" inside is opened.
-    Raises FileNotFoundError, ValueError."""
+    """name -> tensor from a file of weights. Nothing in the file is executed. An "ema", "model" or "state_dict" inside
+    is opened. Raises FileNotFoundError, ValueError."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
@@ -29,7 +29,8 @@ def read_weights(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is not a file of weights that can be read safely ({str(error).splitlines()[0][:100]})") from None
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"{path} is not a file of weights that can be read safely ({reason})") from None
     for key in ("ema", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -39,9 +40,10 @@ def read_weights(path):
 
 
 def read_safetensors(path):
-    """The safetensors format: 8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, the raw numbers."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-              "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+    """The safetensors format: 8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, the raw
+    numbers."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
     raw = np.memmap(path, np.uint8, "c")
     try:
         length = struct.unpack("<Q", raw[:8].tobytes())[0]
@@ -53,7 +55,8 @@ def read_safetensors(path):
                 (begin, end), dtype, shape = entry["data_offsets"], dtypes[entry["dtype"]], entry["shape"]
                 if not 0 <= begin <= end <= len(body) or end - begin != math.prod(shape) * dtype.itemsize:
                     raise ValueError(f"{name} claims bytes {begin} to {end} for shape {shape}")
-                state[name] = torch.frombuffer(body[begin:end].copy(), dtype=dtype).view(shape) if end > begin else torch.empty(shape, dtype=dtype)
+                state[name] = (torch.frombuffer(body[begin:end].copy(), dtype=dtype).view(shape) if end > begin else
+                               torch.empty(shape, dtype=dtype))
     except (ValueError, KeyError, TypeError, struct.error) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     return state
@@ -65,7 +68,8 @@ def fill(model, state_dict, what):
     for name in [*own, *state_dict]:
         if name not in own or name not in state_dict or own[name].shape != state_dict[name].shape:
             found, wanted = (tuple(d[name].shape) if name in d else "nothing" for d in (state_dict, own))
-            raise ValueError(f"these are not the weights of {what}: {name} is {found} in the file, {wanted} in the model")
+            raise ValueError(f"these are not the weights of {what}: {name} is {found} in the file, "
+                             f"{wanted} in the model")
     model.load_state_dict(state_dict)
     return model
 
@@ -86,9 +90,11 @@ def dit(config, state_dict):
 def infer_dit(state_dict):
     D, C, p, _ = state_dict["x_embedder.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
-    presets = {(k["depth"], k["hidden_size"]): k["num_heads"] for name, (_, k) in MODELS.items() if name.startswith("dit-")}
-    return dict(input_size=p * math.isqrt(state_dict["pos_embed"].shape[1]), patch_size=p, in_channels=C, hidden_size=D, depth=depth,
-                num_heads=presets.get((depth, D), D // 64), mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / D,
+    presets = {(k["depth"], k["hidden_size"]): k["num_heads"]
+               for name, (_, k) in MODELS.items() if name.startswith("dit-")}
+    return dict(input_size=p * math.isqrt(state_dict["pos_embed"].shape[1]), patch_size=p, in_channels=C,
+                hidden_size=D, depth=depth, num_heads=presets.get((depth, D), D // 64),
+                mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / D,
                 num_classes=state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
                 learn_sigma=state_dict["final_layer.linear.bias"].numel() == 2 * C * p * p)
 
@@ -97,7 +103,7 @@ OFFICIAL = {"dit": (dit, infer_dit)}
 
 
 def load_official(arch, config, state_dict):
-    """Our model of architecture `arch`, built from the published constructor's arguments and filled with published weights."""
+    """Our model of architecture `arch`, from the published constructor's arguments and published weights."""
     if arch not in OFFICIAL:
         raise ValueError(f"no published architecture is called {arch!r}: choose from {', '.join(OFFICIAL)}")
     return OFFICIAL[arch][0](config, state_dict)
@@ -114,7 +120,7 @@ def infer_config(arch, state_dict):
 
 
 def load_decoder(path):
-    """The decoder of a published Stable Diffusion autoencoder file (diffusers' `AutoencoderKL`), to draw latents with."""
+    """The decoder of a Stable Diffusion autoencoder file (diffusers' `AutoencoderKL`), to draw latents with."""
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}         # names before 2023
     state = {}
     for name, value in read_weights(path).items():

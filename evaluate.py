@@ -36,7 +36,8 @@ def classifier(config, device, steps):
     dataset.flip = config["flip"]
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, steps)
-    bar = tqdm(range(steps), desc=f"training a classifier of {config['data']} (once, kept in {path})", unit=" steps", delay=1)
+    bar = tqdm(range(steps), desc=f"training a classifier of {config['data']} (once, kept in {path})", unit=" steps",
+               delay=1)
     for step in bar:
         x, y = dataset.gather(*dataset.plan(step, 128, seed=0))
         loss = F.cross_entropy(network(x), y)
@@ -53,8 +54,8 @@ def classifier(config, device, steps):
 
 def load_data(config, split, device="cpu"):
     """The run's dataset, no flips."""
-    return data.load(config["data"], config["data_dir"], config["image_size"], split, device, flip=False, download=config["download"],
-                     bad_images=config["bad_images"])
+    return data.load(config["data"], config["data_dir"], config["image_size"], split, device, flip=False,
+                     download=config["download"], bad_images=config["bad_images"])
 
 
 @torch.no_grad()
@@ -84,21 +85,28 @@ def score(args):
     real, real_classes = read(network, batches(order[:n]), device)
 
     labels = torch.arange(n) % config["num_classes"]
-    options = {k: v for k, v in dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance).items() if v is not None}
+    given = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance)
+    options = {k: v for k, v in given.items() if v is not None}
     clock = time.perf_counter()
-    drawn, drawn_classes = read(network, runs.draw(objective, labels, n, args.seed, args.batch, device, **options), device)
+    generated = runs.draw(objective, labels, n, args.seed, args.batch, device, **options)
+    drawn, drawn_classes = read(network, generated, device)
     clock = time.perf_counter() - clock
 
     how = {"sampler": config["sampler"], "steps": config["sample_steps"], "guidance": config["guidance"]} | options
-    result = {"run": str(args.run), "images": n, "reference_images": len(reference), "weights": args.weights, "seed": args.seed, **how,
+    result = {"run": str(args.run), "images": n, "reference_images": len(reference), "weights": args.weights,
+              "seed": args.seed, **how,
               "class_accuracy": (drawn_classes == labels).float().mean().item(),
               "class_accuracy_real": (real_classes == held_out.labels[order[:n]].cpu()).float().mean().item(),
-              "frechet_classifier": frechet_distance(drawn, reference), "frechet_classifier_real": frechet_distance(real, reference)}
-    print(f"{n} images in {clock:.0f} s: {how['sampler']}, {how['steps']} steps, guidance {how['guidance']:g}, {args.weights} weights, seed {args.seed}")
+              "frechet_classifier": frechet_distance(drawn, reference),
+              "frechet_classifier_real": frechet_distance(real, reference)}
+    print(f"{n} images in {clock:.0f} s: {how['sampler']}, {how['steps']} steps, guidance {how['guidance']:g}, "
+          f"{args.weights} weights, seed {args.seed}")
     print(f"{'':34}{'generated':>10}{'held-out real':>15}")
     print(f"{'class accuracy':34}{result['class_accuracy']:10.4f}{result['class_accuracy_real']:15.4f}")
-    print(f"{'Frechet distance, classifier':34}{result['frechet_classifier']:10.3f}{result['frechet_classifier_real']:15.3f}")
-    print(f"(128 features of a classifier of {config['data']}, against {len(reference)} held-out real images: not the FID of the literature)")
+    print(f"{'Frechet distance, classifier':34}{result['frechet_classifier']:10.3f}"
+          f"{result['frechet_classifier_real']:15.3f}")
+    print(f"(128 features of a classifier of {config['data']}, against {len(reference)} held-out real images: "
+          "not the FID of the literature)")
     if Path(args.run).is_dir():
         runs.write(Path(args.run) / "score.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
 
@@ -107,7 +115,7 @@ def score(args):
 
 
 def peak_memory(device, call):
-    """Bytes that call() needs at its highest beyond what is held before (CUDA's allocator; on Linux the process's own peak)."""
+    """Peak bytes of call() beyond what is held before (CUDA's allocator; on Linux the process's own peak)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -115,7 +123,8 @@ def peak_memory(device, call):
         return torch.cuda.max_memory_allocated() - before
     try:
         Path("/proc/self/clear_refs").write_text("5")                  # resets the peak
-        status = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+        status = lambda key: next(int(line.split()[1]) * 1024
+                                  for line in open("/proc/self/status") if line.startswith(key))
         before = status("VmRSS")
         call()
         return status("VmHWM") - before
@@ -140,8 +149,8 @@ def speed(args):
     for name in args.models:
         model = create_model(name, args.image_size).to(device)
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        x, t, y = torch.randn(args.batch, *shape, device=device), torch.full((args.batch,), 500.0, device=device), torch.zeros(
-            args.batch, dtype=torch.long, device=device)
+        x, t = torch.randn(args.batch, *shape, device=device), torch.full((args.batch,), 500.0, device=device)
+        y = torch.zeros(args.batch, dtype=torch.long, device=device)
 
         def forward(model=model, x=x, t=t, y=y):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -161,19 +170,22 @@ def speed(args):
         for name in args.models:
             for call, kept in zip(calls[name], times[name]):
                 kept.append(seconds(device, call))
-    print(f"{args.image_size}x{args.image_size}, batch {args.batch}, {device.type}, {torch.get_num_threads()} threads, {args.precision}; "
-          f"medians of {args.rounds} interleaved rounds")
-    print(f"{'model':20}{'parameters':>12}{'GMACs':>9}{'forward ms':>12}{'step ms':>10}{'images/s':>10}{'peak MiB':>10}")
+    print(f"{args.image_size}x{args.image_size}, batch {args.batch}, {device.type}, {torch.get_num_threads()} threads, "
+          f"{args.precision}; medians of {args.rounds} interleaved rounds")
+    print(f"{'model':20}{'parameters':>12}{'GMACs':>9}{'forward ms':>12}{'step ms':>10}"
+          f"{'images/s':>10}{'peak MiB':>10}")
     for name, (parameters, macs, memory) in rows.items():
         forward, step = (statistics.median(t) for t in times[name])
-        print(f"{name:20}{parameters / 1e6:10.2f} M{macs / 1e9:9.3f}{forward * 1e3:12.1f}{step * 1e3:10.1f}{args.batch / step:10.1f}{memory / 2**20:10.0f}")
+        print(f"{name:20}{parameters / 1e6:10.2f} M{macs / 1e9:9.3f}{forward * 1e3:12.1f}{step * 1e3:10.1f}"
+              f"{args.batch / step:10.1f}{memory / 2**20:10.0f}")
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
 def flags():
-    p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     s = commands.add_parser("score", help="class accuracy and Frechet distance of a run's samples, beside real images")
@@ -185,8 +197,10 @@ def flags():
     s.add_argument("--guidance", type=float, help="default: the run's own")
     s.add_argument("--seed", type=int, default=1, help="of the samples (default: %(default)s)")
     s.add_argument("--batch", type=runs.positive, default=64, help="images drawn at once (default: %(default)s)")
-    s.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or last weights (default: %(default)s)")
-    s.add_argument("--classifier-steps", type=runs.positive, default=400, help="training steps of 128 images, the first time (default: %(default)s)")
+    s.add_argument("--weights", choices=["ema", "model"], default="ema",
+                   help="averaged or last weights (default: %(default)s)")
+    s.add_argument("--classifier-steps", type=runs.positive, default=400,
+                   help="training steps of 128 images, the first time (default: %(default)s)")
     s.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
 
     s = commands.add_parser("speed", help="parameters, MACs, time of forward and training step, peak memory")

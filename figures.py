@@ -13,8 +13,8 @@ COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
 
 
 def to_uint8(x):
-    """Images in [-1, 1], (n, C, H, W), to uint8 (n, H, W, 3), rounded as DiT and EDM do. One channel becomes grey; of more than
-    three (latents) the first three are drawn, each stretched to its own range: false colour."""
+    """Images in [-1, 1], (n, C, H, W), to uint8 (n, H, W, 3), rounded as DiT and EDM do. One channel becomes grey; of
+    more than three (latents) the first three are drawn, each stretched to its own range: false colour."""
     if x.shape[1] > 3:
         low, high = (f(x[:, :3], dim=(0, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
         x = (x[:, :3] - low) / (high - low).clamp(min=1e-8) * 2 - 1
@@ -32,7 +32,7 @@ def save(picture, path, **options):
 
 
 def grid(images, columns=None, zoom=None, gap=2):
-    """uint8 (n, H, W, 3) -> one PIL picture, row by row; small images are enlarged without smoothing to about 64 pixels."""
+    """uint8 (n, H, W, 3) -> one PIL picture, row by row; small images are enlarged, unsmoothed, to about 64 pixels."""
     n, H, W, _ = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     zoom = zoom or max(1, round(64 / max(H, W)))
@@ -46,7 +46,7 @@ def grid(images, columns=None, zoom=None, gap=2):
 
 
 def film(frames, path, milliseconds=80, hold=1500):
-    """A list of PIL pictures as an animated .gif or .webp; the last one stays for `hold` milliseconds, then it starts again."""
+    """PIL pictures as an animated .gif or .webp; the last one stays for `hold` milliseconds, then it starts again."""
     durations = [milliseconds] * (len(frames) - 1) + [hold]
     save(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
@@ -60,8 +60,8 @@ def nice_ticks(low, high, count=5):
 
 
 def curves(series, title="", x_label="", y_label="", size=(800, 460)):
-    """Lines {name: (xs, ys)} on one pair of axes, as a PIL picture. A name that starts with "_" is drawn pale and kept out of
-    the legend (raw values behind their running mean)."""
+    """Lines {name: (xs, ys)} on one pair of axes, as a PIL picture. A name that starts with "_" is drawn pale and kept
+    out of the legend (raw values behind their running mean)."""
     font = ImageFont.load_default(14)
     W, H = size
     left, top, right, bottom = 70, 40, W - 20, H - 50
@@ -86,7 +86,8 @@ def curves(series, title="", x_label="", y_label="", size=(800, 460)):
     for name, (x_values, y_values) in series.items():
         pale = name.startswith("_")
         colour = (200, 214, 226) if pale else next(colours)
-        points = [place(x, min(max(y, y_ticks[0]), y_ticks[-1])) for x, y in zip(x_values, y_values) if math.isfinite(y)]
+        points = [place(x, min(max(y, y_ticks[0]), y_ticks[-1]))
+                  for x, y in zip(x_values, y_values) if math.isfinite(y)]
         draw.line(points, colour, 1 if pale else 2)
         if len(series) > 1 and not pale:
             draw.line([(right - 150, top + 12 + 20 * row), (right - 130, top + 12 + 20 * row)], colour, 3)

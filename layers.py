@@ -21,8 +21,8 @@ def pair(size):
 def timestep_embedding(t, dim, max_period=10000):
     """Sinusoids of t (B,), any float -> (B, dim): [cos(t f_i) | sin(t f_i)], f_i = max_period^(-i / (dim // 2)).
 
-    An odd dim is padded with a zero. Attention Is All You Need, 1706.03762, section 3.5, in the order of the published DDPM
-    code (cosines first).
+    An odd dim is padded with a zero. Attention Is All You Need, 1706.03762, section 3.5, in the order of the published
+    DDPM code (cosines first).
     """
     half = dim // 2
     f = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -43,8 +43,8 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) in 0 .. num_classes -> (B, D). Row num_classes is the null label of classifier-free guidance (2207.12598,
-    absent if null=False). Who trains drops labels, not this layer: see `drop_labels`."""
+    """Labels (B,) in 0 .. num_classes -> (B, D). Row num_classes is the null label of classifier-free guidance
+    (2207.12598, absent if null=False). Who trains drops labels, not this layer: see `drop_labels`."""
 
     def __init__(self, num_classes, dim, null=True):
         super().__init__()
@@ -86,14 +86,14 @@ class PatchEmbed(nn.Module):
 
 
 def unpatchify(tokens, grid, p):
-    """Tokens (B, N, p*p*C) -> image (B, C, grid[0] p, grid[1] p). Within a token the channel runs fastest (not the layout
-    of PatchEmbed's weight, where it runs slowest)."""
+    """Tokens (B, N, p*p*C) -> image (B, C, grid[0] p, grid[1] p). Within a token the channel runs fastest (not the
+    layout of PatchEmbed's weight, where it runs slowest)."""
     B, (rows, columns) = len(tokens), grid
     x = tokens.view(B, rows, columns, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * p, columns * p)
 
 
-# ----------------------------------------------------------------------------------------------------------------- adaLN
+# ---------------------------------------------------------------------------------------------------------------- adaLN
 
 
 def modulate(x, shift, scale):
@@ -110,7 +110,7 @@ def gated(x, gate, branch):
 
 
 class Attention(nn.Module):
-    """Multi-head softmax self-attention (B, N, D) -> (B, N, D), scale (D/h)^-1/2, all projections with bias. 1706.03762."""
+    """Multi-head softmax self-attention (B, N, D) -> (B, N, D), scale (D/h)^-1/2, projections with bias. 1706.03762."""
 
     def __init__(self, dim, num_heads):
         super().__init__()

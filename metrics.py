@@ -9,7 +9,8 @@ from torch import nn
 
 
 class Classifier(nn.Module):
-    """Images (B, C, H, W) in [-1, 1], any size from 8 pixels -> class logits (B, K). `features` gives the (B, 128) before them."""
+    """Images (B, C, H, W) in [-1, 1], any size from 8 pixels -> class logits (B, K).
+    `features` gives the (B, 128) before them."""
 
     def __init__(self, num_classes, in_channels=3, width=32):
         super().__init__()
@@ -17,8 +18,9 @@ class Classifier(nn.Module):
         def stage(c_in, c_out, stride):
             return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
 
-        self.body = nn.Sequential(stage(in_channels, width, 1), stage(width, 2 * width, 2), stage(2 * width, 4 * width, 2),
-                                  stage(4 * width, 4 * width, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.body = nn.Sequential(
+            stage(in_channels, width, 1), stage(width, 2 * width, 2), stage(2 * width, 4 * width, 2),
+            stage(4 * width, 4 * width, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(4 * width, num_classes)
 
     def features(self, x):
@@ -31,8 +33,8 @@ class Classifier(nn.Module):
 def frechet_distance(x, y):
     """|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) of features x (N, D), y (M, D); covariances with N - 1.
 
-    GANs Trained by a Two Time-Scale Update Rule, 1706.08500, eq. 6. In float64; the trace of the root is the sum of the singular
-    values of C_x^(1/2) C_y^(1/2), both roots symmetric, so nothing complex and nothing singular can come up.
+    GANs Trained by a Two Time-Scale Update Rule, 1706.08500, eq. 6. In float64; the trace of the root is the sum of the
+    singular values of C_x^(1/2) C_y^(1/2), both roots symmetric, so nothing complex and nothing singular can come up.
     """
     x, y = x.double().cpu(), y.double().cpu()
     if len(x) < 2 or len(y) < 2:

@@ -18,13 +18,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers import (Attention, LabelEmbedder, Mlp, PatchEmbed, TimestepEmbedder, gated, modulate, pair, position_table,
-                    timestep_embedding, unpatchify)
+from layers import (
+    Attention,
+    LabelEmbedder,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbedder,
+    gated,
+    modulate,
+    pair,
+    position_table,
+    timestep_embedding,
+    unpatchify,
+)
 
 # ================================================================================================================== DiT
-# Scalable Diffusion Models with Transformers, 2212.09748. The U-Net becomes a plain ViT over patches; timestep and class
-# enter each block only as shift, scale and gate, regressed from c = temb(t) + yemb(y) ("adaLN-Zero", section 3.2). The gates
-# start at zero, so that every block starts as the identity. N = (H/p)(W/p) tokens, width D.
+# Scalable Diffusion Models with Transformers, 2212.09748. The U-Net becomes a plain ViT over patches; timestep and
+# class enter each block only as shift, scale and gate, regressed from c = temb(t) + yemb(y) ("adaLN-Zero", section
+# 3.2). The gates start at zero, so that every block starts as the identity. N = (H/p)(W/p) tokens, width D.
 
 
 class DiTBlock(nn.Module):
@@ -62,14 +73,14 @@ class DiT(nn.Module):
     """Diffusion transformer. image_size: int or (H, W), divisible by patch_size. num_classes 0: no labels.
     learn_sigma: 2C output channels, the second half the variance's v. null_class: a table row for the null label."""
 
-    def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
-                 num_classes=1000, learn_sigma=False, null_class=True):
+    def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, num_classes=1000, learn_sigma=False, null_class=True):
         super().__init__()
         self.patch_size, self.grid = patch_size, patch_grid(image_size, patch_size)
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class) if num_classes else None
-        self.pos_embed = nn.Parameter(position_table(hidden_size, *self.grid)[None], requires_grad=False)     # (1, N, D)
+        self.pos_embed = nn.Parameter(position_table(hidden_size, *self.grid)[None], requires_grad=False)    # (1, N, D)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
         self.initialise()
@@ -81,10 +92,12 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(m.weight.flatten(1))
                 nn.init.zeros_(m.bias)
         # Embeddings of timestep and label start small.
-        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *([self.y_embedder.embedding_table] if self.y_embedder else [])):
+        tables = [self.y_embedder.embedding_table] if self.y_embedder else []
+        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *tables):
             nn.init.normal_(m.weight, std=0.02)
         # Zero: gates closed (identity blocks), no modulation, output 0.
-        for m in [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+        modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
+        for m in (*modulations, self.final_layer.linear):
             nn.init.zeros_(m.weight)
             nn.init.zeros_(m.bias)
 
@@ -103,15 +116,15 @@ def patch_grid(image_size, patch_size):
     """(rows, columns) of patches; ValueError if the patch does not divide the image."""
     H, W = pair(image_size)
     if H % patch_size or W % patch_size:
-        raise ValueError(f"image size {H}x{W} is not divisible by the patch size {patch_size}: "
-                         f"try {H // patch_size * patch_size or patch_size}x{W // patch_size * patch_size or patch_size}")
+        near = "x".join(str(side // patch_size * patch_size or patch_size) for side in (H, W))
+        raise ValueError(f"image size {H}x{W} is not divisible by the patch size {patch_size}: try {near}")
     return H // patch_size, W // patch_size
 
 
 # ================================================================================================================ U-Net
-# The convolutional baseline of Denoising Diffusion Probabilistic Models, 2006.11239, appendix B, with ADM's improvements
-# (2105.05233, section 3) as options: scale-shift conditioning and resampling inside residual blocks. Levels halve the
-# resolution; every encoder output is kept, and each decoder block takes one of them by concatenation.
+# The convolutional baseline of Denoising Diffusion Probabilistic Models, 2006.11239, appendix B, with ADM's
+# improvements (2105.05233, section 3) as options: scale-shift conditioning and resampling inside residual blocks.
+# Levels halve the resolution; every encoder output is kept, and each decoder block takes one of them by concatenation.
 
 
 def group_norm(channels):
@@ -127,9 +140,10 @@ def zeroed(layer):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, conditioning, norm, SiLU, dropout, conv (zero), plus the skip. (B, C_in, H, W) -> (B, C_out, H', W').
+    """norm, SiLU, conv, conditioning, norm, SiLU, dropout, conv (zero), plus the skip.
+    (B, C_in, H, W) -> (B, C_out, H', W').
 
-    scale_shift: h = norm(h) (1 + scale) + shift from the embedding (ADM); else the embedding is added before the norm (DDPM).
+    scale_shift: h = norm(h) (1 + scale) + shift from the embedding (ADM); else it is added before the norm (DDPM).
     resample: None, "down" (average pooling) or "up" (nearest), on both paths, before the first convolution (ADM).
     """
 
@@ -197,11 +211,13 @@ class Resample(nn.Module):
 
 class UNet(nn.Module):
     """channels: width of the first level; multipliers: width of each level over it; blocks: residual blocks per level.
-    attention: the levels (0 = full resolution) that attend. scale_shift, resblock_updown: ADM's choices; both off is DDPM.
-    patch_size: pixels are first folded into channels, p x p at a time (pixel unshuffle), and unfolded at the end."""
+    attention: the levels (0 = full resolution) that attend. scale_shift, resblock_updown: ADM's choices; both off is
+    DDPM. patch_size: pixels are first folded into channels, p x p at a time (pixel unshuffle), and unfolded at the
+    end."""
 
-    def __init__(self, image_size=32, in_channels=3, num_classes=10, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,),
-                 head_channels=64, dropout=0.0, scale_shift=True, resblock_updown=True, learn_sigma=False, patch_size=1):
+    def __init__(self, image_size=32, in_channels=3, num_classes=10, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
+                 attention=(1,), head_channels=64, dropout=0.0, scale_shift=True, resblock_updown=True,
+                 learn_sigma=False, patch_size=1):
         super().__init__()
         levels, self.base, self.patch_size = len(multipliers), channels, patch_size
         patch_grid(image_size, patch_size * 2 ** (levels - 1))
@@ -241,10 +257,10 @@ class UNet(nn.Module):
         self.head = zeroed(nn.Conv2d(width, in_channels * patch_size**2 * (2 if learn_sigma else 1), 3, padding=1))
 
     def forward(self, x, t, y=None):
-        c = self.t_embedder(timestep_embedding(t, self.base).to(self.stem.weight.dtype))        # (B, E)
+        c = self.t_embedder(timestep_embedding(t, self.base).to(self.stem.weight.dtype))    # (B, E)
         if self.y_embedder is not None:
             c = c + self.y_embedder(y)
-        x = self.stem(F.pixel_unshuffle(x, self.patch_size))                                    # (B, channels, H/p, W/p)
+        x = self.stem(F.pixel_unshuffle(x, self.patch_size))                                # (B, channels, H/p, W/p)
         skips = [x]
         for layer in self.encoder:
             skips.append(x := layer(x, c))
@@ -254,7 +270,7 @@ class UNet(nn.Module):
             x = layer(torch.cat([x, skips.pop()], 1), c)
             if str(k) in self.upsample:
                 x = self.upsample[str(k)](x, c)
-        return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.patch_size)                # (B, C_out, H, W)
+        return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.patch_size)            # (B, C_out, H, W)
 
 
 # ============================================================================================================= Registry
@@ -262,20 +278,21 @@ class UNet(nn.Module):
 
 MODELS: dict[str, tuple[type, dict]] = {"dit-nano": (DiT, dict(hidden_size=128, depth=6, num_heads=4, patch_size=4))}
 # 2212.09748, table 1.
-for size, (depth, width, heads) in {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}.items():
+for size, (depth, width, heads) in {"s": (12, 384, 6), "b": (12, 768, 12),
+                                    "l": (24, 1024, 16), "xl": (28, 1152, 16)}.items():
     for patch in (2, 4, 8):
         MODELS[f"dit-{size}/{patch}"] = (DiT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch))
 MODELS["unet-nano"] = (UNet, dict(channels=48, multipliers=(1, 2, 2), blocks=1, attention=(2,), head_channels=32))
 # 2006.11239, appendix B: 35.7 M parameters without classes.
-MODELS["unet-cifar"] = (UNet, dict(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), head_channels=256, dropout=0.1,
-                                   scale_shift=False, resblock_updown=False))
+MODELS["unet-cifar"] = (UNet, dict(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), head_channels=256,
+                                   dropout=0.1, scale_shift=False, resblock_updown=False))
 
 
 def create_model(name, image_size=32, in_channels=3, num_classes=10, **overrides):
     """A model of the registry by name, with freshly initialised weights.
 
     image_size: int or (H, W); num_classes: 0 for none; overrides: any argument of the model's class.
-    Raises ValueError for an unknown name (with the nearest ones), an unknown override, a size that the patches do not divide.
+    Raises ValueError: unknown name (with the nearest ones), unknown override, a size that the patches do not divide.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, 3, 0.3)
@@ -289,10 +306,11 @@ def create_model(name, image_size=32, in_channels=3, num_classes=10, **overrides
 
 
 def cost(model, shape):
-    """(parameters, multiply-accumulates of one image) of model for images of `shape` (C, H, W). Half of what torch's own FLOP
-    counter says, which counts a multiply and an add apart; papers on transformers print this number as "GFLOPs". Nothing is
-    computed: the count runs on the meta device."""
+    """(parameters, multiply-accumulates of one image) of model for images of `shape` (C, H, W). Half of what torch's
+    own FLOP counter says, which counts a multiply and an add apart; papers on transformers print this number as
+    "GFLOPs". Nothing is computed: the count runs on the meta device."""
     model = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"), torch.empty(1, dtype=torch.long, device="meta"))
+        model(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"),
+              torch.empty(1, dtype=torch.long, device="meta"))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

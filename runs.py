@@ -4,8 +4,9 @@
     metrics.jsonl   one line per log step                             ckpt.prev.pt   the one before
     loss.png        the curve                                         samples/       step_0001000.png, ...
 
-A checkpoint is {config, step, model, ema, optimiser}, plain types and tensors only. Nothing random is stored: data order,
-noise and dropout are functions of (seed, step), so that a run killed at any moment goes on as if it had not been.
+A checkpoint is {config, step, model, ema, optimiser}, plain types and tensors only. Nothing random is stored: data
+order, noise and dropout are functions of (seed, step), so that a run killed at any moment goes on as if it had not
+been.
 """
 
 import argparse
@@ -25,8 +26,8 @@ import diffusion
 from models import create_model
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
-HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum", "compile", "data_dir",
-            "download", "sampler", "sample_steps", "guidance", "dry_run", "run"}
+HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum",
+            "compile", "data_dir", "download", "sampler", "sample_steps", "guidance", "dry_run", "run"}
 
 
 def command(main):
@@ -34,8 +35,8 @@ def command(main):
     try:
         main()
     except torch.OutOfMemoryError as error:
-        fail(f"out of memory on the GPU ({str(error).split('.')[0]}): try a smaller --batch, or --accum 2 (the same batch in "
-             "two halves), a smaller --model, or --precision bf16")
+        fail(f"out of memory on the GPU ({str(error).split('.')[0]}): try a smaller --batch, or --accum 2 (the same "
+             "batch in two halves), a smaller --model, or --precision bf16")
     except (ValueError, OSError) as error:
         fail(error)
 
@@ -60,7 +61,8 @@ def device(name="auto"):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: this machine, or this build of torch, has no such device; try --device auto") from None
+        raise ValueError(f"--device {name}: this machine, or this build of torch, has no such device; "
+                         "try --device auto") from None
     return torch.device(name)
 
 
@@ -69,8 +71,8 @@ def build(config):
     model = create_model(config["model"], config["image_size"], config["in_channels"], config["num_classes"],
                          **({"learn_sigma": True} if config["learned_variance"] else {}), **config["model_options"])
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "guidance": config["guidance"]}
-    return diffusion.Diffusion(model, process(config), (config["in_channels"], config["image_size"], config["image_size"]),
-                               config["num_classes"], config["label_drop"], draw)
+    shape = config["in_channels"], config["image_size"], config["image_size"]
+    return diffusion.Diffusion(model, process(config), shape, config["num_classes"], config["label_drop"], draw)
 
 
 def process(config):
@@ -89,14 +91,15 @@ def process(config):
 def unknown(what, name, choices):
     """The sentence for a name that is not among the choices: the nearest ones, or all of them."""
     near = difflib.get_close_matches(name, choices, 3, 0.4)
-    return f"unknown {what} {name!r}: " + (f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}")
+    advice = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}"
+    return f"unknown {what} {name!r}: {advice}"
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def write(path, save):
-    """Call save(temporary path), flush it to the disk and only then give it its name: `path` never holds half a file."""
+    """Call save(temporary path), flush it to disk and only then give it its name: `path` never holds half a file."""
     partial = path.with_name(path.name + ".tmp")
     try:
         save(partial)
@@ -106,7 +109,8 @@ def write(path, save):
     except (OSError, RuntimeError) as error:                      # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
-        raise OSError(f"cannot write {path} ({free:,.0f} MB free): {error}; what was there before is untouched") from None
+        raise OSError(f"cannot write {path} ({free:,.0f} MB free): {error}; "
+                      "what was there before is untouched") from None
 
 
 def save_checkpoint(folder, state):
@@ -150,8 +154,8 @@ def load_weights(objective, state, path):
     own = objective.state_dict()
     wrong = [k for k in own if k not in state] + [k for k in state if k not in own or state[k].shape != own[k].shape]
     if wrong:
-        raise ValueError(f"{path} holds the weights of another model: {len(wrong)} of {len(own)} names or shapes differ, "
-                         f"the first is {wrong[0]}")
+        raise ValueError(f"{path} holds the weights of another model: "
+                         f"{len(wrong)} of {len(own)} names or shapes differ, the first is {wrong[0]}")
     objective.load_state_dict(state)
 
 
@@ -160,7 +164,8 @@ def open_run(folder, device="cpu", weights="ema"):
     folder = Path(folder)
     path = folder / "ckpt.pt" if folder.is_dir() else folder
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no run: there is no {path}; `python train.py --run {folder}` makes one")
+        raise FileNotFoundError(f"{folder} holds no run: there is no {path}; "
+                                f"`python train.py --run {folder}` makes one")
     checkpoint = load_checkpoint(path)
     objective = build(checkpoint["config"])
     load_weights(objective, checkpoint[weights], path)
@@ -168,8 +173,8 @@ def open_run(folder, device="cpu", weights="ema"):
 
 
 def draw(objective, labels, n, seed, batch, device, first=0, frames=None, **options):
-    """Images first .. first + n - 1 of `seed`, batch by batch: yields (b, C, H, W), with labels (n,) or None. frames, a list,
-    collects the first batch's trajectory. options override the objective's own way of sampling."""
+    """Images first .. first + n - 1 of `seed`, batch by batch: yields (b, C, H, W), with labels (n,) or None. frames, a
+    list, collects the first batch's trajectory. options override the objective's own way of sampling."""
     for begin in tqdm(range(0, n, batch), desc="drawing", unit=" batches", leave=False, delay=2, disable=n <= batch):
         indices = range(begin, min(begin + batch, n))
         noise = diffusion.ImageNoise(seed, [first + i for i in indices], device)
@@ -179,29 +184,34 @@ def draw(objective, labels, n, seed, batch, device, first=0, frames=None, **opti
             frames.append(x)
         steps = options.get("steps") or objective.draw.get("steps")
         trajectory = objective.trajectory(x, y, noise=noise, **options)
-        for x in tqdm(trajectory, total=steps, desc="denoising", unit=" steps", leave=False, delay=2, disable=n > batch):
+        for x in tqdm(trajectory, total=steps, desc="denoising", unit=" steps", leave=False, delay=2,
+                      disable=n > batch):
             if frames is not None and begin == 0:
                 frames.append(x)
         yield x
 
 
-# ------------------------------------------------------------------------------------------------------------ run folder
+# ----------------------------------------------------------------------------------------------------------- run folder
+
+
+def check_free(folder, overwrite=False):
+    """Refuse a folder that holds a run (or anything else) already, unless it may be replaced."""
+    if folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder} exists already: go on with it by --resume, replace it by --overwrite, or "
+                              "choose another folder by --run")
 
 
 def start(folder, config, overwrite=False):
-    """Begin a new run in a (locked) folder by writing its config; refuses a folder in use unless overwrite."""
-    if any(entry.name != ".lock" for entry in folder.iterdir()):
-        if not overwrite:
-            raise FileExistsError(f"{folder} exists already: go on with it by --resume, replace it by --overwrite, or choose "
-                                  "another folder by --run")
-        for old in [folder / name for name in ("config.json", "metrics.jsonl", "loss.png", "ckpt.pt", "ckpt.prev.pt")]:
-            old.unlink(missing_ok=True)                           # only what a run wrote
-        shutil.rmtree(folder / "samples", ignore_errors=True)
+    """Begin a new run in a (locked) folder by writing its config. An old run's files, and only those, are removed."""
+    check_free(folder, overwrite)
+    for name in ("config.json", "metrics.jsonl", "loss.png", "score.json", "ckpt.pt", "ckpt.prev.pt"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "samples", ignore_errors=True)
     write(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def lock(folder):
-    """Hold the folder for this process; a second process is refused. The system lets go when the process ends, however."""
+    """Hold the folder for this process; a second one is refused. The system lets go when the process ends, however."""
     try:
         import fcntl
     except ImportError:                                           # Windows: no lock
@@ -211,7 +221,8 @@ def lock(folder):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ValueError(f"another process is writing to {folder}: wait for it, or choose another folder by --run") from None
+        raise ValueError(f"another process is writing to {folder}: wait for it, "
+                         "or choose another folder by --run") from None
     return file
 
 
@@ -219,8 +230,8 @@ def check_resumable(old, new):
     """Refuse to go on with settings that change what a step computes."""
     for key in sorted(old.keys() | new.keys()):
         if key not in HARMLESS and old.get(key) != new.get(key):
-            raise ValueError(f"--resume: {key} was {old.get(key)!r} and is now {new.get(key)!r}; leave it as it was, or start a new "
-                             "run by --run")
+            raise ValueError(f"--resume: {key} was {old.get(key)!r} and is now {new.get(key)!r}; "
+                             "leave it as it was, or start a new run by --run")
 
 
 def log(folder, entry):
@@ -230,7 +241,7 @@ def log(folder, entry):
 
 
 def history(folder, until=None):
-    """The entries of metrics.jsonl; with `until`, those of later steps and a torn last line are removed from the file."""
+    """The entries of metrics.jsonl; with `until`, those of later steps and a torn last line leave the file."""
     path, entries = folder / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -250,7 +261,8 @@ def clean(folder):
 
 
 class Stop:
-    """True once SIGINT (Ctrl-C) or SIGTERM has come: the loop finishes its step, saves, leaves. A second signal ends at once."""
+    """True once SIGINT (Ctrl-C) or SIGTERM has come: the loop finishes its step, saves, leaves.
+    A second signal ends at once."""
 
     def __init__(self):
         self.asked = False

@@ -1,7 +1,8 @@
 """Draw images:  python sample.py runs/shapes-unet-nano --n 64 --guidance 2
 
 From the run's averaged (EMA) weights, or from a published checkpoint:
-    python sample.py --official dit --checkpoint DiT-XL-2-256x256.pt --decoder sd-vae-ft-ema.safetensors --classes 207,360 --n 4
+    python sample.py --official dit --checkpoint DiT-XL-2-256x256.pt --decoder sd-vae-ft-ema.safetensors \\
+        --classes 207,360 --n 4
 Image i is a function of the seed and i alone, whatever --batch is.
 """
 
@@ -20,19 +21,23 @@ import runs
 
 
 def flags():
-    p = argparse.ArgumentParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="sample.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", nargs="?", help="folder of a run, or a checkpoint file in it")
     p.add_argument("--n", type=runs.positive, default=64, help="images (default: %(default)s)")
-    p.add_argument("--classes", help="class names or numbers, comma separated, drawn in turn (default: all of them in turn)")
+    p.add_argument("--classes",
+                   help="class names or numbers, comma separated, drawn in turn (default: all of them in turn)")
     p.add_argument("--sampler", help="default: the run's own; " + ", ".join(diffusion.SAMPLERS))
     p.add_argument("--steps", type=runs.positive, help="sampling steps (default: the run's own)")
     p.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument("--batch", type=runs.positive, default=64, help="images drawn at once (default: %(default)s)")
-    p.add_argument("--out", help="FILE.png: a grid (default: sample.png in the run's folder); FILE.npz: arr_0 uint8 (N, H, W, 3) and the "
-                                 "labels as arr_1; a name without suffix: a folder of PNGs")
-    p.add_argument("--film", metavar="FILE.gif", help="also write the trajectory from noise to images as an animated .gif or .webp")
-    p.add_argument("--weights", choices=["ema", "model"], default="ema", help="averaged or last weights (default: %(default)s)")
+    p.add_argument("--out", help="FILE.png: a grid (default: sample.png in the run's folder); FILE.npz: arr_0 uint8 "
+                                 "(N, H, W, 3) and the labels as arr_1; a name without suffix: a folder of PNGs")
+    p.add_argument("--film", metavar="FILE.gif",
+                   help="also write the trajectory from noise to images as an animated .gif or .webp")
+    p.add_argument("--weights", choices=["ema", "model"], default="ema",
+                   help="averaged or last weights (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     g = p.add_argument_group("published checkpoints")
     g.add_argument("--official", choices=list(convert.OFFICIAL), help="architecture of the published checkpoint")
@@ -51,8 +56,8 @@ def official(args, device):
     process = diffusion.Discrete(diffusion.linear_betas(), learned_variance=config["learn_sigma"])
     # DiT as published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
     draw = dict(sampler="ddpm", steps=250, guidance=4.0, guide_channels=3, clip=False)
-    size = config["input_size"]
-    objective = diffusion.Diffusion(model, process, (config["in_channels"], size, size), config["num_classes"], draw=draw)
+    shape = config["in_channels"], config["input_size"], config["input_size"]
+    objective = diffusion.Diffusion(model, process, shape, config["num_classes"], draw=draw)
     decoder = convert.load_decoder(args.decoder).to(device) if args.decoder else None
     return [], objective.to(device).eval(), decoder
 
@@ -109,23 +114,28 @@ def sample():
         folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
         classes, out = config["classes"], Path(args.out or folder / "sample.png")
     else:
-        raise ValueError("name the folder of a run (python sample.py runs/<name>), or a published model by --official and --checkpoint")
+        raise ValueError("name the folder of a run (python sample.py runs/<name>), "
+                         "or a published model by --official and --checkpoint")
     if args.sampler and args.sampler not in diffusion.SAMPLERS:
         raise ValueError(runs.unknown("--sampler", args.sampler, diffusion.SAMPLERS))
     if args.film and Path(args.film).suffix not in (".gif", ".webp"):
         raise ValueError(f"--film {args.film}: the name must end in .gif or .webp")
     labels = choose_labels(args.classes, classes, objective.num_classes, args.n)
-    options = {k: v for k, v in dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance).items() if v is not None}
+    given = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance)
+    options = {k: v for k, v in given.items() if v is not None}
 
     frames = [] if args.film else None
-    x = torch.cat([b.cpu() for b in runs.draw(objective, labels, args.n, args.seed, args.batch, device, frames=frames, **options)])
+    batches = runs.draw(objective, labels, args.n, args.seed, args.batch, device, frames=frames, **options)
+    x = torch.cat([b.cpu() for b in batches])
     if decoder is not None:
         with torch.no_grad():
-            x = torch.cat([decoder(z[None].to(device)).cpu() for z in tqdm(x, desc="decoding", unit=" images", delay=2)])
+            x = torch.cat([decoder(z[None].to(device)).cpu()
+                           for z in tqdm(x, desc="decoding", unit=" images", delay=2)])
     elif args.official:
         latents = out.with_name(out.stem + ".latents.npz")
         save_npz(latents, arr_0=x.numpy())
-        print(f"no --decoder was given: the latents are in {latents}, and the picture shows three of their channels in false colour")
+        print(f"no --decoder was given: the latents are in {latents}, "
+              "and the picture shows three of their channels in false colour")
     columns = None
     if args.classes is None and 1 < len(classes) <= 16:
         columns = len(classes)

@@ -10,7 +10,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "golden")]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--golden", default=str(ROOT / "tests" / "golden"), metavar="FOLDER", help="folder of golden cases (.npz) for test_golden.py")
+    parser.addoption("--golden", default=str(ROOT / "tests" / "golden"), metavar="FOLDER",
+                     help="folder of golden cases (.npz) for test_golden.py")
 
 
 def pytest_generate_tests(metafunc):

@@ -128,7 +128,7 @@ def test_a_shape_fills_the_unit_circle_and_no_more(shape):
 
 
 def test_shapes_are_whole_and_stand_out():
-    images = data.render(range(3000), 32)[0].astype(int)
+    images = data.render(range(1000), 32)[0].astype(int)
     border = np.stack([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], axis=2)
     assert np.abs(np.diff(border, 2)).max() <= 2             # only the ground's even slope reaches the border
     contrast = np.abs(images - border.mean((2, 3), keepdims=True)).max((1, 2, 3))
@@ -291,7 +291,7 @@ GOOD = {"data": noise(ROWS, 3072), "labels": [0, 1, 2, 0]}
         "text labels", "shape", "no array", "no labels", "dtype"])
 def test_a_wrong_batch_file_is_named(tmp_path, raw):
     write_folder(tmp_path, cifar_files() | {"data_batch_2": raw})
-    with pytest.raises(ValueError, match=rf"data_batch_2 cannot be used: .+; found {len(raw):,} bytes, expected"):
+    with pytest.raises(ValueError, match=rf"data_batch_2 cannot be used: .+; found {len(raw):,} bytes"):
         data.load("cifar10", tmp_path)
 
 
@@ -333,7 +333,7 @@ def server(tmp_path, monkeypatch):
     handler = type("Handler", (Server,), {"payload": path.read_bytes(), "starts": []})
     path.unlink()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{httpd.server_port}/~kriz/cifar-10-python.tar.gz"
         monkeypatch.setitem(data.CIFAR, "cifar10", data.CIFAR["cifar10"] | {"url": url, "md5": md5})
         yield handler
@@ -346,14 +346,15 @@ def files_in(folder):
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
 def test_a_broken_download_is_resumed(tmp_path, server, ranges):
+    folder = tmp_path / "not" / "there yet"
     server.ranges, server.limit = ranges, 5000
     with pytest.raises(FileNotFoundError, match="the connection broke after 5,000 of .* run again"):
-        data.load("cifar10", tmp_path)
-    assert files_in(tmp_path) == ["cifar-10-python.tar.gz.part"]                 # nothing that looks complete
+        data.load("cifar10", folder)
+    assert files_in(folder) == ["cifar-10-python.tar.gz.part"]                 # nothing that looks complete
     server.limit = None
-    assert len(data.load("cifar10", tmp_path)) == 5 * ROWS
-    assert server.starts == [0, 5000 if ranges else 0] and files_in(tmp_path) == ["cifar-10-python.tar.gz"]
-    data.load("cifar10", tmp_path)
+    assert len(data.load("cifar10", folder)) == 5 * ROWS
+    assert server.starts == [0, 5000 if ranges else 0] and files_in(folder) == ["cifar-10-python.tar.gz"]
+    data.load("cifar10", folder)
     assert len(server.starts) == 2                           # the second time the file is simply there
 
 
@@ -468,7 +469,7 @@ def damaged_npz(path):
 
 @pytest.mark.parametrize("write, message", [
     (lying_npz, "header promises uint8 .10000000, 12288. .* 1,000 bytes"),
-    (lambda path: np.savez_compressed(path, data=np.zeros((3000, 12288), np.uint8)), "would unpack to 36,864,0"),
+    (lambda path: np.savez_compressed(path, data=np.zeros((3000, 12288), np.uint8)), "would unpack to 36,8"),
     (lambda path: path.write_bytes(noise(100).tobytes()), "not a zip file"),
     (damaged_npz, "Bad CRC"),
     (lambda path: np.savez(path, labels=[1]), "data.npy"),
@@ -607,7 +608,7 @@ def test_bad_images_are_named_or_skipped(tmp_path):
     gif = io.BytesIO()
     Image.new("L", (8, 8)).save(gif, "GIF")
     huge = io.BytesIO()
-    Image.new("1", (10_000, 10_000)).save(huge, "PNG")
+    Image.new("1", (8001, 8000)).save(huge, "PNG")
     bad = {"cut.png": png[:600], "cut_early.png": png[:30], "empty.jpg": b"", "gif.png": gif.getvalue(),
            "huge.png": huge.getvalue(), "text.jpg": b"hello"}
     for name, raw in bad.items():
@@ -616,7 +617,7 @@ def test_bad_images_are_named_or_skipped(tmp_path):
         data.load("folder", tmp_path, image_size=8)
     assert [f"train/{name} (" in str(error.value) for name in bad] == [True] * 5 + [False]   # five will do
     assert "gif.png (not a PNG, JPEG, WebP or BMP)" in str(error.value)
-    assert "huge.png (10000x10000, more than 64 million pixels), ..." in str(error.value)
+    assert "huge.png (8001x8000, more than 64 million pixels), ..." in str(error.value)
     with pytest.warns(UserWarning, match="6 of 18 images .* skipped"):
         dataset = data.load("folder", tmp_path, image_size=8, bad_images="skip")
     names = sorted(f"good{k}.png" for k in range(12))
@@ -625,8 +626,8 @@ def test_bad_images_are_named_or_skipped(tmp_path):
 
 
 def test_an_image_bomb_is_not_decoded(tmp_path):
-    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")                 # 15 kB
-    with pytest.raises(ValueError, match="10000x10000, more than 64 million pixels"):
+    Image.new("1", (8001, 8000)).save(tmp_path / "huge.png")                 # 15 kB
+    with pytest.raises(ValueError, match="8001x8000, more than 64 million pixels"):
         data.read_image(tmp_path / "huge.png", 8)
 
 

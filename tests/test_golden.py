@@ -29,9 +29,10 @@ def chain(options):
     """The published create_diffusion's options as our process."""
     known = {"noise_schedule", "predict_xstart", "learn_sigma", "diffusion_steps"}
     assert set(options) <= known, f"options {set(options) - known} of create_diffusion are not covered"
-    table = {"linear": diffusion.linear_betas, "squaredcos_cap_v2": diffusion.cosine_betas}[options.get("noise_schedule", "linear")]
-    return diffusion.Discrete(table(options.get("diffusion_steps", 1000)), "x0" if options.get("predict_xstart") else "eps",
-                              options.get("learn_sigma", True))
+    schedule = options.get("noise_schedule", "linear")
+    table = {"linear": diffusion.linear_betas, "squaredcos_cap_v2": diffusion.cosine_betas}[schedule]
+    return diffusion.Discrete(table(options.get("diffusion_steps", 1000)),
+                              "x0" if options.get("predict_xstart") else "eps", options.get("learn_sigma", True))
 
 
 def check_dit(case):
@@ -109,15 +110,18 @@ def check_dit_sampling(case, model):
     kept = diffusion.respaced(process.T, case.meta["respacing"])
     times = torch.tensor([*reversed(kept), -1], dtype=torch.float64)
     null = torch.full_like(y, case.config["num_classes"])
-    denoise = diffusion.guided(process.denoiser(model, y), process.denoiser(model, null), case.meta["cfg_scale"], channels=3)
+    cond, uncond = process.denoiser(model, y), process.denoiser(model, null)
+    denoise = diffusion.guided(cond, uncond, case.meta["cfg_scale"], channels=3)
     if case.meta["clip_denoised"]:
         denoise = diffusion.clipped(denoise, process)
     t, s = times[:-1], times[1:]
     _, _, log_small, log_large = process.posterior(t, s)
     log_small = torch.cat([log_small[:-1], log_small[-2:-1]])           # the last, -inf, is published as its neighbour
     with torch.no_grad():
-        walk = lambda sampler, **o: torch.stack(list(sampler(
-            denoise, z, times, process, lambda shape, pool=iter(noises): next(pool), **o)))
+        def walk(sampler, **options):
+            pool = iter(noises)
+            return torch.stack(list(sampler(denoise, z, times, process, lambda shape: next(pool), **options)))
+
         ours = {"timestep_map": torch.tensor(kept), "betas_respaced": log_large.exp().flip(0),
                 "posterior_log_variance_clipped": log_small.flip(0), "ddpm_steps": walk(diffusion.ddpm),
                 "ddim_steps": walk(diffusion.ddim, eta=case.meta["ddim_eta"])}

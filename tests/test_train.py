@@ -1,0 +1,417 @@
+"""The scripts as a user runs them: training, resuming after a crash, two processes, sampling, evaluating, mistakes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import diffusion
+import evaluate
+import figures
+import runs
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--model", "dit-nano", "--model-options", "depth=1,hidden_size=32,num_heads=2", "--image-size", "8",
+        "--batch", "8", "--steps", "6", "--log-every", "1", "--sample-n", "8", "--sample-steps", "2",
+        "--sample-every", "0", "--device", "cpu"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory, a small `shapes`, and signal handlers put back afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.SPLITS, "train", range(200))
+    monkeypatch.setitem(data.SPLITS, "test", range(1_000_000, 1_000_100))
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+def call(function, *argv):
+    """Run a script's main in this process."""
+    old, sys.argv = sys.argv, [function.__name__ + ".py", *map(str, argv)]
+    try:
+        runs.command(function)
+    finally:
+        sys.argv = old
+
+
+def refused(capsys, function, *argv):
+    """The one line that a mistake gets; exit code 2, no traceback."""
+    with pytest.raises(SystemExit) as leaving:
+        call(function, *argv)
+    assert leaving.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.strip().splitlines()[-1]
+
+
+def weights(folder):
+    """Everything that must be equal, as bytes."""
+    state = runs.load_checkpoint(Path(folder) / "ckpt.pt")
+    tensors = {f"{k}.{n}": v for k in ("model", "ema") for n, v in state[k].items()}
+    for k, moments in state["optimiser"]["state"].items():
+        tensors |= {f"optimiser.{k}.{n}": v for n, v in moments.items()}
+    return state["step"], {n: v.numpy().tobytes() for n, v in tensors.items()}
+
+
+def losses(folder):
+    return [entry["loss"] for entry in runs.history(Path(folder))]
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_a_run_leaves_what_it_promises(here):
+    call(train.train, *TINY, "--run", "r")
+    written = sorted(p.name for p in Path("r").iterdir() if p.name != ".lock")
+    assert written == ["ckpt.pt", "config.json", "loss.png", "metrics.jsonl", "samples"]
+    entries = [json.loads(line) for line in open("r/metrics.jsonl")]
+    assert [e["step"] for e in entries] == list(range(1, 7))
+    assert entries[0]["loss"] == pytest.approx(1.3, abs=0.6)
+    assert {"lr", "grad_norm", "images_per_s", "mse"} <= entries[0].keys()
+    picture = Image.open("r/samples/step_0000006.png")
+    assert picture.size[0] > picture.size[1] / 2 and len(set(picture.getdata())) > 10
+    assert json.load(open("r/config.json"))["classes"] == data.SHAPES
+
+
+@pytest.mark.parametrize("options", [
+    [],
+    ["--process", "cosine", "--prediction", "v"],
+    ["--process", "linear", "--learned-variance"],
+    ["--unconditional"],
+    ["--model", "unet-nano", "--model-options", "channels=16;multipliers=(1,2);attention=()",
+     "--model-options", "channels=16;multipliers=(1,2);attention=();dropout=0.3"],
+])
+def test_resumed_is_unbroken(here, options):
+    """6 steps = 2 + 4 resumed steps, bit for bit, with other intervals of saving and drawing."""
+    call(train.train, *TINY, *options, "--run", "whole")
+    call(train.train, *TINY, *options, "--run", "parts", "--decay", "linear",
+         "--save-every", "2", "--sample-every", "1")
+    Path("parts/ckpt.pt").unlink()
+    os.rename("parts/ckpt.prev.pt", "parts/ckpt.pt")
+    assert weights("parts")[0] == 4
+    call(train.train, "--run", "parts", "--resume", "--save-every", "3")
+    assert weights("parts") == weights("whole") and losses("parts") == losses("whole")
+
+
+def test_micro_batches_and_seed(here):
+    call(train.train, *TINY, "--run", "one")
+    call(train.train, *TINY, "--run", "four", "--accum", "4")
+    call(train.train, *TINY, "--run", "other", "--seed", "1")
+    assert losses("four") == pytest.approx(losses("one"), rel=1e-5)
+    assert losses("other") != pytest.approx(losses("one"), rel=1e-3)
+
+
+def test_label_drop_rate():
+    """A tenth of the labels become the null label, and only in training."""
+    seen = []
+    model = torch.nn.Linear(1, 1)
+    model.forward = lambda x, t, y: seen.append(y) or x
+    objective = diffusion.Diffusion(model, diffusion.RectifiedFlow(), (3, 4, 4), num_classes=5)
+    y = torch.arange(20_000) % 5
+    objective.loss({"x": torch.zeros(20_000, 3, 4, 4), "y": y, "noise": diffusion.StepNoise(0, 0, 20_000)})
+    assert (seen[0] == 5).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(seen[0][seen[0] != 5], y[seen[0] != 5])
+    assert torch.equal(objective.labels(7, "cpu"), torch.tensor([0, 1, 2, 3, 4, 0, 1]))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(here, capsys):
+    argv = [*TINY, "--run", "r", "--lr", "1e30", "--warmup", "0", "--decay", "constant", "--save-every", "1"]
+    message = refused(capsys, train.train, *argv)
+    assert "at step" in message and "last good checkpoint is r/ckpt.pt" in message
+    step, state = weights("r")
+    assert f"at step {step + 1}" in message
+    assert all(v.isfinite().all() for v in runs.load_checkpoint("r/ckpt.pt")["model"].values())
+
+
+def test_out_of_memory_names_the_flags(here, capsys, monkeypatch):
+    def full(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(diffusion.Diffusion, "forward", full)
+    assert "--batch" in (message := refused(capsys, train.train, *TINY)) and "--accum" in message
+
+
+def test_averaged_weights_converge_in_single_precision(here):
+    call(train.train, *TINY, "--run", "r", "--ema", "0")
+    state = runs.load_checkpoint("r/ckpt.pt")
+    assert all(torch.equal(v, state["ema"][k]) for k, v in state["model"].items()), "decay 0 is the model itself"
+    assert all(v.dtype == torch.float32 for v in state["ema"].values())
+
+
+# ----------------------------------------------------------------------------------------------------- whole processes
+
+
+def start(argv, **env):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *argv], env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def lines(folder):
+    path = Path(folder) / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def crash_test(kills, steps):
+    """Kill -9 a run `kills` times, a random number of steps after each start; it must end as the unbroken one."""
+    long = [*TINY, "--steps", str(steps), "--save-every", "1", "--data-dir", "nowhere"]
+    process = start([*long, "--run", "whole"])
+    assert process.wait(120) == 0, process.stdout.read()
+    chance, hits = random.Random(0), 0
+    process = start([*long, "--run", "killed"])
+    for _ in range(kills):
+        goal = lines("killed") + chance.randrange(2, max(3, steps // (kills + 1)))
+        while lines("killed") < goal and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.02)                  # a checkpoint is written at every step: some kills hit one
+        hits += process.poll() is None
+        process.kill()
+        process.wait()
+        runs.load_checkpoint("killed/ckpt.pt")              # there is always a whole one
+        process = start(["--run", "killed", "--resume"])
+    assert process.wait(120) == 0, process.stdout.read()
+    assert hits >= kills - 1, "the kills came while it ran"
+    assert weights("killed") == weights("whole") and losses("killed") == losses("whole")
+
+
+def test_killed_at_random_moments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    crash_test(kills=3, steps=120)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    crash_test(kills=20, steps=600)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    process = start([*TINY, "--steps", "100000", "--run", "r"])
+    while lines("r") < 5:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert process.wait(20) == 0
+    step = weights("r")[0]
+    assert f"saved at step {step:,}" in process.stdout.read() and step == lines("r")
+
+
+def test_two_processes_are_one(tmp_path, monkeypatch):
+    """torchrun with 2 processes (gloo) and the same global batch: the same loss curve."""
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY, "--data-dir", "nowhere", "--accum", "2"]
+    process = start([*argv, "--run", "one"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                ROOT / "train.py", *argv, "--run", "two"]
+    done = subprocess.run(torchrun, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=120)
+    assert process.wait(60) == 0 and done.returncode == 0, done.stderr
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
+    one, two = (runs.load_checkpoint(f"{name}/ckpt.pt")["model"] for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=2e-5)
+
+
+def test_one_writer(here, capsys):
+    call(train.train, *TINY, "--run", "r")
+    held = runs.lock(Path("r"))
+    assert "another process is writing" in refused(capsys, train.train, *TINY, "--run", "r", "--resume")
+    held.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--model", "dit-s2"], "unknown --model 'dit-s2': did you mean .*dit-s/2"),
+    (["--data", "cifar"], "unknown --data 'cifar': did you mean cifar10"),
+    (["--sampler", "dimm"], "unknown --sampler 'dimm': did you mean ddim"),
+    (["--process", "sine"], "unknown --process 'sine'"),
+    (["--steps", "0"], "argument --steps: '0' is not a whole number of at least 1"),
+    (["--batch", "-4"], "argument --batch: '-4' is not a whole number"),
+    (["--image-size", "10"], "10x10 is not divisible by the patch size 4: try 8x8"),
+    (["--accum", "3"], "--batch 8 does not divide into 1 processes x 3 micro-batches"),
+    (["--model-options", "layers=3"], "dit-nano has no option 'layers': choose from"),
+    (["--model-options", "depth"], "'depth' is not of the form name=value"),
+    (["--data", "folder", "--data-dir", "nowhere"], "nowhere"),
+    (["--data", "cifar10", "--data-dir", "nowhere", "--no-download"], "cifar-10"),
+    (["--device", "cuda:7"], "--device cuda:7: this machine"),
+    (["--run", "r", "--resume"], "there is no checkpoint r/ckpt.pt"),
+    (["--learned-variance"], "rectified flow has no variance"),
+    (["--process", "linear", "--prediction", "noise"], "unknown prediction 'noise'"),
+    (["@recipes/none.txt"], "none.txt"),
+])
+def test_mistakes_in_flags(here, capsys, argv, message):
+    line = refused(capsys, train.train, *TINY, *argv)
+    assert pytest.importorskip("re").search(message, line), line
+    assert not list(Path(".").glob("runs/*/config.json")), "nothing is left behind"
+
+
+def test_mistakes_with_runs(here, capsys):
+    call(train.train, *TINY, "--run", "r", "--save-every", "3")
+    message = refused(capsys, train.train, *TINY, "--run", "r")
+    assert "r exists already: go on with it by --resume, replace it by --overwrite" in message
+    assert "batch was 8 and is now 4" in refused(capsys, train.train, "--run", "r", "--resume", "--batch", "4")
+    assert "model_options was" in refused(capsys, train.train, "--run", "r", "--resume", "--model-options", "depth=2")
+    assert "there is no nowhere/ckpt.pt" in refused(capsys, sample.sample, "nowhere")
+    assert "unknown class 'moon'" in refused(capsys, sample.sample, "r", "--classes", "moon")
+    assert "must end in .gif" in refused(capsys, sample.sample, "r", "--film", "f.mp4")
+    assert "name the folder of a run" in refused(capsys, sample.sample)
+    call(train.train, *TINY, "--run", "r", "--overwrite")
+
+    whole = Path("r/ckpt.pt").read_bytes()
+    runs.link(Path("r/ckpt.pt"), Path("r/ckpt.prev.pt"))
+    Path("r/ckpt.pt").unlink()
+    for damaged in (whole[:len(whole) // 2], b"hello", flipped(whole)):
+        Path("r/ckpt.pt").write_bytes(damaged)
+        message = refused(capsys, train.train, "--run", "r", "--resume")
+        assert "r/ckpt.pt is damaged" in message and "--resume r/ckpt.prev.pt" in message
+        assert "r/ckpt.pt is damaged" in refused(capsys, sample.sample, "r")
+    call(train.train, "--run", "r", "--resume", "r/ckpt.prev.pt", "--steps", "7")
+    assert weights("r")[0] == 7
+
+    state = runs.load_checkpoint("r/ckpt.pt")
+    state["config"]["model_options"] = {"depth": 2, "hidden_size": 32, "num_heads": 2}
+    torch.save(state, "r/ckpt.pt")
+    assert "weights of another model" in refused(capsys, sample.sample, "r")
+
+
+def flipped(raw):
+    raw = bytearray(raw)
+    raw[len(raw) // 2] ^= 4
+    return bytes(raw)
+
+
+def test_no_flipped_bit_is_loaded(here):
+    """torch.load alone accepts nearly all of them."""
+    call(train.train, *TINY, "--run", "r")
+    whole, path, chance = Path("r/ckpt.pt").read_bytes(), Path("r/damaged.pt"), random.Random(0)
+    state, silent = runs.load_checkpoint("r/ckpt.pt"), 0
+    for _ in range(100):
+        raw = bytearray(whole)
+        raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
+        path.write_bytes(raw)
+        try:
+            other = runs.load_checkpoint(path)
+            silent += any(not torch.equal(v, other["model"][k]) or not torch.equal(state["ema"][k], other["ema"][k])
+                          for k, v in state["model"].items())
+        except ValueError:
+            pass
+    assert silent == 0
+
+
+def test_a_failed_write_leaves_the_old_file(here, monkeypatch):
+    runs.save_checkpoint(Path("."), {"step": 1})
+
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("unexpected pos 704 vs 662")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="cannot write ckpt.pt .* what was there before is untouched"):
+        runs.save_checkpoint(Path("."), {"step": 2})
+    assert torch.load("ckpt.pt", weights_only=True) == {"step": 1} and not list(Path(".").glob("*.tmp"))
+
+
+# --------------------------------------------------------------------------------------------- sampling and evaluation
+
+
+@pytest.fixture
+def run(here):
+    call(train.train, *TINY, "--run", "r", "--lr", "1e-2")
+    return here
+
+
+def test_the_seed_makes_the_image_not_the_batch(run):
+    for batch in (1, 3, 64):
+        call(sample.sample, "r", "--n", "7", "--batch", batch, "--sampler", "ddpm", "--out", f"{batch}.npz")
+    one, three, all_ = (np.load(f"{b}.npz") for b in (1, 3, 64))
+    assert all_["arr_0"].shape == (7, 8, 8, 3) and all_["arr_0"].dtype == np.uint8
+    assert list(all_["arr_1"]) == list(range(7))
+    for other in (one, three):
+        assert abs(other["arr_0"].astype(int) - all_["arr_0"]).max() <= 1
+    call(sample.sample, "r", "--n", "7", "--sampler", "ddpm", "--seed", "1", "--out", "seed.npz")
+    assert abs(np.load("seed.npz")["arr_0"].astype(int) - all_["arr_0"]).mean() > 5
+
+
+def test_what_sample_writes(run, capsys):
+    call(sample.sample, "r", "--n", "6", "--classes", "star,0", "--guidance", "3", "--film", "f.gif")
+    assert Image.open("r/sample.png").size[0] > 64
+    film = Image.open("f.gif")
+    assert film.n_frames == 3, "noise and two steps"
+    call(sample.sample, "r", "--n", "3", "--out", "many")
+    assert [p.name for p in sorted(Path("many").iterdir())] == ["000000.png", "000001.png", "000002.png"]
+    assert Image.open("many/000000.png").size == (8, 8)
+    assert "ends in .png or .npz" in refused(capsys, sample.sample, "r", "--out", "x.jpg")
+
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+def test_every_sampler_draws(run, sampler):
+    config, objective = runs.open_run("r")
+    x = torch.cat(list(runs.draw(objective, torch.arange(4), 4, 0, 4, "cpu", sampler=sampler, steps=3)))
+    assert x.shape == (4, 3, 8, 8) and x.isfinite().all()
+
+
+def test_official_dit_without_a_decoder(here, capsys):
+    from models import DiT
+    torch.save(DiT(8, 2, 4, 64, 1, 1, num_classes=7, learn_sigma=True).state_dict(), "dit.pt")
+    call(sample.sample, "--official", "dit", "--checkpoint", "dit.pt", "--n", "2", "--classes", "3",
+         "--steps", "4", "--out", "o.png")
+    said = capsys.readouterr().out
+    assert "false colour" in said and np.load("o.latents.npz")["arr_0"].shape == (2, 4, 8, 8)
+    assert Image.open("o.png").mode == "RGB"
+    assert "--checkpoint" in refused(capsys, sample.sample, "--official", "dit")
+
+
+def test_score_and_speed(run, capsys):
+    call(evaluate.evaluate, "score", "r", "--n", "16", "--classifier-steps", "3")
+    said = capsys.readouterr().out
+    assert "class accuracy" in said and "not the FID" in said
+    result = json.load(open("r/score.json"))
+    assert 0 <= result["class_accuracy"] <= 1 and result["frechet_classifier"] > result["frechet_classifier_real"] >= 0
+    clock = time.perf_counter()
+    call(evaluate.evaluate, "score", "r", "--n", "16")
+    assert "training a classifier" not in capsys.readouterr().err and time.perf_counter() - clock < 20
+    call(evaluate.evaluate, "speed", "dit-nano", "--batch", "2", "--rounds", "1")
+    assert "dit-nano" in (said := capsys.readouterr().out) and "0.083" in said
+    assert "did you mean" in refused(capsys, evaluate.evaluate, "speed", "dit-nan")
+
+
+def test_list_and_help_and_recipes(here, capsys):
+    for argv, words in ((["--list"], ["dit-xl/2", "118.6", "imagenet64", "heun"]),
+                        (["--help"], ["--learned-variance", "torchrun", "default: flow"])):
+        with pytest.raises(SystemExit):
+            call(train.train, *argv)
+        said = capsys.readouterr().out
+        assert all(word in said for word in words)
+    for recipe in (ROOT / "recipes").glob("*.txt"):
+        Path("cifar-10-batches-py").mkdir(exist_ok=True)
+        train.flags().parse_args([f"@{recipe}"])
+    Path("flags.txt").write_text("--steps 9   # nine\n\n# only a comment\n--model-options depth=1,hidden_size=32\n")
+    call(train.train, "@flags.txt", *TINY[:-2], "--dry-run", "--steps", "11")
+    assert json.loads(capsys.readouterr().out)["steps"] == 11 and not Path("runs").exists()
+
+
+def test_curves_and_grids_are_drawn():
+    series = {"a": ([0, 1, 2], [1.0, 0.5, float("nan")]), "_b": ([0, 2], [2.0, 3.0])}
+    picture = figures.curves(series, "title", "x", "y")
+    assert picture.size == (800, 460) and len(set(picture.getdata())) > 20
+    x = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 0.0, 1.0)])
+    assert figures.to_uint8(x)[:, 0, 0, 0].tolist() == [0, 128, 255]
+    assert figures.grid(figures.to_uint8(x), columns=3).size == (3 * 66 + 2, 66 + 2)
