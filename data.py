@@ -174,9 +174,9 @@ def render(indices, size):
     label = (index % np.uint64(len(SHAPES))).astype(np.int64)
     colour, ground = PAIRS[(u[:, 0] * len(PAIRS)).astype(int)].T
     word = (u[:, 1] * len(SIZES)).astype(int)
-    radius = 0.38 + 0.18 * word + 0.08 * u[:, 2]                                # the image is [-1, 1] wide
+    radius = 0.58 + 0.10 * word + 0.05 * u[:, 2]                                # the image is [-1, 1] wide
     centre = (2 * u[:, 3:5] - 1) * (0.89 - radius)[:, None]
-    turn = 2 * np.pi * u[:, 5]
+    turn = 2 * np.pi / 9 * (u[:, 5] - 0.5)                                      # up to 20 degrees either way
     slope = 0.10 * (u[:, 6:8] - 0.5)                                            # the ground's soft gradient
     ink = np.array(list(COLOURS.values()))[colour] + 0.10 * (u[:, 8:11] - 0.5)
     paper = np.array(list(GROUNDS.values()))[ground] + 0.06 * (u[:, 11:14] - 0.5)

@@ -195,10 +195,13 @@ def draw(objective, labels, n, seed, batch, device, first=0, frames=None, **opti
 
 
 def check_free(folder, overwrite=False):
-    """Refuse a folder that holds a run (or anything else) already, unless it may be replaced."""
-    if folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"{folder} exists already: go on with it by --resume, replace it by --overwrite, or "
-                              "choose another folder by --run")
+    """Refuse a folder that holds a run already, unless it may be replaced; never replace what is not a run."""
+    if folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        if not (folder / "config.json").exists():
+            raise FileExistsError(f"{folder} is in use and holds no run: choose another folder by --run")
+        if not overwrite:
+            raise FileExistsError(f"{folder} exists already: go on with it by --resume, replace it by --overwrite, or "
+                                  "choose another folder by --run")
 
 
 def start(folder, config, overwrite=False):
@@ -228,9 +231,9 @@ def lock(folder):
 
 def check_resumable(old, new):
     """Refuse to go on with settings that change what a step computes."""
-    for key in sorted(old.keys() | new.keys()):
-        if key not in HARMLESS and old.get(key) != new.get(key):
-            raise ValueError(f"--resume: {key} was {old.get(key)!r} and is now {new.get(key)!r}; "
+    for key in old:
+        if key not in HARMLESS and old[key] != new.get(key):
+            raise ValueError(f"--resume: {key} was {old[key]!r} and is now {new.get(key)!r}; "
                              "leave it as it was, or start a new run by --run")
 
 
