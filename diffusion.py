@@ -29,6 +29,11 @@ def expand(v, x):
     return v.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
+def time_dtype(x):
+    """Times are float32, except beside a float64 state (half precision has no room for 1000 steps; MPS has no float64)."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def flat_mean(x):
     """Mean over all but the first dimension, (B, ...) -> (B,): the loss of each sample."""
     return x.flatten(1).mean(1)
@@ -44,11 +49,30 @@ def linear_betas(T=1000, start=1e-4, end=0.02):
     return torch.linspace(start * 1000 / T, end * 1000 / T, T, dtype=torch.float64)
 
 
+def quadratic_betas(T=1000, start=1e-4, end=0.02):
+    """Linear in sqrt(beta): "quad" of the first DDPM code, "scaled linear" of latent diffusion (2112.10752: 0.00085, 0.012)."""
+    return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+
+
+def warmup_betas(T=1000, start=1e-4, end=0.02, share=0.1):
+    """beta rises linearly over the first `share` of the chain and then stays ("warmup10", "warmup50" of the DDPM code)."""
+    n = int(T * share)
+    return torch.cat([torch.linspace(start, end, n, dtype=torch.float64), torch.full((T - n,), end, dtype=torch.float64)])
+
+
 def cosine_betas(T=1000, offset=0.008, largest=0.999):
     """Improved DDPM, 2102.09672, eq. 17: alpha_bar(u) = cos^2(pi/2 (u + offset) / (1 + offset))."""
     u = torch.arange(T + 1, dtype=torch.float64) / T
     alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=largest)
+
+
+BETAS: dict[str, Callable] = {
+    "linear": linear_betas, "quad": quadratic_betas, "scaled-linear": quadratic_betas, "cosine": cosine_betas,
+    "warmup10": warmup_betas, "warmup50": lambda *a: warmup_betas(*a, share=0.5),
+    "const": lambda T=1000, start=1e-4, end=0.02: torch.full((T,), end, dtype=torch.float64),
+    "jsd": lambda T=1000, *_: 1 / torch.arange(T, 0, -1, dtype=torch.float64),
+}
 
 
 def respaced(T, spec):
@@ -172,7 +196,7 @@ class Process:
         """model(x, t, y) as `denoise(xt, t) -> Denoised`, with y bound; t a float or (B,)."""
 
         def denoise(xt, t):
-            t = torch.as_tensor(t, dtype=torch.float32, device=xt.device).expand(len(xt))
+            t = torch.as_tensor(t, dtype=time_dtype(xt), device=xt.device).expand(len(xt))
             return self.denoised(model(xt, self.network_time(t), y).to(xt.dtype), xt, t)
 
         return denoise
@@ -189,9 +213,10 @@ class Discrete(Process):
 
     t_clean = -1.0
 
-    def __init__(self, betas, prediction="eps", learned_variance=False):
+    def __init__(self, betas, prediction="eps", learned_variance=False, objective="hybrid", fixed_variance="large"):
         super().__init__(prediction)
         self.betas, self.T, self.learned_variance = betas, len(betas), learned_variance
+        self.objective, self.fixed_variance = objective, fixed_variance
         self.t_noisy = self.T - 1.0
         self.alpha_bar = torch.cat([betas.new_ones(1), torch.cumprod(1 - betas, 0)])    # entry t + 1 belongs to t
 
@@ -238,11 +263,14 @@ class Discrete(Process):
         output = model(xt := self.noised(x0, noise, t), self.network_time(t), y).to(x0.dtype)
         prediction, v = self.split(output)
         mse = flat_mean((self.target(x0, noise, t) - prediction) ** 2)
+        if self.objective == "vlb":                   # T times one term: an unbiased estimate of the whole bound
+            vb = self.T * self.variational_term(self.denoised(output, xt, t).x0, v, x0, xt, t)
+            return {"loss": vb, "mse": mse, "vb": vb}
         if v is None:
             return {"loss": mse, "mse": mse}
         # The bound trains the variance alone: its mean is detached.
         mean_x0 = self.denoised(torch.cat([prediction.detach(), v], 1), xt, t).x0
-        vb = self.variational_term(mean_x0, v, x0, xt, t)
+        vb = self.variational_term(mean_x0, v, x0, xt, t) * (self.T / 1000 if self.objective == "rescaled" else 1)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def variational_term(self, x0_hat, v, x0, xt, t):
@@ -251,6 +279,8 @@ class Discrete(Process):
         x0_factor, xt_factor, _, log_beta = (expand(c, x0) for c in self.posterior(t, t - 1))
         # beta~_0 = 0 has no logarithm: the published code puts beta~_1 in its place.
         log_beta_tilde = expand(self.posterior(t.clamp(min=1), t.clamp(min=1) - 1)[2], x0)
+        if v is None:                                 # fixed: beta (beta~_1 in the last step, where beta leaves it) or beta~
+            v = expand(t > 0, x0) * float(self.fixed_variance == "large")
         log_variance = v * log_beta + (1 - v) * log_beta_tilde
         true_mean, mean = x0_factor * x0 + xt_factor * xt, x0_factor * x0_hat + xt_factor * xt
         kl = 0.5 * (log_variance - log_beta_tilde + (log_beta_tilde - log_variance).exp() - 1
@@ -340,7 +370,7 @@ def clipped(denoise, process, limit=1.0):
     def clip(xt, t):
         d = denoise(xt, t)
         x0 = d.x0.clamp(-limit, limit)
-        t = torch.as_tensor(t, dtype=torch.float32, device=xt.device).expand(len(xt))
+        t = torch.as_tensor(t, dtype=time_dtype(xt), device=xt.device).expand(len(xt))
         a, s = expand(process.alpha(t), xt), expand(process.sigma(t), xt)
         return Denoised(x0, torch.where(d.x0 == x0, d.eps, (xt - a * x0) / s), d.variance)
 
