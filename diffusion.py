@@ -12,10 +12,14 @@ Three ideas carry all of it, and each is usable alone:
     epsilon           eps             the Gaussian noise in x_t
     alpha_t, sigma_t  alpha, sigma    x_t = alpha_t x_0 + sigma_t eps
     s                 sigma/alpha     noise level once x_t is divided by alpha_t
-    lambda            lam             log(alpha/sigma), half the log signal-to-noise ratio
+    lambda            lam             log(alpha/sigma) = -log s, half the log signal-to-noise ratio
     i, j              i, j            a sampler steps from grid point i to the cleaner grid point j
+
+Contents: schedules (tables of beta) - grids (the times that a sampler walks) - weightings and time densities - processes -
+guidance - samplers (tools, one step, several stages, several steps, stochastic, distilled) - likelihood - training.
 """
 
+import functools
 import math
 from typing import Callable, Iterator, NamedTuple
 
@@ -29,14 +33,27 @@ def expand(v, x):
     return v.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
-def time_dtype(x):
-    """Times are float32, except beside a float64 state (half precision has no room for 1000 steps; MPS has no float64)."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def batch_time(t, x):
+    """A time (number or (B,)) as (B,) for x: float32, but float64 beside a float64 x (half precision cannot count to 1000)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.as_tensor(t, dtype=dtype, device=x.device).expand(len(x))
 
 
 def flat_mean(x):
     """Mean over all but the first dimension, (B, ...) -> (B,): the loss of each sample."""
     return x.flatten(1).mean(1)
+
+
+def choose(table, name, what):
+    """table[name]; an unknown name raises ValueError with the choices."""
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(table)}")
+    return table[name]
+
+
+def one_line(f):
+    """What `train.py --list` prints for an entry of a registry: the first sentence of its docstring."""
+    return " ".join(f.__doc__.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
 # ------------------------------------------------------------------------------------------------------------ schedules
@@ -49,29 +66,60 @@ def linear_betas(T=1000, start=1e-4, end=0.02):
     return torch.linspace(start * 1000 / T, end * 1000 / T, T, dtype=torch.float64)
 
 
-def quadratic_betas(T=1000, start=1e-4, end=0.02):
-    """Linear in sqrt(beta): "quad" of the first DDPM code, "scaled linear" of latent diffusion (2112.10752: 0.00085, 0.012)."""
+def scaled_linear_betas(T=1000, start=0.00085, end=0.012):
+    """Linear in sqrt(beta): Latent Diffusion, 2112.10752 ("quad" in the first DDPM code)."""
     return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
 
 
 def warmup_betas(T=1000, start=1e-4, end=0.02, share=0.1):
-    """beta rises linearly over the first `share` of the chain and then stays ("warmup10", "warmup50" of the DDPM code)."""
+    """beta rises linearly over the first `share` of the chain, then stays ("warmup10", "warmup50" of the DDPM code)."""
     n = int(T * share)
     return torch.cat([torch.linspace(start, end, n, dtype=torch.float64), torch.full((T - n,), end, dtype=torch.float64)])
 
 
+def sigmoid_betas(T=1000, start=1e-4, end=0.02):
+    """beta is a sigmoid of t over [-6, 6] (GeoDiff, 2203.02923)."""
+    return torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64)) * (end - start) + start
+
+
+def betas_of(alpha_bar, T=1000, largest=0.999):
+    """The table whose products follow alpha_bar(u), u in [0, 1]; each beta at most `largest`, 2102.09672, section 3.2."""
+    bar = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
+    return (1 - bar[1:] / bar[:-1]).clamp(max=largest)
+
+
 def cosine_betas(T=1000, offset=0.008, largest=0.999):
     """Improved DDPM, 2102.09672, eq. 17: alpha_bar(u) = cos^2(pi/2 (u + offset) / (1 + offset))."""
-    u = torch.arange(T + 1, dtype=torch.float64) / T
-    alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
-    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=largest)
+    return betas_of(lambda u: torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2, T, largest)
+
+
+def laplace_betas(T=1000, scale=0.5):
+    """Laplace density of log SNR, 2407.03297. Published code takes sqrt(SNR/(1 + SNR)), which is alpha, as alpha_bar."""
+    log_snr = lambda u: -scale * torch.sign(0.5 - u) * torch.log(1 - 2 * (0.5 - u).abs() + 1e-6)
+    return betas_of(lambda u: torch.sigmoid(log_snr(u)).sqrt(), T)
+
+
+def zero_terminal_snr(betas):
+    """The table moved and stretched in sqrt(alpha_bar) so that it ends in pure noise (2305.08891, algorithm 1): no
+    eps-prediction there."""
+    root = torch.cumprod(1 - betas, 0).sqrt()
+    bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - bar / torch.cat([bar.new_ones(1), bar[:-1]])
+
+
+def shifted_betas(betas, shift):
+    """The table with every sigma/alpha multiplied by `shift` (simple diffusion, 2301.11093: 64/32 for 64 pixels)."""
+    bar = torch.cumprod(1 - betas, 0)
+    bar = bar / (bar + shift**2 * (1 - bar))
+    return 1 - bar / torch.cat([bar.new_ones(1), bar[:-1]])
 
 
 BETAS: dict[str, Callable] = {
-    "linear": linear_betas, "quad": quadratic_betas, "scaled-linear": quadratic_betas, "cosine": cosine_betas,
-    "warmup10": warmup_betas, "warmup50": lambda *a: warmup_betas(*a, share=0.5),
-    "const": lambda T=1000, start=1e-4, end=0.02: torch.full((T,), end, dtype=torch.float64),
-    "jsd": lambda T=1000, *_: 1 / torch.arange(T, 0, -1, dtype=torch.float64),
+    "linear": linear_betas, "scaled-linear": scaled_linear_betas, "cosine": cosine_betas, "sigmoid": sigmoid_betas,
+    "laplace": laplace_betas, "exp": functools.partial(betas_of, lambda u: torch.exp(-12 * u)),
+    "quad": lambda T=1000, start=1e-4, end=0.02: scaled_linear_betas(T, start, end), "warmup10": warmup_betas,
+    "warmup50": functools.partial(warmup_betas, share=0.5), "jsd": lambda T=1000: 1 / torch.arange(T, 0, -1).double(),
+    "const": lambda T=1000, start=0.0, end=0.02: torch.full((T,), end, dtype=torch.float64),
 }
 
 
@@ -100,6 +148,158 @@ def respaced(T, spec):
     return steps
 
 
+# ---------------------------------------------------------------------------------------------------------------- grids
+# grid(process, n, **options) -> n times from the noisiest down, float64; `Process.times` appends the end. A grid in the
+# noise level is one in the process's own p = sigma/(its ode_scale): s = sigma/alpha, but t itself on a straight path.
+
+
+def uniform(process, n):
+    """Even steps of time, the last of which ends in the clean image."""
+    return torch.linspace(process.t_noisy, process.t_clean, n + 1, dtype=torch.float64)[:-1]
+
+
+def linspace(process, n):
+    """Even steps of time from the noisiest to the least noisy level, both visited."""
+    return torch.linspace(process.t_noisy, process.t_least, n, dtype=torch.float64)
+
+
+def chain(process):
+    if not isinstance(process, Discrete):
+        raise ValueError("spaced, leading and trailing grids count the steps of a discrete chain: choose uniform or linspace")
+    return process.T
+
+
+def spaced(process, n):
+    """A fractional stride over a discrete chain, both ends kept (improved DDPM's respacing)."""
+    if not 0 < n <= chain(process):
+        raise ValueError(f"{n} sampling steps out of a chain of {process.T}: choose 1 to {process.T}")
+    return torch.tensor(respaced(process.T, str(n))[::-1], dtype=torch.float64)
+
+
+def leading(process, n, offset=0):
+    """t = k floor(T/n) + offset: DDIM's grid, which never visits the noisiest step (2305.08891, table 2)."""
+    return torch.arange(n - 1, -1, -1).double() * (chain(process) // n) + offset
+
+
+def trailing(process, n):
+    """t = round(T - k T/n) - 1: starts at the noisiest step (2305.08891, table 2)."""
+    return torch.from_numpy(np.round(chain(process) - np.arange(n) * process.T / n) - 1)
+
+
+def between(process, n, ramp, ends=None):
+    """Times whose noise level p goes from ends[0] (noisiest) to ends[1] as ramp(high, low, share); share: 0 -> 1."""
+    high, low = ends or process.p(torch.tensor([process.t_noisy, process.t_least], dtype=torch.float64)).tolist()
+    if math.isinf(high):
+        raise ValueError("this process begins at infinite sigma/alpha, where a grid of noise levels has no end: choose trailing")
+    return process.time(process.s_of_p(ramp(high, low, torch.linspace(0, 1, n, dtype=torch.float64))))
+
+
+def karras(process, n, rho=7.0, ends=None):
+    """Even steps of p^(1/rho), 2206.00364, eq. 5."""
+    return between(process, n, lambda a, b, u: (a ** (1 / rho) + u * (b ** (1 / rho) - a ** (1 / rho))) ** rho, ends)
+
+
+def exponential(process, n, rho=1.0, ends=None):
+    """Even steps of log p; rho bends it (k-diffusion's polyexponential)."""
+    return between(process, n, lambda a, b, u: b * (a / b) ** ((1 - u) ** rho), ends)
+
+
+def beta_quantiles(process, n, a=0.6, b=0.6, ends=None):
+    """p at the quantiles of a Beta(0.6, 0.6), dense at both ends (Beta Sampling is All You Need, 2407.12173)."""
+    v = np.linspace(0, 1, 20001)
+    x = (v**5 * (126 - 420 * v + 540 * v**2 - 315 * v**3 + 70 * v**4)).clip(0, 1)  # crowds points where the density is singular
+    mid = ((x[1:] + x[:-1]) / 2).clip(1e-12, 1 - 1e-12)
+    density = np.diff(x) * mid ** (a - 1) * (1 - mid) ** (b - 1)
+    cdf = np.concatenate([[0], np.cumsum(density) / density.sum()])
+    return between(process, n, lambda hi, lo, u: lo + torch.from_numpy(np.interp(1 - u.numpy(), cdf, x)) * (hi - lo), ends)
+
+
+GRIDS: dict[str, Callable] = {
+    "uniform": uniform, "linspace": linspace, "spaced": spaced, "leading": leading, "trailing": trailing, "karras": karras,
+    "exponential": exponential, "beta": beta_quantiles,
+}
+
+
+def resolution_shift(tokens, low=(256, 0.5), high=(4096, 1.15)):
+    """The `shift` for an image of so many tokens, exp(mu) with mu linear in the count (2403.03206, section 5.3.2; Flux)."""
+    return math.exp(low[1] + (tokens - low[0]) * (high[1] - low[1]) / (high[0] - low[0]))
+
+
+# ------------------------------------------------------------------------------------------- weightings, time densities
+# A weighting is a weight on the squared error of eps, a function of SNR = (alpha/sigma)^2; `Process.weight` carries it over
+# to what the network predicts. So one name means one objective, whatever the prediction: the weight of an error of x0 is
+# SNR times that of eps, of v (1 + SNR)/SNR times less, and so on. g: half the SDE's g^2/sigma^2 = -d lambda/dt.
+
+
+WEIGHTINGS: dict[str, tuple[Callable, str]] = {      # of SNR; the last two of the process and the time too
+    "snr": (lambda snr: torch.ones_like(snr), "SNR on x0: the plain loss of eps, 2006.11239, eq. 14"),
+    "truncated-snr": (lambda snr: snr.clamp(min=1) / snr, "max(SNR, 1) on x0, progressive distillation, 2202.00512"),
+    "min-snr": (lambda snr, gamma=5: snr.clamp(max=gamma) / snr, "min(SNR, 5) on x0, 2303.09556"),
+    "soft-min-snr": (lambda snr, gamma=4: gamma / (gamma + snr), "4 SNR/(4 + SNR) on x0: min-SNR without the corner, 2401.11605"),
+    "sigmoid": (lambda snr, bias=2: torch.sigmoid(bias - snr.log()), "sigmoid(2 - log SNR) on eps, 2303.00848, appendix K"),
+    "p2": (lambda snr, k=1, gamma=1: (k + snr) ** -gamma, "1/(1 + SNR) on eps: perception prioritized, 2204.00227, eq. 8"),
+    "v": (lambda snr: 1 + 1 / snr, "the plain loss of v, whatever is predicted, 2202.00512"),
+    "flow": (lambda snr: (1 + snr**-0.5) ** 2, "the plain loss of eps - x0, whatever is predicted, 2209.03003"),
+    "edm": (lambda snr, sd=0.5: 1 + 1 / (snr * sd**2), "the plain loss of EDM's F, whatever is predicted, 2206.00364, table 1"),
+    "cosmap": (lambda snr: 2 / math.pi / (1 - 2 * snr.sqrt() / (1 + snr.sqrt()) ** 2) * (1 + snr**-0.5) ** 2,
+               "2/(pi (1 - 2t + 2t^2)) on the flow, 2403.03206, section 3.1"),
+    "sigma-sqrt": (lambda snr: (1 + snr.sqrt()) ** 2 * (1 + snr**-0.5) ** 2, "t^-2 on the flow: detail above all (SD3's code)"),
+    "likelihood": (lambda snr, process, t: process.half_g2(t) / process.sigma(t) ** 2,
+                   "-d lambda/dt on eps: the variational bound in continuous time, 2101.09258"),
+    "velocity": (lambda snr, process, t: (process.half_g2(t) / process.sigma(t)) ** 2,
+                 "the plain loss of dx/dt, whatever is predicted, SiT, 2401.08740"),
+}
+
+# A density turns uniform u into a share of the time range (the first three), or into a noise level s = sigma/alpha.
+
+
+def logit_normal(u, mean=0.0, std=1.0):
+    return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+
+
+def mode(u, scale=1.29):
+    return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+def log_normal(u, mean=-1.2, std=1.2):
+    return torch.exp(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+
+
+def log_uniform(u, low=0.002, high=80.0):
+    return low * (high / low) ** u
+
+
+def log_logistic(u, loc=math.log(0.5), scale=0.5, low=0.002, high=80.0):
+    a, b = (torch.sigmoid(torch.tensor((math.log(s) - loc) / scale, dtype=u.dtype)) for s in (low, high))
+    return torch.exp(loc + scale * torch.logit(a + u * (b - a)))
+
+
+def v_diffusion(u, sigma_data=0.5, low=1e-3, high=1e3):
+    a, b = math.atan(low / sigma_data), math.atan(high / sigma_data)
+    return sigma_data * torch.tan(a + u * (b - a))
+
+
+def cosine_interpolated(u, image=64, coarse=32, fine=64, sigma_data=0.5, low=1e-3, high=1e3):
+    def log_snr(noise):                              # simple diffusion, 2301.11093, section 3.1: cosine, shifted
+        shift = 2 * math.log(noise / image)
+        a, b = (math.atan(math.exp(math.log(s / sigma_data) + shift / 2)) for s in (low, high))
+        return -2 * torch.log(torch.tan(a + u * (b - a))) + shift
+
+    return sigma_data * torch.exp(-torch.lerp(log_snr(coarse), log_snr(fine), u) / 2)
+
+
+DENSITIES: dict[str, tuple[Callable, str, str]] = {
+    "uniform": (lambda u: u, "time", "every time alike"),
+    "logit-normal": (logit_normal, "time", "the middle of the path, 2403.03206, eq. 19"),
+    "mode": (mode, "time", "the middle with heavy tails, 2403.03206, eq. 20"),
+    "log-normal": (log_normal, "noise", "log s ~ N(-1.2, 1.2^2), EDM, 2206.00364, table 1"),
+    "log-uniform": (log_uniform, "noise", "every scale of noise alike"),
+    "log-logistic": (log_logistic, "noise", "log s logistic around sigma_data, k-diffusion"),
+    "v-diffusion": (v_diffusion, "noise", "s = sigma_data tan(pi u/2), 2202.00512"),
+    "cosine-interpolated": (cosine_interpolated, "noise", "shifted cosine of simple diffusion, 2301.11093"),
+}
+
+
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
@@ -116,21 +316,39 @@ class Denoised(NamedTuple):
     variance: torch.Tensor | None = None
 
 
-class Process:
-    """A path x_t = alpha(t) x0 + sigma(t) eps, and what the network predicts on it.
+PREDICTIONS = {
+    "eps": "the noise, 2006.11239",
+    "x0": "the clean image",
+    "v": "alpha eps - sigma x0, progressive distillation, 2202.00512",
+    "flow": "eps - x0, rectified flow, 2209.03003",
+    "score": "the gradient of the log density, -eps/sigma, 2011.13456",
+    "velocity": "dx/dt along the path, alpha' x0 + sigma' eps, 2401.08740",
+    "edm": "F of EDM's preconditioning, unit variance in and out, 2206.00364, eq. 7",
+}
 
-    prediction: "eps" (the noise), "x0" (the clean image), "v" = alpha eps - sigma x0 (progressive distillation, 2202.00512)
-    or "flow" = eps - x0 (rectified flow, 2209.03003). A subclass gives alpha and sigma, the ends of its time
-    (t_clean < t_noisy), the density of t in training, and the number that the network is told for t.
+
+class Process:
+    """A path x_t = alpha(t) x0 + sigma(t) eps, what the network predicts on it, and how it is trained.
+
+    prediction: a name in `PREDICTIONS`. weighting: None (plain mean squared error of the prediction) or a name in
+    `WEIGHTINGS`. density: of the training times, a name in `DENSITIES`. shift: multiplies sigma/alpha of every time, in
+    training and sampling (2403.03206, eq. 23). A subclass gives alpha, sigma, `time_of` (the inverse of sigma/alpha), the
+    ends of time (t_clean: the clean image; t_least: the least noisy level worth a network call; t_noisy: noise), and
+    may change what the network is told for t.
     """
 
-    t_clean, t_noisy = 0.0, 1.0
-    learned_variance = False
+    t_clean, t_least, t_noisy = 0.0, 1e-3, 1.0
+    straight, exploding, learned_variance = False, False, False
+    grid, density, sigma_data = "uniform", "uniform", 0.5
 
-    def __init__(self, prediction="eps"):
-        if prediction not in ("eps", "x0", "v", "flow"):
-            raise ValueError(f"unknown prediction {prediction!r}: choose eps, x0, v or flow")
-        self.prediction = prediction
+    def __init__(self, prediction="eps", weighting=None, density=None, shift=1.0, sigma_data=0.5):
+        choose(PREDICTIONS, prediction, "prediction")
+        choose({None: None, **WEIGHTINGS}, weighting, "weighting") if weighting else None
+        choose(DENSITIES, density or self.density, "time density")
+        if shift <= 0:
+            raise ValueError(f"shift {shift}: sigma/alpha is multiplied by it, so it must be above 0")
+        self.prediction, self.weighting, self.density = prediction, weighting, density or self.density
+        self.shift, self.sigma_data = shift, sigma_data
 
     def alpha(self, t):
         raise NotImplementedError
@@ -138,43 +356,109 @@ class Process:
     def sigma(self, t):
         raise NotImplementedError
 
+    def time_of(self, s):
+        """The time at which sigma/alpha is s (tensors)."""
+        raise NotImplementedError
+
+    def time(self, s):
+        return self.time_of(torch.as_tensor(s)).clamp(self.t_clean, self.t_noisy)
+
     def network_time(self, t):
         """What the network is told for t: 0 .. 1000 over the whole path, whatever the process."""
         return 1000 * t
 
-    def training_times(self, u):
-        """Uniform numbers u (B,) in [0, 1) -> training times (B,), distributed as this process wants them."""
-        return self.t_clean + (self.t_noisy - self.t_clean) * u
+    def network_input(self, xt, t):
+        """What the network is shown for x_t: x_t itself, unless EDM's c_in brings it to unit variance."""
+        if not self.exploding and self.prediction != "edm":
+            return xt
+        return xt / expand((self.sigma(t) ** 2 + (self.sigma_data * self.alpha(t)) ** 2).sqrt(), xt)
 
-    def times(self, steps):
-        """The grid a sampler walks, (steps + 1,) float64 from t_noisy down to t_clean."""
-        return torch.linspace(self.t_noisy, self.t_clean, steps + 1, dtype=torch.float64)
+    def rates(self, t):
+        """alpha(t), sigma(t) and their derivatives in t."""
+        with torch.enable_grad():
+            t = t.detach().requires_grad_()
+            values = self.alpha(t), self.sigma(t)
+            slopes = [torch.autograd.grad(v.sum(), t, retain_graph=True)[0] for v in values]
+        return *(v.detach() for v in values), *slopes
+
+    def half_g2(self, t):
+        """g(t)^2/2 of the SDE dx = (log alpha)' x dt + g dW with these marginals: sigma sigma' - (log alpha)' sigma^2."""
+        a, s, da, ds = self.rates(t)
+        return s * ds - da / a * s * s
 
     def ode_scale(self, alpha, sigma):
-        """c such that the probability-flow ODE is solved for x_t / c: alpha here, so that dx = eps ds with s = sigma/alpha."""
-        return alpha
+        """c such that the probability-flow ODE is solved for x_t/c as a function of p = sigma/c. c = alpha: p = s, slope eps.
+        Where alpha + sigma = 1 (straight path) c = 1: p = t, slope eps - x0, finite also at pure noise."""
+        return alpha + sigma if self.straight else alpha
+
+    def kernel(self, i, j):
+        """(r, g2) of the forward step from level j to the noisier i: x_i = r x_j + sqrt(g2) noise."""
+        r = i.alpha / j.alpha
+        return r, max(0.0, i.sigma**2 - (r * j.sigma) ** 2)
+
+    def euler_kernel(self, i, j):
+        """The same to first order in the time step, from the SDE at i."""
+        t, dt = torch.tensor([i.t], dtype=torch.float64), i.t - j.t
+        a, _, da, _ = self.rates(t)
+        return 1 + (da / a).item() * dt, 2 * self.half_g2(t).item() * dt
+
+    def p(self, t):
+        return self.sigma(t) / self.ode_scale(self.alpha(t), self.sigma(t))
+
+    def s_of_p(self, p):
+        return p / (1 - p) if self.straight else p
+
+    def shifted(self, t):
+        """The time whose sigma/alpha is `shift` times that of t."""
+        return t if self.shift == 1 else self.time(self.shift * self.sigma(t) / self.alpha(t))
+
+    def training_range(self):
+        return self.t_clean, self.t_noisy
+
+    def training_times(self, u):
+        """Uniform numbers u (B,) in [0, 1) -> training times (B,), distributed as this process wants them."""
+        draw, of, _ = DENSITIES[self.density]
+        low, high = self.training_range()
+        return self.shifted((low + (high - low) * draw(u) if of == "time" else self.time(draw(u))).clamp(low, high))
+
+    def times(self, steps, grid=None, last="clean", **options):
+        """The grid a sampler walks, float64: `steps` times from t_noisy down, by a name in `GRIDS` (None: the process's own;
+        options are the grid's), then the end: last = "clean" (t_clean) or "least" (t_least, DDIM's set_alpha_to_one=False)."""
+        if steps < 1 or last not in ("clean", "least"):
+            raise ValueError(f"{steps} steps ending {last!r}: choose at least 1 step, and clean or least")
+        times = self.shifted(choose(GRIDS, grid or self.grid, "grid")(self, steps, **options))
+        return torch.cat([times, times.new_tensor([self.t_clean if last == "clean" else self.t_least])])
 
     def noised(self, x0, noise, t):
         """x_t = alpha(t) x0 + sigma(t) eps."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
+    def mixing(self, t):
+        """(p, q) such that the network's prediction is p x0 + q eps: every conversion is this 2 x 2 system with x_t."""
+        a, s = self.alpha(t), self.sigma(t)
+        one = torch.ones_like(a)
+        if self.prediction == "velocity":
+            return self.rates(t)[2:]
+        if self.prediction == "edm":                 # F = (x0 - c_skip x/alpha)/c_out
+            n = (s * s + (self.sigma_data * a) ** 2).sqrt()
+            return s / (self.sigma_data * n), -self.sigma_data * a / n
+        return {"eps": (0 * one, one), "x0": (one, 0 * one), "v": (-s, a), "flow": (-one, one), "score": (0 * one, -1 / s)}[self.prediction]
+
     def target(self, x0, noise, t):
         """What the network should say at time t, (B, C, H, W)."""
-        if self.prediction == "v":
-            return expand(self.alpha(t), x0) * noise - expand(self.sigma(t), x0) * x0
-        return {"eps": noise, "x0": x0, "flow": noise - x0}[self.prediction]
+        p, q = self.mixing(t)
+        return expand(p, x0) * x0 + expand(q, x0) * noise
 
     def denoised(self, output, xt, t):
         """The network's output (B, C, H, W), or (B, 2C, H, W) with learned variance, as a `Denoised`."""
         output, variance = self.split(output)
-        a, s = expand(self.alpha(t), xt), expand(self.sigma(t), xt)
-        if self.prediction == "eps":
-            return Denoised((xt - s * output) / a, output, variance)
-        if self.prediction == "x0":
-            return Denoised(output, (xt - a * output) / s, variance)
-        if self.prediction == "v":
-            return Denoised((a * xt - s * output) / (a * a + s * s), (s * xt + a * output) / (a * a + s * s), variance)
-        return Denoised((xt - s * output) / (a + s), (xt + a * output) / (a + s), variance)
+        return self.from_prediction(output, xt, t, variance)
+
+    def from_prediction(self, output, xt, t, variance=None):
+        a, s, (p, q) = expand(self.alpha(t), xt), expand(self.sigma(t), xt), (expand(c, xt) for c in self.mixing(t))
+        x0 = output if self.prediction == "x0" else (q * xt - s * output) / (a * q - s * p)
+        eps = output if self.prediction == "eps" else (a * output - p * xt) / (a * q - s * p)
+        return Denoised(x0, eps, variance)
 
     def split(self, output):
         """Network output -> (prediction, v or None); v = (o + 1)/2 is unbounded."""
@@ -183,21 +467,33 @@ class Process:
         output, o = output.chunk(2, dim=1)
         return output, (o + 1) / 2
 
+    def weight(self, t):
+        """The weight of the prediction's squared error, (B,): that of eps, times the square of d eps / d prediction."""
+        if self.weighting is None:
+            return torch.ones_like(t)
+        a, s = self.alpha(t).clamp(min=1e-4), self.sigma(t).clamp(min=1e-8)
+        p, q = self.mixing(t)
+        more = (self, t) if self.weighting in ("likelihood", "velocity") else ()
+        return WEIGHTINGS[self.weighting][0]((a / s) ** 2, *more) * (a / (a * q - s * p)) ** 2
+
     def loss(self, model, x0, y, t, noise):
         """The training loss of each sample: {"loss": (B,), "mse": (B,), ...}, gradients flow to the model.
 
         x0 (B, C, H, W) in [-1, 1]; y what the model is conditioned on; t (B,) from `training_times`; noise like x0.
         """
-        output, _ = self.split(model(self.noised(x0, noise, t), self.network_time(t), y).to(x0.dtype))
+        output, _ = self.split(self.network(model, self.noised(x0, noise, t), t, y))
         mse = flat_mean((self.target(x0, noise, t) - output) ** 2)
-        return {"loss": mse, "mse": mse}
+        return {"loss": mse * self.weight(t).to(mse), "mse": mse}
+
+    def network(self, model, xt, t, y):
+        return model(self.network_input(xt, t), self.network_time(t), y).to(xt.dtype)
 
     def denoiser(self, model, y=None):
         """model(x, t, y) as `denoise(xt, t) -> Denoised`, with y bound; t a float or (B,)."""
 
         def denoise(xt, t):
-            t = torch.as_tensor(t, dtype=time_dtype(xt), device=xt.device).expand(len(xt))
-            return self.denoised(model(xt, self.network_time(t), y).to(xt.dtype), xt, t)
+            t = batch_time(t, xt)
+            return self.denoised(self.network(model, xt, t, y), xt, t)
 
         return denoise
 
@@ -206,47 +502,58 @@ class Discrete(Process):
     """The discrete chain of DDPM, 2006.11239: t = 0 .. T-1 with alpha_bar_t = prod(1 - beta), alpha = sqrt(alpha_bar),
     sigma = sqrt(1 - alpha_bar); t = -1 is the clean image. The network is told t itself.
 
-    betas: (T,) float64. learned_variance: the network's second half of channels is v (see `Denoised`), trained by the
-    hybrid loss of improved DDPM, 2102.09672, eq. 16, as published with DiT (weight 1, in bits per dimension).
+    betas: (T,) float64. learned_variance: the network's second half of channels is v (see `Denoised`). objective: "hybrid",
+    improved DDPM's (2102.09672, eq. 16) as published with DiT: plus the bound's term in bits per dimension, with weight 1
+    ("rescaled": T/1000), which trains the variance alone; "vlb": the bound itself, T times one term; "kl": that one term.
+    fixed_variance: of the bound if none is learned, "large" = beta or "small" = beta~.
     Between two integers, s = sigma/alpha is interpolated linearly.
     """
 
-    t_clean = -1.0
+    t_clean, t_least, grid = -1.0, 0.0, "spaced"
 
-    def __init__(self, betas, prediction="eps", learned_variance=False, objective="hybrid", fixed_variance="large"):
-        super().__init__(prediction)
+    def __init__(self, betas, prediction="eps", learned_variance=False, objective="hybrid", fixed_variance="large", **options):
         self.betas, self.T, self.learned_variance = betas, len(betas), learned_variance
         self.objective, self.fixed_variance = objective, fixed_variance
+        super().__init__(prediction, **options)
+        choose(dict.fromkeys(("hybrid", "rescaled", "vlb", "kl")), objective, "objective")
+        if prediction == "velocity" or self.weighting in ("likelihood", "velocity"):
+            raise ValueError("a discrete chain has no dx/dt: take a continuous process (for the bound: objective vlb)")
         self.t_noisy = self.T - 1.0
         self.alpha_bar = torch.cat([betas.new_ones(1), torch.cumprod(1 - betas, 0)])    # entry t + 1 belongs to t
+        self.tables = {}
 
-    def _table(self, t):
-        """(alpha_bar of the integers below and above t, the fraction between them)."""
-        table = self.alpha_bar = self.alpha_bar.to(t.device)
-        low = t.floor().long().clamp(-1, self.T - 1)
-        return table[low + 1], table[(low + 2).clamp(max=self.T)], t - low
+    def table(self, t):
+        """alpha_bar on t's device, float64 where the device knows it (MPS does not)."""
+        if t.device not in self.tables:
+            self.tables[t.device] = self.alpha_bar.to(t.device, torch.float32 if t.device.type == "mps" else torch.float64)
+        return self.tables[t.device]
 
     def alpha(self, t):
-        low, high, part = self._table(t)
+        table, low = self.table(t), t.floor().long().clamp(-1, self.T - 1)
+        part = t - low
         if not part.any():
-            return low.sqrt()
-        s = torch.lerp((1 / low - 1).sqrt(), (1 / high - 1).sqrt(), part.to(low.dtype))
+            return table[low + 1].sqrt()
+        s = torch.lerp(*((1 / table[(low + k).clamp(max=self.T)] - 1).sqrt() for k in (1, 2)), part.to(table.dtype))
         return 1 / (1 + s * s).sqrt()
 
     def sigma(self, t):
         return (1 - self.alpha(t) ** 2).clamp(min=0).sqrt()
 
+    def rates(self, t):
+        raise ValueError("a discrete chain has no derivative in t: take a sampler that needs none, or a continuous process")
+
+    def time_of(self, s):
+        table = (1 / self.table(s) - 1).sqrt()
+        high = torch.searchsorted(table, s.to(table.dtype).contiguous()).clamp(1, self.T)
+        return high - 2 + ((s - table[high - 1]) / (table[high] - table[high - 1])).clamp(0, 1)
+
     def network_time(self, t):
         return t
 
     def training_times(self, u):
-        return (u * self.T).floor().clamp(max=self.T - 1)
-
-    def times(self, steps):
-        """`steps` of the T steps at an even stride, both ends kept, then the clean image."""
-        if not 0 < steps <= self.T:
-            raise ValueError(f"{steps} sampling steps out of a chain of {self.T}: choose 1 to {self.T}")
-        return torch.tensor([*reversed(respaced(self.T, str(steps))), self.t_clean], dtype=torch.float64)
+        draw, of, _ = DENSITIES[self.density]
+        t = (draw(u) * self.T).floor() if of == "time" else self.time(draw(u)).round()
+        return self.shifted(t).round().clamp(0, self.T - 1).to(u.dtype)
 
     def posterior(self, t, s):
         """q(x_s | x_t, x_0), s cleaner than t, (B,) each -> its mean as (factor of x0, factor of x_t), log beta~, log beta.
@@ -260,33 +567,52 @@ class Discrete(Process):
         return x0_factor, xt_factor, (beta * (1 - a_s) / (1 - a_t)).log(), beta.log()
 
     def loss(self, model, x0, y, t, noise):
-        output = model(xt := self.noised(x0, noise, t), self.network_time(t), y).to(x0.dtype)
+        output = self.network(model, xt := self.noised(x0, noise, t), t, y)
         prediction, v = self.split(output)
         mse = flat_mean((self.target(x0, noise, t) - prediction) ** 2)
-        if self.objective == "vlb":                   # T times one term: an unbiased estimate of the whole bound
-            vb = self.T * self.variational_term(self.denoised(output, xt, t).x0, v, x0, xt, t)
-            return {"loss": vb, "mse": mse, "vb": vb}
+        if self.objective in ("vlb", "kl"):
+            term = self.variational_term(self.denoised(output, xt, t).x0, v, x0, xt, t)
+            return {"loss": term * (self.T if self.objective == "vlb" else 1), "mse": mse}
+        loss = mse * self.weight(t).to(mse)
         if v is None:
-            return {"loss": mse, "mse": mse}
+            return {"loss": loss, "mse": mse}
         # The bound trains the variance alone: its mean is detached.
         mean_x0 = self.denoised(torch.cat([prediction.detach(), v], 1), xt, t).x0
         vb = self.variational_term(mean_x0, v, x0, xt, t) * (self.T / 1000 if self.objective == "rescaled" else 1)
-        return {"loss": mse + vb, "mse": mse, "vb": vb}
+        return {"loss": loss + vb, "mse": mse, "vb": vb}
 
-    def variational_term(self, x0_hat, v, x0, xt, t):
-        """One term of the variational bound, (B,), bits per dimension: KL(q(x_{t-1}|x_t,x0) || p) for t > 0, and for
-        t = 0 the negative log-likelihood of the 8-bit x0. 2006.11239, eq. 5; 2102.09672, eq. 15."""
-        x0_factor, xt_factor, _, log_beta = (expand(c, x0) for c in self.posterior(t, t - 1))
-        # beta~_0 = 0 has no logarithm: the published code puts beta~_1 in its place.
-        log_beta_tilde = expand(self.posterior(t.clamp(min=1), t.clamp(min=1) - 1)[2], x0)
-        if v is None:                                 # fixed: beta (beta~_1 in the last step, where beta leaves it) or beta~
-            v = expand(t > 0, x0) * float(self.fixed_variance == "large")
-        log_variance = v * log_beta + (1 - v) * log_beta_tilde
+    def variational_term(self, x0_hat, v, x0, xt, t, s=None, second=(1.0, 0.0)):
+        """One term of the variational bound, (B,), bits per dimension: KL(q(x_s|x_t,x0) || p), s = t - 1 unless given; and for
+        s = -1 the negative log-likelihood of the 8-bit x0. 2006.11239, eq. 5; 2102.09672, eq. 15."""
+        s = t - 1 if s is None else s
+        x0_factor, xt_factor, log_small, log_large = (expand(c, x0) for c in self.posterior(t, s))
+        # beta~ of the last step is 0 and has no logarithm: the published code puts that of the step before in its place.
+        clean = expand(s, x0) < 0
+        log_small = torch.where(clean, expand(self.posterior(*(torch.full_like(t, c) for c in second))[2], x0), log_small)
+        if v is None:                                # fixed: beta, or beta~ (which "large" too takes in the last step)
+            v = (self.fixed_variance == "large") * (~clean).to(x0.dtype)
+        log_variance = v * log_large + (1 - v) * log_small
         true_mean, mean = x0_factor * x0 + xt_factor * xt, x0_factor * x0_hat + xt_factor * xt
-        kl = 0.5 * (log_variance - log_beta_tilde + (log_beta_tilde - log_variance).exp() - 1
+        kl = 0.5 * (log_variance - log_small + (log_small - log_variance).exp() - 1
                     + (true_mean - mean) ** 2 * (-log_variance).exp())
         nll = -discretised_log_likelihood(x0, mean, 0.5 * log_variance)
-        return flat_mean(torch.where(expand(t, x0) == 0, nll, kl)) / math.log(2)
+        return flat_mean(torch.where(clean, nll, kl)) / math.log(2)
+
+    def bits_per_dim(self, denoise, x0, noise, times=None):
+        """The whole bound on -log2 p(x0) in bits per dimension, along the chain or a sub-grid of its times: total and prior
+        (B,), and per step, noisiest first, vb, x0_mse and eps_mse, (B, steps)."""
+        times = self.times(self.T) if times is None else times
+        rows = []
+        for i, j in zip(times[:-1].tolist(), times[1:].tolist()):
+            t, s = batch_time(i, x0), batch_time(j, x0)
+            z = noise(x0.shape)
+            d = denoise(xt := self.noised(x0, z, t), t)
+            vb = self.variational_term(d.x0, d.variance, x0, xt, t, s, times[-3:-1].tolist())
+            rows.append((vb, flat_mean((d.x0 - x0) ** 2), flat_mean((d.eps - z) ** 2)))
+        vb, x0_mse, eps_mse = (torch.stack(row, 1) for row in zip(*rows))
+        a2 = expand(self.alpha(batch_time(times[0].item(), x0)) ** 2, x0)
+        prior = flat_mean(0.5 * (a2 * x0**2 - a2 - torch.log1p(-a2))) / math.log(2)    # KL(q(x_T | x0) || N(0, 1))
+        return {"total": vb.sum(1) + prior, "prior": prior, "vb": vb, "x0_mse": x0_mse, "eps_mse": eps_mse}
 
 
 def discretised_log_likelihood(x0, mean, log_std):
@@ -302,17 +628,17 @@ def discretised_log_likelihood(x0, mean, log_std):
 
 
 class RectifiedFlow(Process):
-    """The straight path x_t = (1 - t) x0 + t eps, t in [0, 1], t = 1 is noise (Flow Straight and Fast, 2209.03003).
+    """The straight path x_t = (1 - t) x0 + t eps, t in [0, 1], t = 1 is noise (Flow Straight and Fast, 2209.03003)."""
 
-    density: of the training times, "uniform" or "logit-normal" (Scaling Rectified Flow Transformers, 2403.03206, eq. 19:
-    t = sigmoid(z), z ~ N(0, 1)). shift: multiplies sigma/alpha of every time, in training and sampling (same paper, eq. 23).
-    """
+    straight, density = True, "logit-normal"
 
-    def __init__(self, prediction="flow", density="logit-normal", shift=1.0):
-        super().__init__(prediction)
-        if density not in ("uniform", "logit-normal"):
-            raise ValueError(f"unknown time density {density!r}: choose uniform or logit-normal")
-        self.density, self.shift = density, shift
+    def __init__(self, prediction="flow", **options):
+        super().__init__(prediction, **options)
+        if prediction in ("eps", "score"):           # says nothing of x0 at pure noise: SiT stays 0.001 away from both ends
+            self.t_noisy = 1 - 1e-3
+
+    def training_range(self):
+        return (1e-3, 1 - 1e-3) if self.prediction in ("eps", "score") else (0.0, 1.0)
 
     def alpha(self, t):
         return 1 - t
@@ -320,57 +646,249 @@ class RectifiedFlow(Process):
     def sigma(self, t):
         return t
 
-    def ode_scale(self, alpha, sigma):
-        return alpha + sigma                       # = 1: dx = (eps - x0) dt, finite also at pure noise, where alpha = 0
+    def time_of(self, s):
+        return 1 / (1 + 1 / s)
 
     def shifted(self, t):
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def training_times(self, u):
-        t = torch.sigmoid(torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))) if self.density == "logit-normal" else u
-        return self.shifted(t)
 
-    def times(self, steps):
-        return self.shifted(super().times(steps))
+class GVP(RectifiedFlow):
+    """The trigonometric path alpha = cos(pi t/2), sigma = sin(pi t/2), generalised variance-preserving in SiT, 2401.08740."""
+
+    straight, density, shifted = False, "uniform", Process.shifted
+
+    def __init__(self, prediction="velocity", **options):
+        super().__init__(prediction, **options)
+
+    def alpha(self, t):
+        return torch.cos(math.pi / 2 * t)
+
+    def sigma(self, t):
+        return torch.sin(math.pi / 2 * t)
+
+    def time_of(self, s):
+        return 2 / math.pi * torch.atan(s)
+
+
+class VP(Process):
+    """The variance-preserving SDE, 2011.13456, eq. 11: log alpha = -t^2 (b1 - b0)/4 - t b0/2. The network is told 999 t."""
+
+    b0, b1 = 0.1, 20.0
+
+    def training_range(self):
+        return 1e-5, 1.0
+
+    def network_time(self, t):
+        return 999 * t
+
+    def log_alpha(self, t):
+        return -0.25 * t**2 * (self.b1 - self.b0) - 0.5 * t * self.b0
+
+    def alpha(self, t):
+        return torch.exp(self.log_alpha(t))
+
+    def sigma(self, t):
+        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
+
+    def time_of(self, s, log_alpha=None):
+        minus_two = torch.log1p(s * s) if log_alpha is None else -2 * log_alpha
+        return 2 * minus_two / (self.b0 + (self.b0**2 + 2 * (self.b1 - self.b0) * minus_two).sqrt())
+
+
+class SubVP(VP):
+    """The sub-VP SDE, 2011.13456, eq. 29: VP's alpha, and 1 - alpha^2 as the standard deviation."""
+
+    def sigma(self, t):
+        return -torch.expm1(2 * self.log_alpha(t))
+
+    def time_of(self, s):
+        return super().time_of(s, -torch.asinh(s / 2))
+
+
+class VE(Process):
+    """The variance-exploding SDE, 2011.13456, eq. 30: alpha = 1, sigma = 0.01 (50/0.01)^t; t = 0 itself is the clean image."""
+
+    t_least, exploding, s_min, s_max = 1e-5, True, 0.01, 50.0
+
+    def training_range(self):
+        return self.t_least, 1.0
+
+    def alpha(self, t):
+        return torch.ones_like(t) + 0 * t
+
+    def sigma(self, t):
+        return torch.where(t > 0, self.s_min * (self.s_max / self.s_min) ** t, 0 * t)
+
+    def time_of(self, s):
+        return torch.log(s / self.s_min) / math.log(self.s_max / self.s_min)
+
+
+class EDM(VE):
+    """Elucidating the Design Space, 2206.00364: alpha = 1, sigma = t from 0.002 to 80. The network is told log t (the paper's
+    c_noise = log(t)/4) moved and scaled to 0 .. 1000, the range that our backbones embed."""
+
+    t_least, t_noisy, grid, density = 0.002, 80.0, "karras", "log-normal"
+
+    def __init__(self, prediction="edm", **options):
+        super().__init__(prediction, **options)
+
+    def sigma(self, t):
+        return t
+
+    def time_of(self, s):
+        return s
+
+    def network_time(self, t):
+        return 1000 * torch.log(t.clamp(min=1e-8) / self.t_least) / math.log(self.t_noisy / self.t_least)
 
 
 PROCESSES: dict[str, tuple[Callable, str]] = {
     "flow": (RectifiedFlow, "rectified flow: a straight path from data to noise, the network predicts the velocity"),
     "linear": (lambda **k: Discrete(linear_betas(), **k), "DDPM's chain of 1000 steps with linear betas"),
     "cosine": (lambda **k: Discrete(cosine_betas(), **k), "improved DDPM's chain of 1000 steps with the cosine table"),
+    "scaled-linear": (lambda **k: Discrete(scaled_linear_betas(), **k), "latent diffusion's chain, linear in sqrt(beta)"),
+    "sigmoid": (lambda **k: Discrete(sigmoid_betas(), **k), "a chain whose betas are a sigmoid of time"),
+    "laplace": (lambda **k: Discrete(laplace_betas(), **k), "a chain with a Laplace density of log SNR"),
+    "zero-snr": (lambda prediction="v", **k: Discrete(zero_terminal_snr(scaled_linear_betas()), prediction, **k),
+                 "latent diffusion's chain stretched to end in pure noise; predicts v"),
+    "vp": (VP, "the variance-preserving SDE of score-based models, continuous time"),
+    "sub-vp": (SubVP, "the sub-VP SDE: VP's drift with less noise, better likelihoods"),
+    "ve": (VE, "the variance-exploding SDE: noise is added, nothing is scaled"),
+    "edm": (EDM, "EDM: sigma itself is the time, preconditioned network, log-normal noise levels"),
+    "gvp": (GVP, "SiT's trigonometric path, the network predicts its velocity"),
 }
 
 
+def create_process(name="flow", prediction=None, shift=1.0, **options):
+    """A process of `PROCESSES` by name; options: weighting, density, learned_variance, objective. None = the process's own.
+
+    On a discrete chain the shift is built into the table (2301.11093). Raises ValueError for what cannot be.
+    """
+    make = choose(PROCESSES, name, "process")[0]
+    options = {k: v for k, v in {"prediction": prediction, **options}.items() if v is not None}
+    if isinstance(make, type):
+        unused = [k for k in ("learned_variance", "objective", "fixed_variance") if options.pop(k, False)]
+        if unused:
+            raise ValueError(f"{unused[0]} needs a discrete chain (linear, cosine, ...): {name} has no reverse variances to learn")
+        return make(shift=shift, **options)
+    process = make(**options)
+    if shift != 1:
+        process = Discrete(shifted_betas(process.betas, shift), **{"prediction": process.prediction, **options})
+    if process.prediction in ("eps", "score") and process.alpha_bar[-1] <= 0:
+        raise ValueError("this chain ends in pure noise, where eps says nothing of x0: predict v, x0, flow or edm")
+    return process
+
+
 # ------------------------------------------------------------------------------------------------------------- guidance
-# Functions of denoisers that are denoisers.
+# Functions of denoisers that are denoisers. A rule combines the predictions of the conditional network c and the
+# unconditional (or weaker: autoguidance, 2406.02507) one u. GUIDANCE makes rules, rule(c, u, scale), fresh for each image.
 
 
-def guided(cond, uncond, scale, channels=None):
-    """Classifier-free guidance, 2207.12598: uncond + scale (cond - uncond); scale 1 is no guidance, 0 unconditional.
+def cfg():
+    """Classifier-free guidance, 2207.12598: u + scale (c - u)."""
+    return lambda c, u, scale: u + scale * (c - u)
+
+
+def cfg_rescale(share=0.7):
+    """Guidance whose result keeps the standard deviation of c, mixed in by `share` (2305.08891, eq. 15-16)."""
+
+    def rule(c, u, scale):
+        g = u + scale * (c - u)
+        std = lambda m: m.std(dim=list(range(1, m.ndim)), keepdim=True)
+        return g * (1 - share + share * std(c) / std(g))
+
+    return rule
+
+
+def apg(eta=0.0, norm=15.0, momentum=-0.5):
+    """Adaptive projected guidance, 2410.02416: c - u with momentum, its norm capped, its part along c scaled by eta."""
+    average = 0.0
+
+    def rule(c, u, scale):
+        nonlocal average
+        average = c - u + momentum * average
+        dims = list(range(1, c.ndim))
+        length = average.norm(dim=dims, keepdim=True)
+        update = average * (norm / length).clamp(max=1) if norm > 0 else average
+        along = c / c.norm(dim=dims, keepdim=True)
+        parallel = (update * along).sum(dims, keepdim=True) * along
+        return c + (scale - 1) * (update - parallel + eta * parallel)
+
+    return rule
+
+
+def cfg_zero(zero_calls=0):
+    """CFG-Zero*, 2503.18886: u is first scaled to fit c best; the first `zero_calls` predictions are zero (for flows)."""
+    calls = 0
+
+    def rule(c, u, scale):
+        nonlocal calls
+        calls += 1
+        dims = list(range(1, c.ndim))
+        fit = (c * u).sum(dims, keepdim=True) / ((u * u).sum(dims, keepdim=True) + 1e-8)
+        return (u * fit + scale * (c - u * fit)) * float(calls > zero_calls)
+
+    return rule
+
+
+def tangential():
+    """Tangential damping, 2503.18137: of u only the part along the main direction that c and u share."""
+
+    def rule(c, u, scale):
+        pair = torch.stack([c.flatten(1), u.flatten(1)], 1)
+        main = torch.linalg.svd(pair.float(), full_matrices=False)[2][:, :1].to(c.dtype)     # (B, 1, C H W)
+        return cfg()(c, ((pair[:, 1:] @ main.mT) @ main).view_as(u), scale)
+
+    return rule
+
+
+GUIDANCE: dict[str, Callable] = {
+    "cfg": cfg, "rescale": cfg_rescale, "apg": apg, "cfg-zero": cfg_zero, "tangential": tangential,
+}
+
+
+def guided(cond, uncond, scale, channels=None, process=None, rule=None, interval=None):
+    """Guidance by a rule (None: classifier-free guidance); scale 1 is no guidance. The variance is the conditional one.
 
     channels: guide only the first so many, the rest stays conditional (the published DiT and SiT guide 3 of their 4).
-    The variance is the conditional one.
+    process: needed by `rule`, which acts on what the network predicts. interval: guide only at times in [low, high]
+    and save the second network call elsewhere (2404.07724).
     """
+
+    def mix(a, b):
+        n = channels or a.shape[1]
+        return torch.cat([(rule or cfg())(a[:, :n], b[:, :n], scale), a[:, n:]], 1)
 
     def denoise(xt, t):
         c = cond(xt, t)
-        if scale == 1:
+        if scale == 1 or (interval and not interval[0] <= float(torch.as_tensor(t).max()) <= interval[1]):
             return c
         u = uncond(xt, t)
-        n = channels or xt.shape[1]
-        mix = lambda a, b: torch.cat([b[:, :n] + scale * (a[:, :n] - b[:, :n]), a[:, n:]], 1)
-        return Denoised(mix(c.x0, u.x0), mix(c.eps, u.eps), c.variance)
+        if rule is None:                              # linear, so it may act on x0 and eps alike
+            return Denoised(mix(c.x0, u.x0), mix(c.eps, u.eps), c.variance)
+        t = batch_time(t, xt)
+        return process.from_prediction(mix(process.target(c.x0, c.eps, t), process.target(u.x0, u.eps, t)), xt, t, c.variance)
 
     return denoise
 
 
-def clipped(denoise, process, limit=1.0):
-    """x0 clipped to [-limit, limit], and the noise that this x0 implies (for pixels; latents have no such range)."""
+def clipped(denoise, process, limit=1.0, quantile=None, keep_eps=False):
+    """x0 clipped to [-limit, limit], and the noise that this x0 implies (for pixels; latents have no such range).
+
+    quantile: dynamic thresholding, Imagen, 2205.11487: clip at that quantile of |x0|, between 1 and limit, and divide by it.
+    keep_eps: leave eps as the network gave it.
+    """
 
     def clip(xt, t):
         d = denoise(xt, t)
-        x0 = d.x0.clamp(-limit, limit)
-        t = torch.as_tensor(t, dtype=time_dtype(xt), device=xt.device).expand(len(xt))
+        q = limit
+        if quantile:
+            q = expand(d.x0.flatten(1).float().abs().quantile(quantile, 1).clamp(1, limit), xt)
+        x0 = d.x0.clamp(-q, q) / (q if quantile else 1)
+        if keep_eps:
+            return Denoised(x0, d.eps, d.variance)
+        t = batch_time(t, xt)
         a, s = expand(process.alpha(t), xt), expand(process.sigma(t), xt)
         return Denoised(x0, torch.where(d.x0 == x0, d.eps, (xt - a * x0) / s), d.variance)
 
@@ -383,24 +901,110 @@ def clipped(denoise, process, limit=1.0):
 
 
 class Level(NamedTuple):
-    """A grid point: its time, alpha, sigma and lambda = log(alpha/sigma) as plain numbers."""
+    """A grid point as plain numbers: its time, alpha, sigma, lambda = log(alpha/sigma), and c and p = sigma/c of the ODE."""
 
     t: float
     alpha: float
     sigma: float
     lam: float
+    c: float = 1.0
+    p: float = math.inf
 
 
 def levels(process, times):
-    """The grid as a list of `Level`."""
-    rows = zip(times.tolist(), process.alpha(times).tolist(), process.sigma(times).tolist())
-    return [Level(t, a, s, math.log(a / s) if a > 0 < s else math.inf if a > 0 else -math.inf) for t, a, s in rows]
+    """The grid as a list of `Level`; an alpha of rounding error is 0."""
+    out = []
+    for t, a, s in zip(times.tolist(), process.alpha(times).tolist(), process.sigma(times).tolist()):
+        a = a if a > 1e-12 else 0.0
+        c = process.ode_scale(a, s)
+        out.append(Level(t, a, s, math.log(a / s) if a > 0 < s else math.inf if a > 0 else -math.inf, c, s / c if c else math.inf))
+    return out
 
 
 def steps(process, times):
     """The grid as pairs (i, j) of `Level`: each step goes from i to the cleaner j."""
     grid = levels(process, times)
     return zip(grid[:-1], grid[1:])
+
+
+def level(process, lam):
+    """The level whose log(alpha/sigma) is lam."""
+    return levels(process, process.time(torch.tensor([math.exp(-lam)], dtype=torch.float64)))[0]
+
+
+def mix(weights, tensors):
+    """sum of w m over the pairs, skipping w = 0."""
+    return sum(w * m for w, m in zip(weights, tensors) if w)
+
+
+def beneath(i, j, eta):
+    """The level under j (same alpha) from which renewed noise leads up to j, eta: 0 none, 1 as much as DDPM's posterior.
+
+    2010.02502, eq. 16, the "ancestral step": sigma_up = eta sigma_j sqrt(1 - (s_j/s_i)^2). DDPM, DDIM (eta = 1), Euler
+    ancestral and SDE-DPM-Solver++-1 are all this one step.
+    """
+    down = j.sigma * math.sqrt(max(0.0, 1 - eta**2 * (1 - (j.sigma * i.alpha / (j.alpha * i.sigma)) ** 2)))
+    return Level(math.nan, j.alpha, down, math.log(j.alpha / down) if down else math.inf)
+
+
+def renoised(x, k, j, z):
+    """From level k up to the noisier j by the forward process."""
+    r = j.alpha / k.alpha
+    return r * x + math.sqrt(max(0.0, j.sigma**2 - (r * k.sigma) ** 2)) * z
+
+
+def churned(process, x, i, n, noise, s_churn, s_min, s_max, s_noise):
+    """EDM's stochasticity, 2206.00364, algorithm 2: up to (1 + gamma) s_i with new noise before each of n steps."""
+    if not s_churn or not i.alpha:
+        return x, i
+    z, s = s_noise * noise(x.shape), i.sigma / i.alpha
+    gamma = min(s_churn / n, math.sqrt(2) - 1) if s_min <= s <= s_max else 0.0
+    hat = level(process, -math.log((1 + gamma) * s)) if gamma else i
+    return (renoised(x, i, hat, z), hat) if hat.sigma > i.sigma else (x, i)
+
+
+def lagrange_integrals(nodes, a, b, kernel=lambda u: 1.0):
+    """The weights w_k = integral from a to b of kernel(u) L_k(u) du, L_k the Lagrange polynomials of the nodes: with them
+    sum_k w_k f(u_k) integrates kernel f for polynomials f. Gauss-Legendre quadrature, exact to rounding."""
+    u, w = np.polynomial.legendre.leggauss(24)
+    u, w = (a + b) / 2 + (b - a) / 2 * u, (b - a) / 2 * w
+    basis = lambda k: math.prod((u - m) / (nodes[k] - m) for n, m in enumerate(nodes) if n != k)
+    return [float(np.sum(w * kernel(u) * basis(k))) for k in range(len(nodes))]
+
+
+def exponential_step(x, i, j, nodes, form="x0", eta=0.0, slope="exact", published="", z=None):
+    """The step i -> j of every solver that is exact in the linear part and takes the network's output m(lambda), x0 or eps,
+    for a polynomial through `nodes` = [(lambda, m), ...], the first at i (DPM-Solver 2206.00927, ++ 2211.01095, DEIS
+    2204.13902, UniPC 2302.04867, SA-Solver 2309.05019, whose eq. 14 this is, eta = tau^2: 0 ODE, 1 the SDE of 2211.01095).
+
+    slope: how two nodes extrapolate: "exact" (heun, DEIS), "half" (midpoint, bh2), "linear" (bh1, SA-Solver); they differ
+    by O(h^3). published: third order as in published code, which takes "half" of the second derivative (that is order 2
+    only), or, for sde-dpmsolver++, "sign": moreover -1/2 where +1/2 follows.
+    """
+    k, h = 1 + eta, j.lam - i.lam
+    if form == "x0":
+        keep, scale, rate = j.sigma / i.sigma * (math.exp(-eta * h) if eta else 1.0), k * j.alpha, -k
+        up = j.sigma * math.sqrt(-math.expm1(-2 * eta * h)) if eta else 0.0
+    else:
+        keep, scale, rate = j.alpha / i.alpha, -k * j.sigma, 1
+        up = j.sigma * math.sqrt(eta * math.expm1(2 * h)) if eta and j.sigma else 0.0
+    lams, outputs = zip(*nodes)
+    whole = scale * math.expm1(rate * h) / rate if j.sigma or form == "x0" else -keep * i.sigma
+    w, u = [whole], [(lam - i.lam) / h for lam in lams]
+    if len(nodes) > 1 and math.isfinite(h):
+        kernel = lambda v: scale * h * np.exp(rate * h * (1 - v))
+        w = lagrange_integrals(u, 0, 1, kernel)
+        if len(w) == 2 and slope != "exact" and not (slope == "linear" and eta and form == "eps"):
+            first = {"half": whole, "linear": scale * h}[slope] / 2
+            w = [whole - first / u[1], first / u[1]]
+        if len(w) == 3 and published:
+            second = -sum(w[n] * u[n] ** 2 for n in (1, 2)) / 2 - (scale / k if published == "sign" else 0)
+            w = [w[n] + second / math.prod(u[n] - v for v in u if v != u[n]) for n in range(3)]
+    x = keep * x + mix(w, outputs)
+    return x + up * z if up else x
+
+
+# One network call a step.
 
 
 def ddpm(denoise, x, times, process, noise, variance="small"):
@@ -423,56 +1027,480 @@ def ddpm(denoise, x, times, process, noise, variance="small"):
 
 
 def ddim(denoise, x, times, process, noise, eta=0.0):
-    """Denoising Diffusion Implicit Models, 2010.02502, eq. 12: eta 0 is deterministic, eta 1 is DDPM's variance beta~."""
+    """Denoising Diffusion Implicit Models, 2010.02502, eq. 12: eta 0 is deterministic, eta 1 is DDPM's variance beta~.
+    Up the grid (times.flip(0)) it inverts an image into its noise."""
     for i, j in steps(process, times):
-        d = denoise(x, i.t)
-        up = eta * j.sigma * math.sqrt(1 - (j.sigma * i.alpha / (j.alpha * i.sigma)) ** 2)
-        x = j.alpha * d.x0 + math.sqrt(j.sigma**2 - up**2) * d.eps
-        if eta:
-            x = x + up * noise(x.shape)
-        yield x
+        d, k = denoise(x, i.t), beneath(i, j, eta)
+        x = k.alpha * d.x0 + k.sigma * d.eps
+        yield (x := renoised(x, k, j, noise(x.shape)) if eta else x)
 
 
-def euler(denoise, x, times, process, noise):
+def ddim_inversion(denoise, x, times, process, noise):
+    """DDIM run upwards, from an image x to the noise that it comes from (2010.02502, section 5.4). The network is asked at
+    the noisier end of each step, since it has never seen a clean image."""
+    for i, j in steps(process, times.flip(0)):
+        yield (x := exponential_step(x, i, j, [(i.lam, denoise(x, j.t).eps)], "eps"))
+
+
+def euler(denoise, x, times, process, noise, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
     """Euler's method for the probability-flow ODE in x/alpha against s = sigma/alpha, where its slope is eps, 2206.00364.
     On the straight path of rectified flow that is x + (t_j - t_i) (eps - x0)."""
     for i, j in steps(process, times):
+        x, i = churned(process, x, i, len(times) - 1, noise, s_churn, s_min, s_max, s_noise)
         d = denoise(x, i.t)
         x = j.alpha * d.x0 + j.sigma * d.eps
         yield x
 
 
-def heun(denoise, x, times, process, noise):
+def euler_ancestral(denoise, x, times, process, noise, eta=1.0):
+    """Euler with renewed noise (k-diffusion): DDIM's step with eta = 1."""
+    yield from ddim(denoise, x, times, process, noise, eta)
+
+
+def flow_ancestral(denoise, x, times, process, noise, eta=1.0, s_noise=1.0):
+    """Euler ancestral for flows (LTX-Video's): to p = p_j (1 + eta (p_j/p_i - 1)), then up to p_j with new noise."""
+    for i, j in steps(process, times):
+        d, z = denoise(x, i.t), noise(x.shape) if j.sigma else None
+        p = j.p * (1 + (j.p / i.p - 1) * eta)
+        k = level(process, -math.log(float(process.s_of_p(p)))) if z is not None else j
+        x = k.alpha * d.x0 + k.sigma * d.eps
+        yield (x := x if z is None else renoised(x, k, j, s_noise * z))
+
+
+# Several network calls a step: Runge-Kutta. y = x/c is solved as a function of p = sigma/c, or x itself in time.
+
+RUNGE_KUTTA = {                                      # places of the further calls, from which slopes, final weights
+    "heun": ((1,), ((1,),), (1 / 2, 1 / 2)),
+    "midpoint": ((1 / 2,), ((1,),), (0, 1)),
+    "rk4": ((1 / 2, 1 / 2, 1), ((1,), (0, 1), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+    "rk4-3/8": ((1 / 3, 2 / 3, 1), ((1,), (-1 / 2, 3 / 2), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
+    "euler": ((), (), (1,)),
+}
+
+
+def slope(process, d, i):
+    """dy/dp at level i: eps, or eps - x0 on a straight path."""
+    return d.eps - d.x0 if process.straight else d.eps
+
+
+def runge_kutta_step(denoise, process, x, i, j, method, d, where="p"):
+    """One step i -> j, d = denoise(x, i.t) already known. where: intermediate levels lie evenly in p or in t.
+    A step into the clean image, or out of infinite p, is Euler's."""
+    places, rows, weights = RUNGE_KUTTA[method if j.sigma and i.c else "euler"]
+    if not places:
+        return j.alpha * d.x0 + j.sigma * d.eps
+    slopes = [slope(process, d, i)]
+    for place, row in zip(places, rows):
+        if where == "t":                             # a chain's network knows whole steps only
+            t = i.t + place * (j.t - i.t)
+            m = levels(process, torch.tensor([math.floor(t) if isinstance(process, Discrete) else t], dtype=torch.float64))[0]
+        else:
+            m = j if place == 1 else level(process, -math.log(float(process.s_of_p(i.p + place * (j.p - i.p)))))
+        y = x / i.c + (m.p - i.p) * mix(row, slopes)
+        slopes.append(slope(process, denoise(m.c * y, m.t), m))
+    return j.c * (x / i.c + (j.p - i.p) * mix(weights, slopes))
+
+
+def runge_kutta(denoise, x, times, process, noise, method, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
+    for i, j in steps(process, times):
+        x, i = churned(process, x, i, len(times) - 1, noise, s_churn, s_min, s_max, s_noise)
+        yield (x := runge_kutta_step(denoise, process, x, i, j, method, denoise(x, i.t)))
+
+
+def heun(denoise, x, times, process, noise, **churn):
     """Heun's second-order method for the same ODE, 2206.00364, algorithm 1: the slope is averaged over both ends.
     Two network calls a step, one in the last."""
+    yield from runge_kutta(denoise, x, times, process, noise, "heun", **churn)
+
+
+def edm(denoise, x, times, process, noise, s_churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003):
+    """EDM's stochastic sampler, 2206.00364, algorithm 2: new noise before each step of Heun's method (ImageNet's options)."""
+    yield from runge_kutta(denoise, x, times, process, noise, "heun", s_churn, s_min, s_max, s_noise)
+
+
+def midpoint(denoise, x, times, process, noise):
+    """The midpoint method for the ODE, order 2: the slope half-way in sigma is used for the whole step."""
+    yield from runge_kutta(denoise, x, times, process, noise, "midpoint")
+
+
+def rk4(denoise, x, times, process, noise):
+    """The classical Runge-Kutta method for the ODE, order 4, four network calls a step."""
+    yield from runge_kutta(denoise, x, times, process, noise, "rk4")
+
+
+def half_lambda(denoise, x, times, process, noise, form, eta=0.0, noisy_middle=False, **churn):
+    """Two network calls a step: the output half-way in lambda is used for the whole step (DPM-Solver-2, r1 = 1/2)."""
     for i, j in steps(process, times):
+        x, i = churned(process, x, i, len(times) - 1, noise, **{"s_churn": 0, "s_min": 0, "s_max": math.inf, "s_noise": 1, **churn})
+        k, d = beneath(i, j, eta), denoise(x, i.t)
+        this = form if i.alpha else "x0"             # pure noise has no lambda: DDIM's step
+        if j.sigma and i.alpha:
+            m = level(process, (i.lam + (j if noisy_middle else k).lam) / 2)
+            km = beneath(i, m, eta) if noisy_middle else m
+            xm = exponential_step(x, i, km, [(i.lam, getattr(d, form))], form)
+            d = denoise(renoised(xm, km, m, noise(x.shape)) if noisy_middle else xm, m.t)
+        x = exponential_step(x, i, k, [(i.lam, getattr(d, this))], this)
+        yield (x := renoised(x, k, j, noise(x.shape)) if eta and j.sigma else x)
+
+
+def dpm2(denoise, x, times, process, noise, **churn):
+    """DPM-Solver-2, 2206.00927, algorithm 1 (k-diffusion's dpm_2, diffusers' KDPM2): order 2, two network calls a step."""
+    yield from half_lambda(denoise, x, times, process, noise, "eps", **churn)
+
+
+def dpm2_ancestral(denoise, x, times, process, noise, eta=1.0):
+    """DPM-Solver-2 with renewed noise after each step (k-diffusion)."""
+    yield from half_lambda(denoise, x, times, process, noise, "eps", eta)
+
+
+def dpmpp_2s(denoise, x, times, process, noise, eta=0.0):
+    """DPM-Solver++(2S), 2211.01095, algorithm 1: as dpm2, with x0 for eps. eta = 1: k-diffusion's dpmpp_2s_ancestral."""
+    yield from half_lambda(denoise, x, times, process, noise, "x0", eta)
+
+
+def dpmpp_sde(denoise, x, times, process, noise, eta=1.0):
+    """DPM-Solver++ (SDE), 2211.01095 as in k-diffusion: 2S whose middle point has noise of its own."""
+    yield from half_lambda(denoise, x, times, process, noise, "x0", eta, noisy_middle=True)
+
+
+def singlestep(denoise, x, times, process, noise, order=2, form="x0", eta=0.0, slope="paper", quadratic=False, published=""):
+    """DPM-Solver(++) singlestep, 2206.00927, algorithms 1-2: blocks of `order` grid points, every point of a block reached
+    from the block's start with all outputs since. The last block is one step where the grid ends in the clean image.
+
+    Third points use the straight line from the block's start to its newest output (the paper), or with `quadratic` all three.
+    """
+    grid = levels(process, times)
+    n = len(grid) - 1
+    sizes = [order] * (n // order) + [n % order] * (n % order > 0)
+    if sizes[-1] > 1 and not grid[-1].sigma:
+        sizes = [*sizes[:-1], sizes[-1] - 1, 1]
+    for size in sizes:
+        i, start, nodes, form_now = grid[0], x, [], form if grid[0].alpha else "x0"
+        for j in grid[1 : size + 1]:
+            d = denoise(x, grid[0].t)
+            nodes, grid = [*nodes, (grid[0].lam, getattr(d, form_now))], grid[1:]
+            used = nodes if quadratic or len(nodes) < 3 else [nodes[0], nodes[-1]]
+            how = "exact" if len(nodes) == 3 else slope if slope != "paper" else ("half" if size == 2 else "exact")
+            x = exponential_step(start, i, j, used, form_now, eta, how, published, noise(x.shape) if eta else None)
+            yield x
+
+
+def dpm_solver_adaptive(denoise, x, times, process, noise, eta=0.0, rtol=0.05, atol=0.0078, h=0.05):
+    """DPM-Solver-12 of adaptive step size in lambda, 2206.00927, appendix C, with k-diffusion's control: order 3 against 2.
+    Walks from the first time to the last but the clean one; the number of steps is its own."""
+    *_, end = grid = [i for i in levels(process, times) if i.sigma]
+    i, last = grid[0], x
+    while i.lam < end.lam - 1e-5:
+        j = level(process, min(end.lam, i.lam + h))
+        k, nodes = beneath(i, j, eta), []
+        for place in (0, 1 / 3, 2 / 3):
+            m = level(process, i.lam + place * (k.lam - i.lam)) if place else i
+            xm = exponential_step(x, i, m, nodes, "eps") if place else x
+            nodes.append((m.lam, denoise(xm, m.t).eps))
+        low = exponential_step(x, i, k, nodes[:2], "eps", slope="half")
+        high = exponential_step(x, i, k, nodes[::2], "eps")
+        error = ((low - high) / torch.maximum(low.abs(), last.abs()).mul(rtol).clamp(min=atol)).pow(2).mean().sqrt().item()
+        factor = 1 + math.atan((error + 1e-8) ** -(1 / (1.5 if eta else 3)) - 1)
+        h *= factor
+        if factor >= 0.81:
+            i, last, x = j, low, renoised(high, k, j, noise(x.shape)) if eta else high
+            yield x
+    if times[-1] == process.t_clean:
+        yield denoise(x, i.t).x0
+
+
+# One network call a step, with memory of earlier ones.
+
+
+def adams(denoise, x, times, process, noise, order, coordinate, warm_up=None):
+    """Adams-Bashforth on the slopes dy/dp, extrapolated by polynomials in p, or in the step's index as if steps were even.
+    warm_up: a Runge-Kutta method for the first order - 1 steps ("rk4"), or for the first one ("heun")."""
+    slopes, places = [], []
+    for n, (i, j) in enumerate(steps(process, times)):
         d = denoise(x, i.t)
-        x_euler = j.alpha * d.x0 + j.sigma * d.eps
-        if j.sigma > 0:
-            e = denoise(x_euler, j.t)
-            c_i, c_j = process.ode_scale(i.alpha, i.sigma), process.ode_scale(j.alpha, j.sigma)
-            slope = (j.alpha / c_j - i.alpha / c_i) * (d.x0 + e.x0) + (j.sigma / c_j - i.sigma / c_i) * (d.eps + e.eps)
-            x_euler = c_j * (x / c_i + slope / 2)
-        x = x_euler
+        slopes = [slope(process, d, i), *slopes][:order]
+        places = [i.p if coordinate == "p" else n, *(q for q in places if math.isfinite(q))][:order]
+        slopes = slopes[: len(places)]
+        if not i.c:                                  # infinite p: DDIM's step
+            yield (x := j.alpha * d.x0 + j.sigma * d.eps)
+            continue
+        if warm_up == "rk4" and n < order - 1 or warm_up == "heun" and n == 0:
+            x = runge_kutta_step(denoise, process, x, i, j, warm_up, d, "t" if warm_up == "rk4" else "p")
+        else:
+            w = lagrange_integrals(places, places[0], j.p if coordinate == "p" else n + 1)
+            scale = 1 if coordinate == "p" else j.p - i.p
+            x = j.c * (x / i.c + mix([scale * v for v in w], slopes))
         yield x
 
 
-def dpmpp_2m(denoise, x, times, process, noise):
+def lms(denoise, x, times, process, noise, order=4):
+    """Linear multistep, k-diffusion's: Adams-Bashforth in sigma on the uneven grid itself."""
+    yield from adams(denoise, x, times, process, noise, order, "p")
+
+
+def pndm(denoise, x, times, process, noise):
+    """Pseudo numerical methods, 2202.09778: Adams-Bashforth 4 in the step's index, DDIM as its transfer, warmed up by three
+    pseudo Runge-Kutta steps of four network calls."""
+    yield from adams(denoise, x, times, process, noise, 4, "index", "rk4")
+
+
+def plms(denoise, x, times, process, noise):
+    """PNDM as in latent diffusion: only the first step is special, a Heun step."""
+    yield from adams(denoise, x, times, process, noise, 4, "index", "heun")
+
+
+def ipndm(denoise, x, times, process, noise):
+    """Improved PNDM (2204.13902, section 3.3): no warm-up, the order grows from 1 to 4."""
+    yield from adams(denoise, x, times, process, noise, 4, "index")
+
+
+def multistep(denoise, x, times, process, noise, order=2, corrector=0, form="x0", tau=0.0, slope="half", published="",
+              lower_final=None, uncorrected=()):
+    """The exponential multistep family: DPM-Solver(++), DEIS, UniPC, SA-Solver are its instances.
+
+    order: outputs used (one number, or one a step). corrector: outputs used, the new one among them, to redo each step once
+    the network has seen its end, at no further call. tau: of the SDE, a number or a function of t. lower_final: lower the
+    order towards the end (None: in fewer than 15 steps). uncorrected: steps without corrector. form, slope, published: see
+    `exponential_step`.
+    """
+    grid, nodes, redo = list(steps(process, times)), [], None
+    lower_final = len(grid) < 15 if lower_final is None else lower_final
+    for n, (i, j) in enumerate(grid):
+        d = denoise(x, i.t)
+        now = form if i.alpha else "x0"              # pure noise has no lambda: DDIM's step, and nothing to remember
+        new = (i.lam, getattr(d, now))
+        if redo and n - 1 not in uncorrected:
+            x = redo(new)
+        nodes = [new, *(m for m in nodes if math.isfinite(m[0]))]
+        left = len(grid) - n if lower_final else len(nodes)
+        p = min(order[n] if isinstance(order, (list, tuple)) else order, left)
+        eta = (tau(i.t) if callable(tau) else tau) ** 2
+        z = noise(x.shape) if tau else None
+
+        def step(nodes, x=x, i=i, j=j, now=now, eta=eta, z=z):
+            return exponential_step(x, i, j, nodes, now, eta, slope, published, z)
+
+        if corrector:
+            redo = lambda new, step=step, old=nodes, c=min(corrector, left + 1): step([old[0], new, *old[1:]][:c] if c > 1 else [new])
+        yield (x := step(nodes[:p]))
+
+
+def dpm_solver_2m(denoise, x, times, process, noise, order=2, **options):
+    """DPM-Solver multistep, 2206.00927: an exponential integrator in lambda on the noise, with earlier outputs."""
+    yield from multistep(denoise, x, times, process, noise, order, form="eps", **options)
+
+
+def dpmpp_2m(denoise, x, times, process, noise, **options):
     """DPM-Solver++ (2M), 2211.01095, algorithm 2: an exponential integrator in lambda with the previous x0 as second point.
     First order in the first step and in a last step that ends in the clean image."""
-    old = None
+    yield from multistep(denoise, x, times, process, noise, **options)
+
+
+def dpmpp_3m(denoise, x, times, process, noise, **options):
+    """DPM-Solver++ (3M), 2211.01095: as 2M with two earlier x0. published="half": the coefficient that published code has."""
+    yield from multistep(denoise, x, times, process, noise, 3, **{"slope": "exact", **options})
+
+
+def dpmpp_2m_sde(denoise, x, times, process, noise, eta=1.0, **options):
+    """SDE-DPM-Solver++ (2M), 2211.01095, section 5: 2M for the SDE, new noise in each step, eta of it (k-diffusion)."""
+    yield from multistep(denoise, x, times, process, noise, tau=math.sqrt(eta), **options)
+
+
+def dpmpp_3m_sde(denoise, x, times, process, noise, eta=1.0, **options):
+    """SDE-DPM-Solver++ (3M), k-diffusion: 3M for the SDE. published="half": its coefficient."""
+    yield from multistep(denoise, x, times, process, noise, 3, tau=math.sqrt(eta), **{"slope": "exact", **options})
+
+
+def deis(denoise, x, times, process, noise, order=3, **options):
+    """DEIS (log-rho Adams-Bashforth), 2204.13902: the noise as polynomial in log rho = -lambda, integrated exactly."""
+    yield from multistep(denoise, x, times, process, noise, order, form="eps", slope="exact", **options)
+
+
+def unipc(denoise, x, times, process, noise, order=2, form="x0", bh="bh2", **options):
+    """UniPC, 2302.04867: the multistep predictor, and a corrector one order higher that costs no network call."""
+    bh = choose({"bh1": "linear", "bh2": "half"}, bh, "B(h)") and {"bh1": "linear", "bh2": "half"}[bh]
+    options = {"corrector": order + 1, "lower_final": True, "slope": bh, **options}
+    yield from multistep(denoise, x, times, process, noise, order, form=form, **options)
+
+
+def sa_solver(denoise, x, times, process, noise, order=2, corrector=2, tau=1.0, **options):
+    """SA-Solver, 2309.05019: stochastic Adams predictor and corrector for an SDE whose noise tau(t) is a choice."""
+    options = {"lower_final": True, "slope": "linear", **options}
+    yield from multistep(denoise, x, times, process, noise, order, corrector, tau=tau, **options)
+
+
+# Stochastic differential equations in time, and their probability-flow ODE.
+
+
+def velocity(process, d, i):
+    """dx/dt of the probability-flow ODE at level i, alpha' x0 + sigma' eps."""
+    return mix([v.item() for v in process.rates(torch.tensor([i.t], dtype=torch.float64))[2:]], d[:2])
+
+
+def sit_ode(denoise, x, times, process, noise, method="heun", euler_last=True):
+    """SiT's ODE sampler, 2401.08740: a Runge-Kutta method for dx/dt = velocity in time itself."""
+    places, rows, weights = choose(RUNGE_KUTTA, method, "method")
+    for i, j in steps(process, times):
+        slopes, end = [velocity(process, denoise(x, i.t), i)], 1 in places and euler_last and not j.sigma
+        for place, row in zip(*((), ()) if end else (places, rows)):
+            m = levels(process, torch.tensor([i.t + place * (j.t - i.t)], dtype=torch.float64))[0]
+            slopes.append(velocity(process, denoise(x + (m.t - i.t) * mix(row, slopes), m.t), m))
+        yield (x := x + (j.t - i.t) * mix((1,) if end else weights, slopes))
+
+
+def rk45(denoise, x, times, process, noise, rtol=1e-5, atol=1e-5):
+    """The probability-flow ODE by an adaptive Runge-Kutta method of order 5(4) (2011.13456, section 4.3)."""
+    slope_at = lambda t, x: velocity(process, denoise(x, t), Level(t, 0, 0, 0))
+    for i, j in steps(process, times):
+        x = dormand_prince(slope_at, x, i.t, j.t if j.sigma else process.t_least, rtol, atol)
+        yield (x := x if j.sigma else denoise(x, process.t_least).x0)
+
+
+DIFFUSIONS: dict[str, Callable] = {                  # w(t) of SiT's SDE, 2401.08740, section 3.4; n its `norm`
+    "sigma": lambda process, i, n: n * i.sigma,
+    "linear": lambda process, i, n: n * i.t,
+    "sbdm": lambda process, i, n: n * process.half_g2(torch.tensor([i.t], dtype=torch.float64)).item(),
+    "constant": lambda process, i, n: n,
+    "decreasing": lambda process, i, n: (1 - n * math.cos(math.pi * i.t)) ** 2 / 4,
+    "increasing-decreasing": lambda process, i, n: n * math.sin(math.pi * i.t) ** 2,
+}
+
+
+def sit_sde(denoise, x, times, process, noise, diffusion="sigma", norm=1.0, method="euler", last="mean"):
+    """SiT's SDE sampler, 2401.08740: drift velocity - w score and noise sqrt(2 w dt), for any diffusion w(t) >= 0.
+
+    last: the step into the clean image: "mean" (the drift alone), "tweedie" (x0), "ode" (the velocity alone). Code's w is
+    half of the paper's.
+    """
+    w = choose(DIFFUSIONS, diffusion, "diffusion")
+    grid = list(steps(process, times))
+
+    def drift(x, i, score=1.0):                      # towards the data
+        d = denoise(x, i.t)
+        return -velocity(process, d, i) - score * w(process, i, norm) / i.sigma * d.eps, d
+
+    for i, j in grid[:-1]:
+        dt = i.t - j.t
+        x_hat = x + math.sqrt(2 * w(process, i, norm) * dt) * noise(x.shape)
+        k1 = drift(x if method == "euler" else x_hat, i)[0]
+        x = x_hat + dt * k1 if method == "euler" else x_hat + dt / 2 * (k1 + drift(x_hat + dt * k1, j)[0])
+        yield x
+    i, j = grid[-1]
+    k, d = drift(x, i, score=float(last != "ode"))
+    yield d.x0 if last == "tweedie" else x + (i.t - j.t) * k
+
+
+def predictor_corrector(denoise, x, times, process, noise, predictor="reverse", corrector="langevin", corrections=1, snr=0.16,
+                        kernel=None):
+    """Predictor-corrector sampling of the reverse SDE, 2011.13456, algorithms 1-5. Each step: `corrections` Langevin steps at
+    noise level i, then the predictor to j; the last is without noise.
+
+    predictor: "reverse" (reverse diffusion), "ancestral", "euler" (Euler-Maruyama). corrector: "langevin", "ald" (annealed).
+    """
+    score = lambda x, i: -denoise(x, i.t).eps / i.sigma
+    kernel = kernel or (process.euler_kernel if predictor == "euler" else process.kernel)
+    norm = lambda v: v.flatten(1).norm(dim=1).mean()
+    for n, (i, j) in enumerate(steps(process, times)):
+        r, g2 = kernel(i, j)                         # forwards, x_i = r x_j + sqrt(g2) noise
+        for _ in range(corrections if corrector else 0):
+            g, z = score(x, i), noise(x.shape)
+            size = 2 * r * r * ((snr * norm(z) / norm(g)) ** 2 if corrector == "langevin" else (snr * i.sigma) ** 2)
+            x = x + size * g + (2 * size) ** 0.5 * z
+        g, z = score(x, i), noise(x.shape)
+        mean = (x + g2 * g) / r if predictor == "ancestral" else (2 - r) * x + g2 * g
+        if predictor == "ancestral" and process.exploding:
+            g2 = g2 * (j.sigma / i.sigma) ** 2
+        x = mean + math.sqrt(g2) * z
+        yield mean if n == len(times) - 2 else x
+
+
+# Distilled models: they jump to x0 from anywhere, and go back up to the next level with new noise.
+
+
+def lcm(denoise, x, times, process, noise, scaling=10.0, s_min=0.0):
+    """Latent consistency models, 2310.04378, algorithm 3: x0, mixed with x by the boundary condition, then noise again.
+
+    scaling: of the time in the boundary condition (None: no such condition, as in consistency models, 2303.01469, algorithm
+    1, whose renewed noise stands on a floor s_min, and in sampling a flow with new noise in every step).
+    """
     for i, j in steps(process, times):
         x0 = denoise(x, i.t).x0
-        h, extrapolated = j.lam - i.lam, x0
-        if old and j.sigma > 0 and math.isfinite(h):
-            r = (i.lam - old[0]) / h
-            extrapolated = x0 + (x0 - old[1]) / (2 * r)
-        x = j.sigma / i.sigma * x - j.alpha * math.expm1(-h) * extrapolated
-        old = (i.lam, x0)
-        yield x
+        if scaling is not None:
+            t = scaling * float(process.network_time(torch.tensor(max(i.t, 0.0))))
+            x0 = t / math.sqrt(t * t + 0.25) * x0 + 0.25 / (t * t + 0.25) * x
+        yield (x := renoised(x0, Level(0, 1.0, s_min, 0), j, noise(x.shape)) if j.sigma else x0)
 
 
-SAMPLERS: dict[str, Callable] = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun, "dpmpp-2m": dpmpp_2m}
+def tcd(denoise, x, times, process, noise, eta=0.3):
+    """Trajectory consistency distillation, 2402.19159, algorithm 4: DDIM to the time (1 - eta) t_j, then up to t_j with noise."""
+    for n, (i, j) in enumerate(steps(process, times)):
+        d, t = denoise(x, i.t), (1 - eta) * j.t
+        k = levels(process, torch.tensor([math.floor(t) if isinstance(process, Discrete) else t], dtype=torch.float64))[0] if j.sigma else j
+        x = k.alpha * d.x0 + k.sigma * d.eps
+        yield (x := renoised(x, k, j, noise(x.shape)) if eta and n < len(times) - 2 else x)
+
+
+SAMPLERS: dict[str, Callable] = {
+    "ddpm": ddpm, "ddim": ddim, "ddim-inversion": ddim_inversion, "euler": euler, "euler-ancestral": euler_ancestral,
+    "flow-ancestral": flow_ancestral, "heun": heun, "edm": edm, "midpoint": midpoint, "rk4": rk4, "dpm2": dpm2,
+    "dpm2-ancestral": dpm2_ancestral, "dpmpp-2s": dpmpp_2s, "dpmpp-sde": dpmpp_sde, "dpm-solver": singlestep,
+    "dpm-solver-adaptive": dpm_solver_adaptive,
+    "lms": lms, "pndm": pndm, "plms": plms, "ipndm": ipndm, "dpm-solver-2m": dpm_solver_2m, "dpmpp-2m": dpmpp_2m,
+    "dpmpp-3m": dpmpp_3m, "dpmpp-2m-sde": dpmpp_2m_sde, "dpmpp-3m-sde": dpmpp_3m_sde, "deis": deis, "unipc": unipc,
+    "sa-solver": sa_solver, "rk45": rk45, "sit-ode": sit_ode, "sit-sde": sit_sde, "pc": predictor_corrector, "lcm": lcm, "tcd": tcd,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- likelihood
+
+DORMAND_PRINCE = (                                   # places, rows, and the difference of the orders 5 and 4
+    (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
+    ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9), (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656), (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
+    (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
+)
+
+
+def dormand_prince(f, y, t, end, rtol=1e-5, atol=1e-5):
+    """dy/dt = f(t, y) from t to end by the adaptive Runge-Kutta method of order 5(4) (RK45, dopri5)."""
+    places, rows, difference = DORMAND_PRINCE
+    h, slopes = (end - t) / 100, [f(t, y)]
+    while abs(end - t) > 1e-12 * abs(h):
+        h = math.copysign(min(abs(h), abs(end - t)), end - t)
+        for place, row in zip(places, rows):
+            new = y + h * mix(row, slopes)
+            slopes.append(f(t + place * h, new))
+        error = h * mix(difference, slopes) / (atol + rtol * torch.maximum(y.abs(), new.abs()))
+        error = error.pow(2).mean().sqrt().item()
+        t, y, slopes = (t + h, new, slopes[-1:]) if error < 1 else (t, y, slopes[:1])
+        h *= min(10.0, max(0.2, 0.9 * max(error, 1e-10) ** -0.2))
+    return y
+
+
+def log_likelihood(process, denoise, x0, probe=None, rtol=1e-5, atol=1e-5):
+    """log p(x0), (B,) in nats, and the latent z: the probability-flow ODE with its divergence, 2011.13456, eq. 39.
+
+    probe: random signs like x0, fixed for the solve (Hutchinson's estimate); None: the exact divergence, one backward pass
+    a dimension. Bits per dimension of 8-bit data in [-1, 1]: -log p/(D ln 2) + 7.
+    """
+
+    def f(t, y):
+        i = levels(process, torch.tensor([t], dtype=torch.float64))[0]
+        with torch.enable_grad():
+            x = y[:, :-1].reshape(x0.shape).detach().requires_grad_()
+            v = velocity(process, denoise(x, t), i)
+            back = lambda out: torch.autograd.grad(out.sum(), x, retain_graph=True)[0].flatten(1)
+            if probe is None:
+                divergence = sum(back(column)[:, k] for k, column in enumerate(v.flatten(1).unbind(1)))
+            else:
+                divergence = (back(v * probe) * probe.flatten(1)).sum(1)
+        return torch.cat([v.detach().flatten(1), divergence[:, None]], 1)
+
+    y = torch.cat([x0.flatten(1), x0.new_zeros(len(x0), 1)], 1)
+    y = dormand_prince(f, y, process.t_least, process.t_noisy, rtol, atol)
+    z, std = y[:, :-1], process.sigma(torch.tensor(process.t_noisy)).item()
+    prior = -0.5 * (z**2 / std**2 + math.log(2 * math.pi * std**2)).sum(1)
+    return prior + y[:, -1], z.reshape(x0.shape)
 
 
 # ------------------------------------------------------------------------------------------- training and drawing images
@@ -510,21 +1538,26 @@ class StepNoise:
 
 
 def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None, clip=True,
-             noise=torch.randn, **options) -> Iterator[torch.Tensor]:
+             noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
+             **options) -> Iterator[torch.Tensor]:
     """Sample: yields the images after each step, starting from standard normal x (B, C, H, W), without gradients.
 
-    y, null: the condition and the null condition that guidance moves away from (both as the model takes them).
-    clip: keep x0 in [-1, 1] (pixels). options go to the sampler.
+    y, null: the condition and the null condition that guidance moves away from (both as the model takes them); rule: how, a
+    name in `GUIDANCE`; interval: only at those times. grid, last: see `Process.times`. clip: keep x0 in [-1, 1] (pixels),
+    quantile: by dynamic thresholding. options go to the sampler.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    draw, make = choose(SAMPLERS, sampler, "sampler"), choose(GUIDANCE, rule, "guidance")
     denoise = process.denoiser(model, y)
     if guidance != 1 and null is not None:
-        denoise = guided(denoise, process.denoiser(model, null), guidance, guide_channels)
+        denoise = guided(denoise, process.denoiser(model, null), guidance, guide_channels, process,
+                         None if rule == "cfg" else make(), interval)
     if clip:
-        denoise = clipped(denoise, process)
+        denoise = clipped(denoise, process, quantile=quantile)
+    times = process.times(steps, grid, last)
+    if process.exploding and draw is not ddim_inversion:
+        x = x * process.sigma(times[:1]).item()
     with torch.no_grad():
-        yield from SAMPLERS[sampler](denoise, x, process.times(steps), process, noise, **options)
+        yield from draw(denoise, x, times, process, noise, **options)
 
 
 class Diffusion(nn.Module):
