@@ -809,9 +809,9 @@ def apg(eta=0.0, norm=15.0, momentum=-0.5):
         nonlocal average
         average = c - u + momentum * average
         dims = list(range(1, c.ndim))
-        length = average.norm(dim=dims, keepdim=True)
+        length = torch.linalg.vector_norm(average, dim=dims, keepdim=True)
         update = average * (norm / length).clamp(max=1) if norm > 0 else average
-        along = c / c.norm(dim=dims, keepdim=True)
+        along = c / torch.linalg.vector_norm(c, dim=dims, keepdim=True)
         parallel = (update * along).sum(dims, keepdim=True) * along
         return c + (scale - 1) * (update - parallel + eta * parallel)
 
@@ -994,7 +994,7 @@ def exponential_step(x, i, j, nodes, form="x0", eta=0.0, slope="exact", publishe
     if len(nodes) > 1 and math.isfinite(h):
         kernel = lambda v: scale * h * np.exp(rate * h * (1 - v))
         w = lagrange_integrals(u, 0, 1, kernel)
-        if len(w) == 2 and slope != "exact" and not (slope == "linear" and eta and form == "eps"):
+        if len(w) == 2 and slope != "exact":
             first = {"half": whole, "linear": scale * h}[slope] / 2
             w = [whole - first / u[1], first / u[1]]
         if len(w) == 3 and published:
@@ -1086,7 +1086,7 @@ def slope(process, d, i):
 def runge_kutta_step(denoise, process, x, i, j, method, d, where="p"):
     """One step i -> j, d = denoise(x, i.t) already known. where: intermediate levels lie evenly in p or in t.
     A step into the clean image, or out of infinite p, is Euler's."""
-    places, rows, weights = RUNGE_KUTTA[method if j.sigma and i.c else "euler"]
+    places, rows, weights = RUNGE_KUTTA.get(method, method) if j.sigma and i.c else RUNGE_KUTTA["euler"]
     if not places:
         return j.alpha * d.x0 + j.sigma * d.eps
     slopes = [slope(process, d, i)]
@@ -1323,10 +1323,10 @@ def unipc(denoise, x, times, process, noise, order=2, form="x0", bh="bh2", **opt
     yield from multistep(denoise, x, times, process, noise, order, form=form, **options)
 
 
-def sa_solver(denoise, x, times, process, noise, order=2, corrector=2, tau=1.0, **options):
+def sa_solver(denoise, x, times, process, noise, order=2, corrector=2, tau=1.0, form="x0", **options):
     """SA-Solver, 2309.05019: stochastic Adams predictor and corrector for an SDE whose noise tau(t) is a choice."""
-    options = {"lower_final": True, "slope": "linear", **options}
-    yield from multistep(denoise, x, times, process, noise, order, corrector, tau=tau, **options)
+    options = {"lower_final": True, "slope": "linear" if form == "x0" else "exact", **options}
+    yield from multistep(denoise, x, times, process, noise, order, corrector, form, tau, **options)
 
 
 # Stochastic differential equations in time, and their probability-flow ODE.
@@ -1339,7 +1339,7 @@ def velocity(process, d, i):
 
 def sit_ode(denoise, x, times, process, noise, method="heun", euler_last=True):
     """SiT's ODE sampler, 2401.08740: a Runge-Kutta method for dx/dt = velocity in time itself."""
-    places, rows, weights = choose(RUNGE_KUTTA, method, "method")
+    places, rows, weights = RUNGE_KUTTA.get(method, method)
     for i, j in steps(process, times):
         slopes, end = [velocity(process, denoise(x, i.t), i)], 1 in places and euler_last and not j.sigma
         for place, row in zip(*((), ()) if end else (places, rows)):
@@ -1409,7 +1409,7 @@ def predictor_corrector(denoise, x, times, process, noise, predictor="reverse", 
         g, z = score(x, i), noise(x.shape)
         mean = (x + g2 * g) / r if predictor == "ancestral" else (2 - r) * x + g2 * g
         if predictor == "ancestral" and process.exploding:
-            g2 = g2 * (j.sigma / i.sigma) ** 2
+            g2 = g2 * (1 - g2 / i.sigma**2)
         x = mean + math.sqrt(g2) * z
         yield mean if n == len(times) - 2 else x
 
@@ -1464,7 +1464,11 @@ DORMAND_PRINCE = (                                   # places, rows, and the dif
 def dormand_prince(f, y, t, end, rtol=1e-5, atol=1e-5):
     """dy/dt = f(t, y) from t to end by the adaptive Runge-Kutta method of order 5(4) (RK45, dopri5)."""
     places, rows, difference = DORMAND_PRINCE
-    h, slopes = (end - t) / 100, [f(t, y)]
+    norm = lambda v: (v / (atol + rtol * y.abs())).pow(2).mean().sqrt().item()
+    slopes = [f(t, y)]
+    h = 0.01 * max(norm(y), 1e-5) / max(norm(slopes[0]), 1e-5)           # the first step as Hairer, Norsett and Wanner choose it
+    bend = norm(f(t + math.copysign(h, end - t), y + math.copysign(h, end - t) * slopes[0]) - slopes[0]) / h
+    h = min(100 * h, (0.01 / max(norm(slopes[0]), bend)) ** 0.2)
     while abs(end - t) > 1e-12 * abs(h):
         h = math.copysign(min(abs(h), abs(end - t)), end - t)
         for place, row in zip(places, rows):

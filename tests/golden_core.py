@@ -169,7 +169,176 @@ def loss_rf(report):
         report.same(f"grad:{name}", out.grad)
 
 
-LOSSES = [({"model_output", "t"}, loss_dit), ({"model_output", "z"}, loss_rf)]
+def noisy_gradient(report, name, process, t, x0, noise, output, weight=None):
+    """loss, gradient of its mean, noisy input and time of one loss whose network is a constant."""
+    out = output.clone().requires_grad_()
+    loss = process.loss(lambda x, t, y: out, x0, None, t, noise)["loss"]
+    loss.mean().backward()
+    return loss, out.grad, process.noised(x0, noise, t)
+
+
+def loss_sit(report):
+    """SiT's losses; its time is 1 - ours."""
+    case = report.case
+    x0, noise, u = (case.inputs[k] for k in ("x1", "noise", "u"))
+    for name, run in case.config["runs"].items():
+        kind = {"velocity": "velocity", "noise": "eps", "score": "score"}[run["prediction"]]
+        weighting = {"velocity": "velocity", "likelihood": "likelihood", None: "snr" if kind == "score" else None}[run["weight"]]
+        process = SIT[run["path"]](kind, weighting=None if kind == "velocity" else weighting, density="uniform")
+        t = process.training_times(1 - u)
+        out = case.inputs["model_output"]
+        out = -out if kind == "velocity" else out      # its velocity points to the data
+        loss, grad, xt = noisy_gradient(report, name, process, t, x0, noise, out)
+        report.same(f"loss:{name}", loss, 1e-4)
+        report.same(f"grad:{name}", -grad if kind == "velocity" else grad, 1e-4, scale=case.outputs[f"grad:{name}"].abs().max())
+        report.same(f"xt:{name}", xt)
+        report.same(f"t:{name}", 1 - t)
+
+
+def loss_edm(report):
+    """The four preconditionings of table 1 as our processes with a network that undoes what we tell it of t, and three losses."""
+    case = report.case
+    x, sigma, x0, noise = (case.inputs[k].double() for k in ("x", "sigma", "x0", "noise"))
+    u, z = case.inputs["rnd_uniform"].flatten().double(), case.inputs["rnd_normal"].flatten().double()
+    F = lambda z, c: torch.sin(z) + 0.1 * c.view(-1, 1, 1, 1)
+    edm, vp, ve = D.EDM(), D.VP("eps"), D.VE("score")
+    ve.s_min, ve.s_max = 1e-4, 100.0                 # the preconditioning does not depend on the range
+    iddpm = D.Discrete(D.cosine_betas(), "eps", learned_variance=True)
+    to_log = lambda t: t / 1000 * math.log(80 / 0.002) + math.log(0.002)              # our network time back to log sigma
+    networks = {
+        "EDMPrecond": (edm, lambda x, t, y: F(x, to_log(t) / 4)), "VPPrecond": (vp, lambda x, t, y: F(x, t)),
+        "VEPrecond": (ve, lambda x, t, y: F(x * (ve.sigma(t / 1000) ** 2 + 0.25).sqrt().view(-1, 1, 1, 1), (ve.sigma(t / 1000) / 2).log())
+                      / ve.sigma(t / 1000).view(-1, 1, 1, 1)),
+        "iDDPMPrecond": (iddpm, lambda x, t, y: torch.cat([F(x, t)] * 2, 1)),
+    }
+
+    def denoised(name, x, sigma):
+        process, model = networks[name]
+        t = process.time_of(sigma).round() if name == "iDDPMPrecond" else process.time_of(sigma)
+        return process.denoiser(model)(x * process.alpha(t).view(-1, 1, 1, 1), t).x0
+
+    table = iddpm.p(torch.arange(999.0, -2, -1, dtype=torch.float64))
+    nearest = (sigma[:, None] - table[None]).abs().argmin(1)
+    rounded = table[nearest]
+    for name in networks:
+        s = rounded if name == "iDDPMPrecond" else sigma
+        xs = x
+        report.same(f"D:{name}", denoised(name, xs, s), 1e-3 if name == "iDDPMPrecond" else 2e-5)
+        report.skip(f"sigma_range:{name}")
+    report.relative("iddpm_rounded_sigma", rounded, 1e-3)
+    if "iddpm_u" in report.left:
+        stride = 1000 // (len(case.outputs["iddpm_u"]) - 1)
+        report.same("iddpm_u", table[::stride], 1e-3)
+    levels = {"EDMLoss": D.log_normal(torch.special.ndtr(z)), "VPLoss": vp.p(1 + u * (1e-5 - 1)), "VELoss": 0.02 * (100 / 0.02) ** u}
+    for name, s in levels.items():
+        s = s.view(-1, 1, 1, 1)
+        D_x = denoised(name.replace("Loss", "Precond"), x0 + noise * s, s.flatten())
+        if f"loss:{name}" in report.left:
+            weight = D.WEIGHTINGS["edm"][0](s**-2) / s**2 if name == "EDMLoss" else s**-2
+            report.same(f"loss:{name}", weight * (D_x - x0) ** 2, 1e-4)
+            if name == "EDMLoss":                    # the same through process.loss, whose mean is over the pixels
+                parts = edm.loss(networks["EDMPrecond"][1], x0, None, s.flatten(), noise * s / s)
+                report.same(f"loss:{name}", parts["loss"], 1e-4, select=lambda ref: ref.flatten(1).mean(1))
+
+
+def loss_weights(report):
+    case, c = report.case, report.case.config
+    betas = {"scaled_linear .00085-.012": D.scaled_linear_betas}[c["schedule"]]()
+    t, s = case.inputs["t"].float(), case.inputs["sigma"].double()
+    process = D.Discrete(betas)
+    snr = (process.alpha(t) / process.sigma(t)) ** 2
+    report.relative("snr", snr, 1e-3)
+    for kind in ("eps", "v", "x0"):
+        weighted = D.Discrete(betas, kind, weighting="min-snr")
+        assert c["gamma"] == 5.0 or f"min_snr_{kind}" not in report.left, "min-SNR with another gamma"
+        report.relative(f"min_snr_{kind}", weighted.weight(t), 1e-3)
+    report.relative("p2", D.WEIGHTINGS["p2"][0](snr, c["p2_k"], c["p2_gamma"]), 1e-3)
+    sd = c["sigma_data"]
+    of_F = lambda w: w * (s * sd) ** 2 / (s**2 + sd**2) / s**2        # from a weight of the error of eps to one of F's
+    report.relative("k_soft_min_snr", of_F(D.WEIGHTINGS["soft-min-snr"][0](s**-2, sd**-2)), 1e-6)
+    report.relative("k_snr", of_F(D.WEIGHTINGS["snr"][0](s**-2)), 1e-6)
+    report.relative("edm_lambda", D.WEIGHTINGS["edm"][0](s**-2, sd) / s**2, 1e-5)
+
+
+def loss_bpd(report):
+    case, c = report.case, report.case.config
+    process = D.Discrete(D.linear_betas(), "eps", learned_variance=True)
+    denoise = process.denoiser(network(process, Mixture(case.inputs), lambda x: torch.sin(3 * x)))
+    if c["clip_denoised"]:
+        denoise = D.clipped(denoise, process)
+    times = torch.tensor([*reversed(D.respaced(1000, c["respacing"])), -1], dtype=torch.float64)
+    ours = process.bits_per_dim(denoise, case.inputs["x0"].double(), pool(case), times)
+    for key, name in (("total_bpd", "total"), ("prior_bpd", "prior"), ("vb", "vb"), ("xstart_mse", "x0_mse"), ("mse", "eps_mse")):
+        report.same(key, ours[name], 1e-4)
+    report.same("exact_continuous_bpd", -Mixture(case.inputs).log_density(case.inputs["x0"]) / 32 / math.log(2) + math.log2(127.5), 1e-4)
+
+
+def loss_score_sde(report):
+    case = report.case
+    x0, noise, u = (case.inputs[k].double() for k in ("x0", "noise", "u"))
+    for key in list(report.left):
+        kind, weight, reduce = key.split(":")[1].split("_")
+        process = {"ve": D.VE, "vp": D.VP, "subvp": D.SubVP}[kind]("score", weighting={"likelihood": "likelihood", "std": "snr"}[weight])
+        t = process.training_times(u)
+        exact = network(process, Mixture(case.inputs))
+        if kind == "ve":
+            model = lambda x, t, y: exact(x * (process.sigma(t / 1000) ** 2 + 0.25).sqrt().view(-1, 1, 1, 1), t / 1000)
+        else:
+            model = lambda x, t, y: exact(x, t / 999)
+        loss = process.loss(model, x0, None, t, noise)["loss"] * (2 if weight == "likelihood" else 1)   # its code: g^2, ours: g^2/2
+        report.same(key, (loss * {"mean": 1, "halfsum": x0[0].numel() / 2}[reduce]).mean(), 1e-4)
+
+
+def loss_likelihood(report):
+    case, mixture = report.case, Mixture(report.case.inputs)
+    x, probe = case.inputs["x"].double(), 2 * case.inputs["rademacher01"].double() - 1
+    bits = lambda logp: -logp / (x[0].numel() * math.log(2)) + 7
+    for kind, make in (("vp", D.VP), ("ve", D.VE)):
+        process = make("eps")
+        process.t_least = case.config["eps"]
+        logp, z = D.log_likelihood(process, Watched(case, process), x, probe, case.config["rtol"], case.config["atol"])
+        report.same(f"bpd:{kind}", bits(logp), 2e-3)
+        report.same(f"z:{kind}", z, 2e-3)
+        report.skip(f"nfe:{kind}")
+    report.same("exact_logp", mixture.log_density(x), 1e-5)
+    report.same("exact_bpd", bits(mixture.log_density(x)), 1e-5)
+    edm = D.EDM("eps")
+    edm.t_least = 1e-3
+    report.same("k_log_likelihood", D.log_likelihood(edm, Watched(case, edm), x, probe, 1e-4, 1e-4)[0], 2e-3)
+    report.skip("k_fevals")
+
+
+def loss_guidance(report):
+    c, u = report.case.inputs["cond"], report.case.inputs["uncond"]
+    w = report.case.config["scale"]
+    process = D.RectifiedFlow()
+    flat = lambda x0: lambda xt, t: D.Denoised(x0, x0)
+    update = lambda rule, c, u: rule(c, u, 2.0) - c      # APG's c + (w - 1) update
+    report.same("cfg", D.cfg()(c, u, w))
+    report.same("cfg", D.guided(flat(c), flat(u), w)(c, 0.5).x0)
+    for key in [k for k in report.left if k.startswith("cfg_rescale")]:
+        share = float(key[11:]) / (10 if key[11:].startswith("0") else 1)
+        report.same(key, D.cfg_rescale(share)(c, u, w))
+    report.same("apg_eta1_norm2.5", u + w * update(D.apg(1.0, 2.5, 0.0), c, u), 2e-5)
+    report.same("apg_eta0_norm2.5", c + w * update(D.apg(0.0, 2.5, 0.0), c, u), 2e-5)
+    rule = D.apg(0.0, 5.0, -0.5)
+    report.same("apg_momentum_step1", rule(c, u, w), 2e-5)
+    report.same("apg_momentum_step2", rule(0.9 * c, 1.1 * u, w), 2e-5)
+    report.same("cfg_zero_star", D.cfg_zero()(c, u, w))
+    zero = D.cfg_zero()(c, u, 0.0)
+    report.same("cfg_zero_star_scale", (zero * u).flatten(1).sum(1) / (u * u).flatten(1).sum(1))
+    report.same("tangential", D.tangential()(c, u, w), 2e-5)
+    three = D.guided(flat(c), flat(u), w, channels=3)(c, 0.5).x0
+    report.same("dit_three_channel", torch.cat([three, torch.cat([three[:, :3], u[:, 3:]], 1)]))
+    for key in [k for k in report.left if k.startswith("dynamic_threshold")]:
+        quantile, limit = float(key.split("_")[2]), float(key.split("max")[1])
+        x = w * 0 + c if key not in report.case.outputs else c
+        report.same(key, D.clipped(flat(x), process, limit, quantile)(x, 0.5).x0)
+
+
+LOSSES = [({"model_output", "t"}, loss_dit), ({"model_output", "z"}, loss_rf), ({"model_output", "x1"}, loss_sit),
+          ({"sigma", "rnd_normal"}, loss_edm), ({"t", "sigma"}, loss_weights), ({"x0", "u", "means"}, loss_score_sde),
+          ({"x0", "noise", "means"}, loss_bpd), ({"rademacher01"}, loss_likelihood), ({"cond", "uncond"}, loss_guidance)]
 
 
 def check_loss(case):
@@ -238,9 +407,6 @@ def run_rf(report, name, options, tol):
     x = case.inputs["x_T"].double()
     states = [x, *D.euler(denoise, x, process.times(steps), process, pool(case))]
     report.same(f"x:{name}", torch.stack(states), tol)
-
-
-RUNS = {"r_dit": run_dit, "r_rf": run_rf}
 
 
 # ------------------------------------------------------------------------------- diffusers: from a class and its options
@@ -651,6 +817,294 @@ def run_diffusers(report, name, run, tol):
         ref = case.outputs[f"{key}:{name}"]
         if ((ours - ref).abs() > 1e-3 * ref.abs() + 1e-5).any() and not plan.churn:
             report.bad.append(f"grid {key}:{name}: {ours} recorded {ref}")
+
+
+# ------------------------------------------------------------------------------------------ official loops, by function
+
+
+class Watched:
+    """A denoiser of the mixture on a process that remembers its calls: times, and states divided by alpha if `ve`."""
+
+    def __init__(self, case, process, ve=False):
+        self.mixture, self.process, self.ve, self.t, self.x = Mixture(case.inputs), process, ve, [], []
+
+    def __call__(self, x, t):
+        batch = D.batch_time(t, x)
+        a, s = self.process.alpha(batch), self.process.sigma(batch)
+        self.t.append(float(t))
+        self.x.append(x / a[0] if self.ve else x)
+        out = self.process.target(*self.mixture(x, a, s), batch)
+        return self.process.denoised(out, x, batch)
+
+
+def unbounded(prediction="eps"):
+    process = D.EDM(prediction)
+    process.t_noisy = 1e9
+    return process
+
+
+KDIFFUSION = {  # function: our sampler, its fixed options, the library's names of options
+    "sample_euler": ("euler", {}), "sample_heun": ("heun", {}), "sample_dpm_2": ("dpm2", {}), "sample_lms": ("lms", {}),
+    "sample_euler_ancestral": ("euler-ancestral", {}), "sample_dpm_2_ancestral": ("dpm2-ancestral", {}),
+    "sample_dpmpp_2s_ancestral": ("dpmpp-2s", {"eta": 1.0}), "sample_dpmpp_sde": ("dpmpp-sde", {}),
+    "sample_dpmpp_2m": ("dpmpp-2m", {}), "sample_dpmpp_2m_sde": ("dpmpp-2m-sde", {}),
+    "sample_dpmpp_3m_sde": ("dpmpp-3m-sde", {"published": "half", "lower_final": False}),
+    "sample_dpm_fast": ("dpm-solver", {"order": 3, "form": "eps"}), "sample_dpm_adaptive": ("dpm-solver-adaptive", {}),
+}
+RENAMED = {"s_tmin": "s_min", "s_tmax": "s_max", "eta": "eta", "s_churn": "s_churn", "order": "order", "rtol": "rtol", "atol": "atol",
+           "h_init": "h"}
+
+
+def fast_grid(high, low, n):
+    """dpm_fast's grid: blocks of 3 calls and a last one of 2 or 1, all equally long in log sigma."""
+    blocks = n // 3 + 1
+    sizes = [3] * (blocks - 2) + [2, 1] if n % 3 == 0 else [3] * (blocks - 1) + [n % 3]
+    ends = torch.linspace(math.log(high), math.log(low), blocks + 1, dtype=torch.float64)
+    inner = [ends[b] + k / size * (ends[b + 1] - ends[b]) for b, size in enumerate(sizes) for k in range(size)]
+    return torch.stack([*inner, ends[-1]]).exp()
+
+
+def run_kdiffusion(report, name, options, tol):
+    o, case = dict(options), report.case
+    fn, sig, n = o.pop("fn"), o.pop("sig"), o.pop("n", None)
+    sampler, kwargs = KDIFFUSION[fn]
+    kwargs, churns = dict(kwargs), fn in ("sample_euler", "sample_heun", "sample_dpm_2")
+    s_noise = o.pop("s_noise", 1.0)
+    solver = o.pop("solver_type", None)
+    if solver:
+        kwargs["slope"] = {"midpoint": "half", "heun": "exact"}[solver]
+    kwargs |= {RENAMED[k]: v for k, v in o.items()}
+    if churns:
+        kwargs["s_noise"], s_noise = s_noise, 1.0
+        kwargs = kwargs if kwargs.get("s_churn") else {}
+    process = unbounded()
+    if isinstance(sig, str):
+        low, high = map(float, sig.split(","))
+        times = fast_grid(high, low, n) if n else torch.tensor([high, low], dtype=torch.float64)
+        if fn == "sample_dpm_fast" and kwargs.get("eta"):
+            raise NotImplementedError(f"{name}: dpm_fast with eta")
+    else:
+        times = torch.tensor(sig, dtype=torch.float64)
+    watch = Watched(case, process)
+    start = case.inputs["x_T"].double() * times[0]
+    *_, x = D.SAMPLERS[sampler](watch, start, times, process, pool(case, None, s_noise), **kwargs)
+    report.same(f"x:{name}", x, tol)
+    slack = 10 if "adaptive" in fn else 1            # the library's adaptive solver keeps its time in float32
+    report.same(f"net_x:{name}", torch.stack(watch.x), slack * tol)
+    report.same(f"net_sigma:{name}", watch.t, slack * 1e-5)
+
+
+class SqrtTime(D.EDM):
+    """VE as in EDM's table 1: sigma = sqrt(t)."""
+
+    def sigma(self, t):
+        return t.sqrt()
+
+    def time_of(self, s):
+        return s * s
+
+
+def run_edm(report, name, options, tol):
+    """NVlabs' edm_sampler and ablation_sampler."""
+    o, case = dict(options), report.case
+    fn, n, alpha = o.pop("fn", "edm_sampler"), o.pop("num_steps", 18), o.pop("alpha", 1)
+    solver, kind = o.pop("solver", "heun"), o.pop("discretization", "edm")
+    schedule, scaling, rho = o.pop("schedule", "linear"), o.pop("scaling", "none"), o.pop("rho", 7)
+    churn = {k.lower(): o.pop(k) for k in ("S_churn", "S_min", "S_max", "S_noise") if k in o}
+    ends = {"edm": (80.0, 0.002), "ve": (100.0, 0.02), "iddpm": (81.0, 0.002), "vp": None}[kind]
+    if o or (ends is None and ("sigma_min" in o or "sigma_max" in o)):
+        raise NotImplementedError(f"{name}: options {o}")
+    sigmas = edm_levels(kind, n, ends, rho)
+    method = solver if alpha == 1 else ((alpha,), ((1,),), (1 - 1 / (2 * alpha), 1 / (2 * alpha)))
+    if (schedule, scaling) == ("vp", "vp"):
+        process = D.VP("eps")
+        run = D.sit_ode
+    elif (schedule, scaling) == ("ve", "none"):
+        process, run = SqrtTime("eps"), D.sit_ode
+    elif (schedule, scaling) == ("linear", "none"):
+        process, run = unbounded(), D.runge_kutta
+    else:
+        raise NotImplementedError(f"{name}: schedule {schedule}, scaling {scaling}")
+    process.t_noisy = 1e9
+    times = torch.cat([process.time(sigmas), torch.zeros(1, dtype=torch.float64)])
+    watch = Watched(case, process, ve=True)
+    start = case.inputs["x_T"].double() * process.sigma(times[0])
+    if run is D.sit_ode and churn.get("s_churn"):
+        raise NotImplementedError(f"{name}: churn with schedule {schedule}")
+    kwargs = {"method": method} | (churn if run is D.runge_kutta else {})
+    *_, x = run(watch, start, times, process, pool(case), **kwargs)
+    report.same(f"x:{name}", x, tol)
+    report.same(f"net_x:{name}", torch.stack(watch.x), tol)
+    report.relative(f"net_sigma:{name}", process.p(torch.tensor(watch.t, dtype=torch.float64)),
+                    1e-3 if kind == "iddpm" else 1e-6)      # iDDPM's table is float32 there
+
+
+def edm_levels(kind, n, ends, rho=7.0):
+    """EDM's four discretisations, noise levels from the noisiest down."""
+    if kind == "vp":
+        vp = D.VP()
+        return vp.p(vp.times(n, "linspace")[:-1])
+    if kind == "iddpm":
+        u = D.Discrete(D.cosine_betas())
+        u = u.p(torch.arange(999.0, -1, -1, dtype=torch.float64))
+        u = u[(u >= ends[1]) & (u <= ends[0])]
+        u = torch.cat([u, u.new_zeros(1)]) if ends[1] <= 0 else u
+        return u[torch.linspace(0, len(u) - 1, n, dtype=torch.float64).round().long()]
+    process = unbounded()
+    return process.times(n, {"edm": "karras", "ve": "exponential"}[kind], ends=ends, **({"rho": rho} if kind == "edm" else {}))[:-1]
+
+
+def score_process(kind):
+    """Score SDE's processes with the discretised kernels of its code: the step is 1/N whatever the grid."""
+    class CodedVE(D.VE):
+        def kernel(self, i, j):                      # N levels, evenly in log sigma, whatever the grid
+            k = math.floor(i.t * (self.N - 1))
+            s = lambda k: self.s_min * (self.s_max / self.s_min) ** (k / (self.N - 1)) if k >= 0 else 0.0
+            return 1.0, s(k) ** 2 - s(k - 1) ** 2
+
+        def euler_kernel(self, i, j):
+            return super().euler_kernel(i, i._replace(t=i.t - 1 / self.N))
+
+    if kind == "ve":
+        return CodedVE("score")
+
+    class Coded(D.SubVP if kind == "subvp" else D.VP):
+        def kernel(self, i, j):                      # DDPM's betas, N of them
+            k = math.floor(i.t * (self.N - 1))
+            beta = (self.b0 + k / (self.N - 1) * (self.b1 - self.b0)) / self.N
+            return math.sqrt(1 - beta), beta
+
+        def euler_kernel(self, i, j):
+            return super().euler_kernel(i, i._replace(t=i.t - 1 / self.N))
+
+    return Coded("eps")
+
+
+def run_score(report, name, options, tol):
+    o, case = dict(options), report.case
+    kind, N = o.pop("kind"), o.pop("N")
+    predictor = {"reverse_diffusion": "reverse", "euler_maruyama": "euler", "ancestral_sampling": "ancestral"}[o.pop("predictor", "reverse_diffusion")]
+    corrector = {"langevin": "langevin", "ald": "ald", "none": None, None: None}[o.pop("corrector", None)]
+    kwargs = {"snr": o.pop("snr", 0.16), "corrections": o.pop("n_steps", o.pop("n_steps_each", 1))}
+    if o:
+        raise NotImplementedError(f"{name}: options {o}")
+    predictor_corrector(report, name, kind, N, predictor, corrector, tol, **kwargs)
+
+
+def predictor_corrector(report, name, kind, N, predictor, corrector, tol, s_max=50.0, **kwargs):
+    case, process = report.case, score_process(kind)
+    process.N, process.t_least, process.s_max = N, 1e-5 if kind == "ve" else 1e-3, s_max
+    times = process.times(N, "linspace")
+    watch = Watched(case, process)
+    x = case.inputs["x_T"].double() * (process.s_max if kind == "ve" else 1)
+    states = list(D.predictor_corrector(watch, x, times, process, pool(case), predictor, corrector, **kwargs))
+    calls = 1 + (kwargs.get("corrections", 1) if corrector else 0)
+    corrected = watch.x[calls - 1 :: calls]
+    report.same(f"x:{name}", torch.stack(states[:-1]), tol, select=lambda ref: ref[:-1])
+    report.same(f"x_mean:{name}", states[-1], tol)
+    report.same(f"t:{name}", times[:-1], 1e-6)
+    if f"x_corrected:{name}" in case.outputs:
+        report.same(f"x_corrected:{name}", torch.stack(corrected), tol)
+    return process, times
+
+
+def run_score_ode(report, name, options, tol):
+    o, case = dict(options), report.case
+    kind = o.pop("kind")
+    if o:
+        raise NotImplementedError(f"{name}: options {o}")
+    process = score_process(kind)
+    times = torch.tensor([1.0, 1e-5 if kind == "ve" else 1e-3], dtype=torch.float64)
+    x = case.inputs["x_T"].double() * (process.s_max if kind == "ve" else 1)
+    *_, x = D.rk45(Watched(case, process), x, times, process, None)
+    report.same(f"x:{name}", x, tol)
+    report.skip(f"nfe:{name}")
+
+
+def run_ve(report, name, options, tol):
+    """diffusers' ScoreSdeVeScheduler with its defaults."""
+    o = dict(options)
+    n, kwargs = o.pop("n"), {"snr": o.pop("snr", 0.15), "corrections": o.pop("correct_steps", 1), "s_max": o.pop("sigma_max", 50.0)}
+    if o:
+        raise NotImplementedError(f"{name}: options {o}")
+    process, times = predictor_corrector(report, name, "ve", n, "reverse", "langevin", tol, **kwargs)
+    report.relative(f"sigma:{name}", process.sigma(times[:-1]), 1e-5)
+    report.relative(f"discrete_sigmas:{name}", process.times(n, "exponential", ends=(process.s_max, 0.01 + 1e-9))[:-1]
+                    .apply_(lambda t: process.sigma(torch.tensor(t, dtype=torch.float64)).item()).flip(0), 1e-4)
+
+
+def run_vp(report, name, options, tol):
+    o = dict(options)
+    predictor_corrector(report, name, "vp", o.pop("n"), "euler", None, tol)
+    if o:
+        raise NotImplementedError(f"{name}: options {o}")
+
+
+SIT = {"Linear": D.RectifiedFlow, "GVP": D.GVP, "VP": D.VP}
+
+
+def torchdiffeq_dopri5(f, y, times, rtol, atol):
+    """Our tableau under torchdiffeq's control, whose steps pass over the output times; there it interpolates by a quartic."""
+    places, rows, difference = D.DORMAND_PRINCE
+    middle = [6025192743 / 30085553152, 0, 51252292925 / 65400821598, -2691868925 / 45128329728, 187940372067 / 1594534317056,
+              -1776094331 / 19743644256, 11237099 / 235043384]
+    rms = lambda v: v.pow(2).mean().sqrt().item()
+    t, k, out, scale = times[0], [f(times[0], y)], [y], atol + rtol * y.abs()
+    h = 0.01 * rms(y / scale) / rms(k[0] / scale)
+    bend = rms((f(t + h, y + h * k[0]) - k[0]) / scale) / h
+    h = min(100 * h, (0.01 / max(rms(k[0] / scale), bend)) ** 0.2)
+    while len(out) < len(times):
+        for place, row in zip(places, rows):
+            new = y + h * D.mix(row, k)
+            k.append(f(t + place * h, new))
+        error = rms(h * D.mix(difference, k) / (atol + rtol * torch.maximum(y.abs(), new.abs())))
+        if error <= 1:
+            mid, f0, f1 = y + h / 2 * D.mix(middle, k), h * k[0], h * k[-1]
+            quartic = (y, f0, f1 - 4 * f0 - 11 * y - 5 * new + 16 * mid, 5 * f0 - 3 * f1 + 18 * y + 14 * new - 32 * mid,
+                       2 * (f1 - f0) - 8 * (new + y) + 16 * mid)
+            while len(out) < len(times) and times[len(out)] <= t + h + 1e-12:
+                out.append(sum(c * ((times[len(out)] - t) / h) ** n for n, c in enumerate(quartic)))
+            t, y = t + h, new
+        k = k[-1:] if error <= 1 else k[:1]
+        h *= min(10.0, max(0.9 * error**-0.2, 1.0 if error < 1 else 0.2))
+    return out
+
+
+def run_sit(report, name, options, tol):
+    """SiT's samplers; its time is 1 - ours."""
+    o, case = dict(options), report.case
+    kind, path, prediction = o.pop("kind"), o.pop("path_type", "Linear"), o.pop("prediction", "velocity")
+    n, method = o.pop("num_steps"), o.pop("sampling_method", "dopri5" if kind == "ode" else "Euler")
+    process = SIT[path]({"velocity": "velocity", "noise": "eps", "score": "score"}[prediction])
+    process.t_noisy = 1.0
+    sde = kind == "sde"
+    form, norm = o.pop("diffusion_form", "SBDM"), o.pop("diffusion_norm", 1.0)
+    last, size = o.pop("last_step", "Mean"), o.pop("last_step_size", 0.04)
+    if o:
+        raise NotImplementedError(f"{name}: options {o}")
+    first, end, eps = 0.0, 1.0, 1e-3                 # SiT's check_interval, in its time
+    if path != "VP" and (prediction != "velocity" or sde):
+        first = eps if prediction != "velocity" or form == "SBDM" else 0.0
+    if path == "VP" or prediction != "velocity" or sde:
+        end = 1 - size if sde and last and size else 1 - eps
+    t = 1 - torch.linspace(first, end, n, dtype=torch.float64)
+    watch = Watched(case, process)
+    x = case.inputs["x_T"].double()
+    if not sde:
+        if method == "dopri5":
+            dx = lambda t, x: -D.velocity(process, watch(x, 1 - t), D.Level(1 - t, 0, 0, 0))
+            states = torchdiffeq_dopri5(dx, x, (1 - t).tolist(), 1e-3, 1e-6)
+        else:
+            states = [x, *D.sit_ode(watch, x, t, process, None, {"rk4": "rk4-3/8"}.get(method, method), euler_last=False)]
+    else:
+        t = torch.cat([t, torch.tensor([1 - end - size if last else 0.0], dtype=torch.float64)])
+        states = list(D.sit_sde(watch, x, t, process, pool(case), form.lower(), norm, method.lower(),
+                                {"Mean": "mean", "Tweedie": "tweedie", "Euler": "ode"}[last]))
+    report.same(f"x:{name}", torch.stack(states), tol)
+
+
+RUNS = {"r_dit": run_dit, "r_rf": run_rf, "r_k": run_kdiffusion, "r_edm": run_edm, "r_ss": run_score, "r_ssode": run_score_ode,
+        "run_ve": run_ve, "run_vp": run_vp, "r_sit": run_sit}
 
 
 def check_sampler(case):
