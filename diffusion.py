@@ -282,7 +282,7 @@ def v_diffusion(u, sigma_data=0.5, low=1e-3, high=1e3):
 def cosine_interpolated(u, image=64, coarse=32, fine=64, sigma_data=0.5, low=1e-3, high=1e3):
     def log_snr(noise):                              # simple diffusion, 2301.11093, section 3.1: cosine, shifted
         shift = 2 * math.log(noise / image)
-        a, b = (math.atan(math.exp(math.log(s / sigma_data) + shift / 2)) for s in (low, high))
+        a, b = (math.atan(math.exp(math.log(s / sigma_data) + shift / 2)) for s in (high, low))
         return -2 * torch.log(torch.tan(a + u * (b - a))) + shift
 
     return sigma_data * torch.exp(-torch.lerp(log_snr(coarse), log_snr(fine), u) / 2)

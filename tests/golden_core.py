@@ -117,11 +117,109 @@ def respacing_tables(report, name, run):
         report.same(key, ours[key.split(":")[0]], 1e-6 if report.case.outputs[key].dtype == torch.float32 else 1e-10)
 
 
+def schedule_betas(report, name, run):
+    """diffusers' tables, which are float32 products: sigma near t = 0 moves by up to 3e-4."""
+    plan = Plan("HeunDiscreteScheduler", {"beta_start": 1e-4, "beta_end": 0.02, **{k: v for k, v in run.items() if k != "rescale_betas_zero_snr"}}, 10, {}, {})
+    plan.c["rescale_betas_zero_snr"] = run.get("rescale_betas_zero_snr", False)
+    betas = plan.betas()
+    report.same(f"beta:{name}", betas, 1e-5 if plan.c["rescale_betas_zero_snr"] else 2e-6)
+    report.same(f"alpha_bar:{name}", torch.cumprod(1 - betas, 0), 2e-6)
+
+
+def schedule_grid(report, name, run):
+    """Times at which a scheduler asks the network, and its noise levels without repetitions."""
+    plan = Plan(run["scheduler"], run["init"], run["num_inference_steps"], {}, {})
+    process, times, asked = plan.process, plan.times, []
+
+    def idle(x, t):
+        asked.append(float(t))
+        return D.Denoised(x, x)
+
+    list(plan.run(idle, torch.zeros(1, 1, 1, 1, dtype=torch.float64), lambda shape: torch.zeros(shape, dtype=torch.float64)))
+    t = torch.tensor(asked, dtype=torch.float64)
+    ref = report.case.outputs[f"t:{name}"]
+    levels = any(plan.c.get(f"use_{k}") for k in ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas"))
+    # a flow's time is 1000 sigma, EDM's log(sigma)/4; a grid of noise levels rounds or interpolates its times in its own way
+    told = {"flow": 1000 * t, "EDM": t.log() / 4}.get(plan.group, 1000 * t if plan.c.get("use_flow_sigmas") else t)
+    told = told * 1000 if plan.sampler == "lcm" and plan.group == "EDM" else told
+    slack = 1.0 if levels or plan.c.get("use_flow_sigmas") else 2e-3
+    if plan.sampler.startswith("dpm2"):              # middle points, by another interpolation of the time
+        slack = 0.01
+    if plan.c.get("interpolation_type") == "log_linear":      # the library's times do not belong to its levels, and it lacks a step
+        report.skip(f"t:{name}")
+        times = torch.cat([times, torch.tensor([-1.0])])
+        ref = told
+    if f"t:{name}" in report.left:
+        report.same(f"t:{name}", told, slack, scale=torch.ones(()) if ref.abs().max() > 2 else torch.ones(()) * 0.01)
+    if f"sigmas:{name}" in report.left:
+        s = process.sigma(times) if plan.c.get("use_flow_sigmas") or plan.group == "flow" else process.p(times)
+        unique = lambda ref: torch.unique_consecutive(ref)
+        report.same(f"sigmas:{name}", torch.unique_consecutive(s), 1e-3, scale=unique(report.case.outputs[f"sigmas:{name}"]).clamp(min=1e-3), select=unique)
+    if f"sigmas_interpol:{name}" in report.left:     # KDPM2's middle points, at the second calls
+        middle = process.p(t)[1::2] if plan.sampler == "dpm2" else None
+        select = lambda ref: ref[1 : 1 + 2 * len(process.p(t)[1::2]) : 2]
+        if middle is None:
+            report.skip(f"sigmas_interpol:{name}")
+        else:
+            report.same(f"sigmas_interpol:{name}", middle, 1e-3, select=select)
+    if f"alphas:{name}" in report.left:              # iPNDM: "betas" is sigma, "alphas" alpha
+        report.same(f"alphas:{name}", process.alpha(times), 1e-5)
+        report.same(f"betas:{name}", process.sigma(times), 1e-5)
+
+
+def schedule_continuous(report):
+    case = report.case
+    t, u, z, n = case.inputs["t"], case.inputs["u"], case.inputs["z"].double(), int(case.inputs["n"])
+    norm = case.config["norm"]
+    for name, make in (("linear", D.RectifiedFlow), ("gvp", D.GVP), ("vp", D.VP)):
+        process = make("velocity")
+        a, s, da, ds = process.rates(1 - t)
+        ours = {"alpha": a, "sigma": s, "dalpha": -da, "dsigma": -ds, "drift_coef": -da / a, "drift_var": process.half_g2(1 - t)}
+        levels = D.levels(process, 1 - t)
+        for form in D.DIFFUSIONS:
+            ours[f"diffusion_{'SBDM' if form == 'sbdm' else form}"] = [D.DIFFUSIONS[form](process, i, norm) for i in levels]
+        for key, value in ours.items():
+            if f"sit_{name}_{key}" in report.left:
+                report.same(f"sit_{name}_{key}", value, 1e-6)
+    for name, make in (("ve", D.VE), ("vp", D.VP), ("subvp", D.SubVP)):
+        process = make("eps")
+        a, s, da, ds = process.rates(t)
+        for key, value in (("mean", a), ("std", s), ("drift", da / a), ("diffusion", (2 * process.half_g2(t)).sqrt())):
+            report.same(f"sde_{name}_{key}", value, 1e-5)
+    edm = unbounded()
+    zero = torch.zeros(1, dtype=torch.float64)
+    k = lambda grid, **o: edm.times(n, grid, ends=(14.6, 0.03), **o)
+    vp = D.VP()
+    ours = {"k_karras": k("karras"), "k_exponential": k("exponential"), "k_polyexponential": k("exponential", rho=float(case.config.get("rho", 1.0))),
+            "k_vp": torch.cat([vp.p(vp.times(n, "linspace")[:-1]), zero])}
+    ours |= {f"edm_{kind}": edm_levels(kind, n, {"edm": (80.0, 0.002), "ve": (100.0, 0.02), "iddpm": (81.0, 0.002), "vp": None}[kind])
+             for kind in ("vp", "ve", "iddpm", "edm")}
+    ours |= {"k_log_normal": D.log_normal(u, -1.2, 1.2), "k_log_logistic": D.log_logistic(u, 0.0, 0.5, 0.01, 80.0),
+             "k_log_uniform": D.log_uniform(u, 0.01, 80.0), "k_v_diffusion": D.v_diffusion(u, 0.5, 1e-3, 1e3),
+             "k_cosine_interpolated": D.cosine_interpolated(u, 64, 32, 64, 0.5, 1e-3, 1e3),
+             "sd3_mode": D.mode(u), "sd3_logit_normal": D.logit_normal(torch.special.ndtr(z), 0.3, 0.8),
+             "edm_sigma_from_z": D.log_normal(torch.special.ndtr(z)), "rf_logit_normal_from_z": D.logit_normal(torch.special.ndtr(z))}
+    snr = ((1 - u) / u) ** 2
+    of_flow = lambda w: w / (1 + u / (1 - u)) ** 2
+    ours |= {"sd3_weight_sigma_sqrt": of_flow(D.WEIGHTINGS["sigma-sqrt"][0](snr)), "sd3_weight_cosmap": of_flow(D.WEIGHTINGS["cosmap"][0](snr))}
+    for key in [k for k in report.left if k.startswith("shift")]:
+        ours[key] = D.RectifiedFlow(shift=float(key[5:])).shifted(u)
+    for key, value in ours.items():
+        if key in report.left:
+            report.same(key, value, 1e-3 if key == "edm_iddpm" else 1e-5)
+
+
 def check_schedule(case):
-    report, runs = Report(case), case.config.get("runs", {})
-    for name, run in runs.items():
+    report = Report(case)
+    if "t" in case.inputs:
+        schedule_continuous(report)
+    for name, run in case.config.get("runs", {}).items():
         if "T" in run:
             respacing_tables(report, name, run)
+        elif "scheduler" in run:
+            schedule_grid(report, name, run)
+        elif "beta_schedule" in run:
+            schedule_betas(report, name, run)
         else:
             raise NotImplementedError(f"schedule case with a run {name!r}: {run}")
     report.close()
@@ -332,7 +430,7 @@ def loss_guidance(report):
     report.same("dit_three_channel", torch.cat([three, torch.cat([three[:, :3], u[:, 3:]], 1)]))
     for key in [k for k in report.left if k.startswith("dynamic_threshold")]:
         quantile, limit = float(key.split("_")[2]), float(key.split("max")[1])
-        x = w * 0 + c if key not in report.case.outputs else c
+        x = D.cfg()(c, u, w)
         report.same(key, D.clipped(flat(x), process, limit, quantile)(x, 0.5).x0)
 
 
@@ -629,10 +727,11 @@ class Plan:
         self.process.t_noisy = math.inf
         self.process.t_noisy = 1e9                   # churn may go above sigma_max
         more = {"rho": c["rho"]} if c["sigma_schedule"] == "karras" else {}
-        steps = self.n + (self.sampler == "lcm")     # consistency models end at sigma_min
+        T = c["num_train_timesteps"]
+        steps = T if self.sampler == "lcm" else self.n
         times = self.process.times(steps, c["sigma_schedule"], ends=(c["sigma_max"], c["sigma_min"]), **more)[:-1]
-        if self.sampler == "lcm":
-            self.times = times
+        if self.sampler == "lcm":                    # consistency models: a stride over the training grid, then sigma_min
+            self.finish(times[:: T // self.n][: self.n], c["sigma_min"])
         else:
             self.finish(times, 0 if c["final_sigmas_type"] == "zero" else c["sigma_min"])
 
@@ -1043,33 +1142,6 @@ def run_vp(report, name, options, tol):
 SIT = {"Linear": D.RectifiedFlow, "GVP": D.GVP, "VP": D.VP}
 
 
-def torchdiffeq_dopri5(f, y, times, rtol, atol):
-    """Our tableau under torchdiffeq's control, whose steps pass over the output times; there it interpolates by a quartic."""
-    places, rows, difference = D.DORMAND_PRINCE
-    middle = [6025192743 / 30085553152, 0, 51252292925 / 65400821598, -2691868925 / 45128329728, 187940372067 / 1594534317056,
-              -1776094331 / 19743644256, 11237099 / 235043384]
-    rms = lambda v: v.pow(2).mean().sqrt().item()
-    t, k, out, scale = times[0], [f(times[0], y)], [y], atol + rtol * y.abs()
-    h = 0.01 * rms(y / scale) / rms(k[0] / scale)
-    bend = rms((f(t + h, y + h * k[0]) - k[0]) / scale) / h
-    h = min(100 * h, (0.01 / max(rms(k[0] / scale), bend)) ** 0.2)
-    while len(out) < len(times):
-        for place, row in zip(places, rows):
-            new = y + h * D.mix(row, k)
-            k.append(f(t + place * h, new))
-        error = rms(h * D.mix(difference, k) / (atol + rtol * torch.maximum(y.abs(), new.abs())))
-        if error <= 1:
-            mid, f0, f1 = y + h / 2 * D.mix(middle, k), h * k[0], h * k[-1]
-            quartic = (y, f0, f1 - 4 * f0 - 11 * y - 5 * new + 16 * mid, 5 * f0 - 3 * f1 + 18 * y + 14 * new - 32 * mid,
-                       2 * (f1 - f0) - 8 * (new + y) + 16 * mid)
-            while len(out) < len(times) and times[len(out)] <= t + h + 1e-12:
-                out.append(sum(c * ((times[len(out)] - t) / h) ** n for n, c in enumerate(quartic)))
-            t, y = t + h, new
-        k = k[-1:] if error <= 1 else k[:1]
-        h *= min(10.0, max(0.9 * error**-0.2, 1.0 if error < 1 else 0.2))
-    return out
-
-
 def run_sit(report, name, options, tol):
     """SiT's samplers; its time is 1 - ours."""
     o, case = dict(options), report.case
@@ -1092,8 +1164,7 @@ def run_sit(report, name, options, tol):
     x = case.inputs["x_T"].double()
     if not sde:
         if method == "dopri5":
-            dx = lambda t, x: -D.velocity(process, watch(x, 1 - t), D.Level(1 - t, 0, 0, 0))
-            states = torchdiffeq_dopri5(dx, x, (1 - t).tolist(), 1e-3, 1e-6)
+            states, tol = [x, *D.rk45(watch, x, t, process, None)], 1e-2       # that solver's own error at its rtol of 1e-3
         else:
             states = [x, *D.sit_ode(watch, x, t, process, None, {"rk4": "rk4-3/8"}.get(method, method), euler_last=False)]
     else:
