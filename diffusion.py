@@ -15,12 +15,13 @@ Three ideas carry all of it, and each is usable alone:
     lambda            lam             log(alpha/sigma) = -log s, half the log signal-to-noise ratio
     i, j              i, j            a sampler steps from grid point i to the cleaner grid point j
 
-Contents: schedules (tables of beta) - grids (the times that a sampler walks) - weightings and time densities - processes -
-guidance - samplers (tools, one step, several stages, several steps, stochastic, distilled) - likelihood - training.
+Contents: schedules (beta tables) - grids (times that a sampler walks) - weightings, time densities - processes - guidance -
+samplers (tools; one network call a step; several; memory of earlier calls; SDEs; distilled models; the registry) -
+likelihood - training and drawing images. Registries: BETAS GRIDS WEIGHTINGS DENSITIES PREDICTIONS PROCESSES GUIDANCE SAMPLERS.
 """
 
-import functools
 import math
+from functools import partial
 from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
@@ -39,6 +40,10 @@ def batch_time(t, x):
     return torch.as_tensor(t, dtype=dtype, device=x.device).expand(len(x))
 
 
+def double(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
 def flat_mean(x):
     """Mean over all but the first dimension, (B, ...) -> (B,): the loss of each sample."""
     return x.flatten(1).mean(1)
@@ -51,9 +56,10 @@ def choose(table, name, what):
     return table[name]
 
 
-def one_line(f):
-    """What `train.py --list` prints for an entry of a registry: the first sentence of its docstring."""
-    return " ".join(f.__doc__.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+def one_line(entry):
+    """What `train.py --list` prints for a registry's entry: its line, or the first sentence of a function's docstring."""
+    text = entry.__doc__ if callable(entry) else entry if isinstance(entry, str) else entry[-1]
+    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
 # ------------------------------------------------------------------------------------------------------------ schedules
@@ -67,19 +73,14 @@ def linear_betas(T=1000, start=1e-4, end=0.02):
 
 
 def scaled_linear_betas(T=1000, start=0.00085, end=0.012):
-    """Linear in sqrt(beta): Latent Diffusion, 2112.10752 ("quad" in the first DDPM code)."""
+    """Linear in sqrt(beta): latent diffusion, 2112.10752; with other ends, "quad" of the DDPM code."""
     return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
 
 
-def warmup_betas(T=1000, start=1e-4, end=0.02, share=0.1):
-    """beta rises linearly over the first `share` of the chain, then stays ("warmup10", "warmup50" of the DDPM code)."""
+def warmup_betas(share, T=1000, start=1e-4, end=0.02):
+    """beta rises linearly over the first `share` of the chain, then stays (the DDPM code)."""
     n = int(T * share)
     return torch.cat([torch.linspace(start, end, n, dtype=torch.float64), torch.full((T - n,), end, dtype=torch.float64)])
-
-
-def sigmoid_betas(T=1000, start=1e-4, end=0.02):
-    """beta is a sigmoid of t over [-6, 6] (GeoDiff, 2203.02923)."""
-    return torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64)) * (end - start) + start
 
 
 def betas_of(alpha_bar, T=1000, largest=0.999):
@@ -100,26 +101,27 @@ def laplace_betas(T=1000, scale=0.5):
 
 
 def zero_terminal_snr(betas):
-    """The table moved and stretched in sqrt(alpha_bar) so that it ends in pure noise (2305.08891, algorithm 1): no
-    eps-prediction there."""
+    """The table moved and stretched in sqrt(alpha_bar) to end in pure noise, 2305.08891, algorithm 1."""
     root = torch.cumprod(1 - betas, 0).sqrt()
     bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return 1 - bar / torch.cat([bar.new_ones(1), bar[:-1]])
+    return 1 - bar / torch.cat([double(1), bar[:-1]])
 
 
 def shifted_betas(betas, shift):
-    """The table with every sigma/alpha multiplied by `shift` (simple diffusion, 2301.11093: 64/32 for 64 pixels)."""
+    """The table with every sigma/alpha multiplied by `shift` (simple diffusion, 2301.11093, section 3.1)."""
     bar = torch.cumprod(1 - betas, 0)
     bar = bar / (bar + shift**2 * (1 - bar))
-    return 1 - bar / torch.cat([bar.new_ones(1), bar[:-1]])
+    return 1 - bar / torch.cat([double(1), bar[:-1]])
 
 
 BETAS: dict[str, Callable] = {
-    "linear": linear_betas, "scaled-linear": scaled_linear_betas, "cosine": cosine_betas, "sigmoid": sigmoid_betas,
-    "laplace": laplace_betas, "exp": functools.partial(betas_of, lambda u: torch.exp(-12 * u)),
-    "quad": lambda T=1000, start=1e-4, end=0.02: scaled_linear_betas(T, start, end), "warmup10": warmup_betas,
-    "warmup50": functools.partial(warmup_betas, share=0.5), "jsd": lambda T=1000: 1 / torch.arange(T, 0, -1).double(),
-    "const": lambda T=1000, start=0.0, end=0.02: torch.full((T,), end, dtype=torch.float64),
+    "linear": linear_betas, "scaled-linear": scaled_linear_betas, "cosine": cosine_betas, "laplace": laplace_betas,
+    "exp": partial(betas_of, lambda u: torch.exp(-12 * u)),
+    "sigmoid": lambda T=1000, start=1e-4, end=0.02: torch.linspace(-6, 6, T).double().sigmoid() * (end - start) + start,
+    "quad": lambda T=1000, start=1e-4, end=0.02: scaled_linear_betas(T, start, end),      # this and below: the DDPM code's
+    "const": lambda T=1000, start=0.02, end=0.02: double(end).expand(T),
+    "jsd": lambda T=1000, *ends: 1 / torch.arange(T, 0, -1).double(),
+    "warmup10": partial(warmup_betas, 0.1), "warmup50": partial(warmup_betas, 0.5),
 }
 
 
@@ -149,94 +151,70 @@ def respaced(T, spec):
 
 
 # ---------------------------------------------------------------------------------------------------------------- grids
-# grid(process, n, **options) -> n times from the noisiest down, float64; `Process.times` appends the end. A grid in the
-# noise level is one in the process's own p = sigma/(its ode_scale): s = sigma/alpha, but t itself on a straight path.
+# grid(process, n, **options) -> n times from the noisiest down, float64; `Process.times` appends the end. A grid of noise
+# levels is one of the process's own p = sigma/(its ode_scale): s = sigma/alpha, but t itself on a straight path.
 
 
-def uniform(process, n):
-    """Even steps of time, the last of which ends in the clean image."""
-    return torch.linspace(process.t_noisy, process.t_clean, n + 1, dtype=torch.float64)[:-1]
-
-
-def linspace(process, n):
-    """Even steps of time from the noisiest to the least noisy level, both visited."""
-    return torch.linspace(process.t_noisy, process.t_least, n, dtype=torch.float64)
-
-
-def chain(process):
-    if not isinstance(process, Discrete):
+def spaced(process, n, kind="spaced", offset=0):
+    T = getattr(process, "T", None)
+    if T is None:
         raise ValueError("spaced, leading and trailing grids count the steps of a discrete chain: choose uniform or linspace")
-    return process.T
+    if not 0 < n <= T:
+        raise ValueError(f"{n} sampling steps out of a chain of {T}: choose 1 to {T}")
+    if kind == "leading":
+        return torch.arange(n - 1, -1, -1).double() * (T // n) + offset
+    return double(*respaced(T, str(n))[::-1]) if kind == "spaced" else double(*np.round(T - np.arange(n) * T / n) - 1)
 
 
-def spaced(process, n):
-    """A fractional stride over a discrete chain, both ends kept (improved DDPM's respacing)."""
-    if not 0 < n <= chain(process):
-        raise ValueError(f"{n} sampling steps out of a chain of {process.T}: choose 1 to {process.T}")
-    return torch.tensor(respaced(process.T, str(n))[::-1], dtype=torch.float64)
-
-
-def leading(process, n, offset=0):
-    """t = k floor(T/n) + offset: DDIM's grid, which never visits the noisiest step (2305.08891, table 2)."""
-    return torch.arange(n - 1, -1, -1).double() * (chain(process) // n) + offset
-
-
-def trailing(process, n):
-    """t = round(T - k T/n) - 1: starts at the noisiest step (2305.08891, table 2)."""
-    return torch.from_numpy(np.round(chain(process) - np.arange(n) * process.T / n) - 1)
-
-
-def between(process, n, ramp, ends=None):
-    """Times whose noise level p goes from ends[0] (noisiest) to ends[1] as ramp(high, low, share); share: 0 -> 1."""
-    high, low = ends or process.p(torch.tensor([process.t_noisy, process.t_least], dtype=torch.float64)).tolist()
+def noise_levels(process, n, ramp, ends=None):
+    """Times whose p goes from ends[0] (noisiest) to ends[1] as ramp(high, low, share), share from 0 to 1."""
+    high, low = ends or process.p(double(process.t_noisy, process.t_least)).tolist()
     if math.isinf(high):
         raise ValueError("this process begins at infinite sigma/alpha, where a grid of noise levels has no end: choose trailing")
     return process.time(process.s_of_p(ramp(high, low, torch.linspace(0, 1, n, dtype=torch.float64))))
 
 
-def karras(process, n, rho=7.0, ends=None):
-    """Even steps of p^(1/rho), 2206.00364, eq. 5."""
-    return between(process, n, lambda a, b, u: (a ** (1 / rho) + u * (b ** (1 / rho) - a ** (1 / rho))) ** rho, ends)
-
-
-def exponential(process, n, rho=1.0, ends=None):
-    """Even steps of log p; rho bends it (k-diffusion's polyexponential)."""
-    return between(process, n, lambda a, b, u: b * (a / b) ** ((1 - u) ** rho), ends)
-
-
-def beta_quantiles(process, n, a=0.6, b=0.6, ends=None):
-    """p at the quantiles of a Beta(0.6, 0.6), dense at both ends (Beta Sampling is All You Need, 2407.12173)."""
+def beta_quantiles(u, a=0.6, b=0.6):
+    """Quantiles of the Beta(a, b) distribution, by a sum over a grid that crowds at its singular ends."""
     v = np.linspace(0, 1, 20001)
-    x = (v**5 * (126 - 420 * v + 540 * v**2 - 315 * v**3 + 70 * v**4)).clip(0, 1)  # crowds points where the density is singular
-    mid = ((x[1:] + x[:-1]) / 2).clip(1e-12, 1 - 1e-12)
-    density = np.diff(x) * mid ** (a - 1) * (1 - mid) ** (b - 1)
-    cdf = np.concatenate([[0], np.cumsum(density) / density.sum()])
-    return between(process, n, lambda hi, lo, u: lo + torch.from_numpy(np.interp(1 - u.numpy(), cdf, x)) * (hi - lo), ends)
+    x = (v**5 * (126 - 420 * v + 540 * v**2 - 315 * v**3 + 70 * v**4)).clip(0, 1)
+    middle = ((x[1:] + x[:-1]) / 2).clip(1e-12, 1 - 1e-12)
+    mass = np.cumsum(np.diff(x) * middle ** (a - 1) * (1 - middle) ** (b - 1))
+    return torch.from_numpy(np.interp(u.numpy(), np.concatenate([[0], mass / mass[-1]]), x))
 
 
-GRIDS: dict[str, Callable] = {
-    "uniform": uniform, "linspace": linspace, "spaced": spaced, "leading": leading, "trailing": trailing, "karras": karras,
-    "exponential": exponential, "beta": beta_quantiles,
+GRIDS: dict[str, tuple[Callable, str]] = {
+    "uniform": (lambda process, n: torch.linspace(process.t_noisy, process.t_clean, n + 1, dtype=torch.float64)[:-1],
+                "even steps of time, the last into the clean image"),
+    "linspace": (lambda process, n: torch.linspace(process.t_noisy, process.t_least, n, dtype=torch.float64),
+                 "even steps of time from the noisiest to the least noisy level, both visited"),
+    "spaced": (spaced, "a fractional stride over a discrete chain, both ends kept, 2102.09672"),
+    "leading": (partial(spaced, kind="leading"), "k floor(T/n) + offset: DDIM's, never visits the noisiest step, 2305.08891"),
+    "trailing": (partial(spaced, kind="trailing"), "round(T - k T/n) - 1: starts at the noisiest step, 2305.08891, table 2"),
+    "karras": (lambda process, n, rho=7.0, ends=None: noise_levels(process, n, lambda a, b, u: (
+        a ** (1 / rho) + u * (b ** (1 / rho) - a ** (1 / rho))) ** rho, ends), "even steps of p^(1/7), EDM, 2206.00364, eq. 5"),
+    "exponential": (lambda process, n, rho=1.0, ends=None: noise_levels(process, n, lambda a, b, u: b * (a / b) ** ((1 - u) ** rho),
+                    ends), "even steps of log p (rho bends them: k-diffusion's polyexponential)"),
+    "beta": (lambda process, n, a=0.6, b=0.6, ends=None: noise_levels(process, n, lambda hi, lo, u: lo + (hi - lo) * beta_quantiles(
+        1 - u, a, b), ends), "p at the quantiles of Beta(0.6, 0.6), dense at both ends, 2407.12173"),
 }
 
 
 def resolution_shift(tokens, low=(256, 0.5), high=(4096, 1.15)):
-    """The `shift` for an image of so many tokens, exp(mu) with mu linear in the count (2403.03206, section 5.3.2; Flux)."""
+    """The `shift` for an image of so many tokens: exp(mu), mu linear in their number (2403.03206, section 5.3.2; Flux)."""
     return math.exp(low[1] + (tokens - low[0]) * (high[1] - low[1]) / (high[0] - low[0]))
 
 
 # ------------------------------------------------------------------------------------------- weightings, time densities
 # A weighting is a weight on the squared error of eps, a function of SNR = (alpha/sigma)^2; `Process.weight` carries it over
-# to what the network predicts. So one name means one objective, whatever the prediction: the weight of an error of x0 is
-# SNR times that of eps, of v (1 + SNR)/SNR times less, and so on. g: half the SDE's g^2/sigma^2 = -d lambda/dt.
+# to what the network predicts. So one name is one objective, whatever the prediction.
 
-
-WEIGHTINGS: dict[str, tuple[Callable, str]] = {      # of SNR; the last two of the process and the time too
+WEIGHTINGS: dict[str, tuple[Callable, str]] = {
     "snr": (lambda snr: torch.ones_like(snr), "SNR on x0: the plain loss of eps, 2006.11239, eq. 14"),
     "truncated-snr": (lambda snr: snr.clamp(min=1) / snr, "max(SNR, 1) on x0, progressive distillation, 2202.00512"),
     "min-snr": (lambda snr, gamma=5: snr.clamp(max=gamma) / snr, "min(SNR, 5) on x0, 2303.09556"),
-    "soft-min-snr": (lambda snr, gamma=4: gamma / (gamma + snr), "4 SNR/(4 + SNR) on x0: min-SNR without the corner, 2401.11605"),
-    "sigmoid": (lambda snr, bias=2: torch.sigmoid(bias - snr.log()), "sigmoid(2 - log SNR) on eps, 2303.00848, appendix K"),
+    "soft-min-snr": (lambda snr, gamma=4: gamma / (gamma + snr), "4 SNR/(4 + SNR) on x0: min-SNR, rounded, 2401.11605"),
+    "sigmoid": (lambda snr, bias=2: torch.sigmoid(bias - snr.log()), "sigmoid(2 - log SNR) on eps, 2303.00848"),
     "p2": (lambda snr, k=1, gamma=1: (k + snr) ** -gamma, "1/(1 + SNR) on eps: perception prioritized, 2204.00227, eq. 8"),
     "v": (lambda snr: 1 + 1 / snr, "the plain loss of v, whatever is predicted, 2202.00512"),
     "flow": (lambda snr: (1 + snr**-0.5) ** 2, "the plain loss of eps - x0, whatever is predicted, 2209.03003"),
@@ -250,53 +228,44 @@ WEIGHTINGS: dict[str, tuple[Callable, str]] = {      # of SNR; the last two of t
                  "the plain loss of dx/dt, whatever is predicted, SiT, 2401.08740"),
 }
 
-# A density turns uniform u into a share of the time range (the first three), or into a noise level s = sigma/alpha.
+
+def normal_quantile(u):
+    return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
 
 
-def logit_normal(u, mean=0.0, std=1.0):
-    return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
-
-
-def mode(u, scale=1.29):
-    return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
-
-
-def log_normal(u, mean=-1.2, std=1.2):
-    return torch.exp(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
-
-
-def log_uniform(u, low=0.002, high=80.0):
-    return low * (high / low) ** u
-
-
-def log_logistic(u, loc=math.log(0.5), scale=0.5, low=0.002, high=80.0):
-    a, b = (torch.sigmoid(torch.tensor((math.log(s) - loc) / scale, dtype=u.dtype)) for s in (low, high))
-    return torch.exp(loc + scale * torch.logit(a + u * (b - a)))
-
-
-def v_diffusion(u, sigma_data=0.5, low=1e-3, high=1e3):
-    a, b = math.atan(low / sigma_data), math.atan(high / sigma_data)
-    return sigma_data * torch.tan(a + u * (b - a))
+def between(u, low, high, cdf, quantile):
+    """Quantiles of a distribution cut off at both ends."""
+    a, b = cdf(double(low)).item(), cdf(double(high)).item()
+    return quantile(a + u * (b - a))
 
 
 def cosine_interpolated(u, image=64, coarse=32, fine=64, sigma_data=0.5, low=1e-3, high=1e3):
-    def log_snr(noise):                              # simple diffusion, 2301.11093, section 3.1: cosine, shifted
+    """Noise levels of simple diffusion, 2301.11093, eq. 5: from one shifted cosine schedule to another."""
+
+    def log_snr(noise):
         shift = 2 * math.log(noise / image)
-        a, b = (math.atan(math.exp(math.log(s / sigma_data) + shift / 2)) for s in (high, low))
-        return -2 * torch.log(torch.tan(a + u * (b - a))) + shift
+        angle = lambda s: torch.atan(s / sigma_data * math.exp(shift / 2))
+        return between(u, high, low, angle, lambda a: -2 * torch.log(torch.tan(a))) + shift
 
     return sigma_data * torch.exp(-torch.lerp(log_snr(coarse), log_snr(fine), u) / 2)
 
 
+# Uniform u -> a share of the time range ("time"), or a noise level s = sigma/alpha ("noise").
 DENSITIES: dict[str, tuple[Callable, str, str]] = {
     "uniform": (lambda u: u, "time", "every time alike"),
-    "logit-normal": (logit_normal, "time", "the middle of the path, 2403.03206, eq. 19"),
-    "mode": (mode, "time", "the middle with heavy tails, 2403.03206, eq. 20"),
-    "log-normal": (log_normal, "noise", "log s ~ N(-1.2, 1.2^2), EDM, 2206.00364, table 1"),
-    "log-uniform": (log_uniform, "noise", "every scale of noise alike"),
-    "log-logistic": (log_logistic, "noise", "log s logistic around sigma_data, k-diffusion"),
-    "v-diffusion": (v_diffusion, "noise", "s = sigma_data tan(pi u/2), 2202.00512"),
-    "cosine-interpolated": (cosine_interpolated, "noise", "shifted cosine of simple diffusion, 2301.11093"),
+    "logit-normal": (lambda u, mean=0.0, std=1.0: torch.sigmoid(mean + std * normal_quantile(u)), "time",
+                     "the middle of the path, 2403.03206, eq. 19"),
+    "mode": (lambda u, scale=1.29: 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u), "time",
+             "the middle with heavy tails, 2403.03206, eq. 20"),
+    "log-normal": (lambda u, mean=-1.2, std=1.2: torch.exp(mean + std * normal_quantile(u)), "noise",
+                   "log s ~ N(-1.2, 1.2^2), EDM, 2206.00364, table 1"),
+    "log-uniform": (lambda u, low=0.002, high=80.0: low * (high / low) ** u, "noise", "every scale of noise alike"),
+    "log-logistic": (lambda u, loc=math.log(0.5), scale=0.5, low=0.002, high=80.0: between(
+        u, low, high, lambda s: torch.sigmoid((s.log() - loc) / scale), lambda c: torch.exp(loc + scale * torch.logit(c))),
+        "noise", "log s logistic around sigma_data, k-diffusion"),
+    "v-diffusion": (lambda u, sd=0.5, low=1e-3, high=1e3: between(u, low, high, lambda s: torch.atan(s / sd), lambda a: sd * torch.tan(a)),
+                    "noise", "the angle atan(s/sigma_data) uniform, 2202.00512"),
+    "cosine-interpolated": (cosine_interpolated, "noise", "shifted cosines of simple diffusion, 2301.11093, eq. 5"),
 }
 
 
@@ -317,11 +286,8 @@ class Denoised(NamedTuple):
 
 
 PREDICTIONS = {
-    "eps": "the noise, 2006.11239",
-    "x0": "the clean image",
-    "v": "alpha eps - sigma x0, progressive distillation, 2202.00512",
-    "flow": "eps - x0, rectified flow, 2209.03003",
-    "score": "the gradient of the log density, -eps/sigma, 2011.13456",
+    "eps": "the noise, 2006.11239", "x0": "the clean image", "v": "alpha eps - sigma x0, 2202.00512",
+    "flow": "eps - x0, 2209.03003", "score": "the gradient of the log density, -eps/sigma, 2011.13456",
     "velocity": "dx/dt along the path, alpha' x0 + sigma' eps, 2401.08740",
     "edm": "F of EDM's preconditioning, unit variance in and out, 2206.00364, eq. 7",
 }
@@ -330,51 +296,37 @@ PREDICTIONS = {
 class Process:
     """A path x_t = alpha(t) x0 + sigma(t) eps, what the network predicts on it, and how it is trained.
 
-    prediction: a name in `PREDICTIONS`. weighting: None (plain mean squared error of the prediction) or a name in
+    prediction: a name in `PREDICTIONS`. weighting: None (the plain squared error of the prediction) or a name in
     `WEIGHTINGS`. density: of the training times, a name in `DENSITIES`. shift: multiplies sigma/alpha of every time, in
-    training and sampling (2403.03206, eq. 23). A subclass gives alpha, sigma, `time_of` (the inverse of sigma/alpha), the
-    ends of time (t_clean: the clean image; t_least: the least noisy level worth a network call; t_noisy: noise), and
-    may change what the network is told for t.
+    training and sampling (2403.03206, eq. 23). A subclass gives alpha, sigma, `time_of` (the inverse of sigma/alpha) and
+    its times (t_clean: the clean image; t_least: the least noisy level worth a network call; t_noisy: noise).
     """
 
-    t_clean, t_least, t_noisy = 0.0, 1e-3, 1.0
+    t_clean, t_least, t_noisy, grid, density = 0.0, 1e-3, 1.0, "uniform", "uniform"
     straight, exploding, learned_variance = False, False, False
-    grid, density, sigma_data = "uniform", "uniform", 0.5
 
     def __init__(self, prediction="eps", weighting=None, density=None, shift=1.0, sigma_data=0.5):
         choose(PREDICTIONS, prediction, "prediction")
-        choose({None: None, **WEIGHTINGS}, weighting, "weighting") if weighting else None
         choose(DENSITIES, density or self.density, "time density")
-        if shift <= 0:
-            raise ValueError(f"shift {shift}: sigma/alpha is multiplied by it, so it must be above 0")
+        if weighting is not None:
+            choose(WEIGHTINGS, weighting, "weighting")
+        if not shift > 0:
+            raise ValueError(f"shift {shift}: it multiplies sigma/alpha, so it must be above 0")
         self.prediction, self.weighting, self.density = prediction, weighting, density or self.density
         self.shift, self.sigma_data = shift, sigma_data
-
-    def alpha(self, t):
-        raise NotImplementedError
-
-    def sigma(self, t):
-        raise NotImplementedError
-
-    def time_of(self, s):
-        """The time at which sigma/alpha is s (tensors)."""
-        raise NotImplementedError
-
-    def time(self, s):
-        return self.time_of(torch.as_tensor(s)).clamp(self.t_clean, self.t_noisy)
 
     def network_time(self, t):
         """What the network is told for t: 0 .. 1000 over the whole path, whatever the process."""
         return 1000 * t
 
     def network_input(self, xt, t):
-        """What the network is shown for x_t: x_t itself, unless EDM's c_in brings it to unit variance."""
+        """What the network is shown for x_t: x_t itself, or c_in x_t of unit variance (EDM; exploding processes)."""
         if not self.exploding and self.prediction != "edm":
             return xt
         return xt / expand((self.sigma(t) ** 2 + (self.sigma_data * self.alpha(t)) ** 2).sqrt(), xt)
 
     def rates(self, t):
-        """alpha(t), sigma(t) and their derivatives in t."""
+        """alpha(t), sigma(t), alpha'(t), sigma'(t)."""
         with torch.enable_grad():
             t = t.detach().requires_grad_()
             values = self.alpha(t), self.sigma(t)
@@ -382,14 +334,9 @@ class Process:
         return *(v.detach() for v in values), *slopes
 
     def half_g2(self, t):
-        """g(t)^2/2 of the SDE dx = (log alpha)' x dt + g dW with these marginals: sigma sigma' - (log alpha)' sigma^2."""
+        """g(t)^2/2 of the SDE dx = (log alpha)' x dt + g dW that has these marginals (2011.13456)."""
         a, s, da, ds = self.rates(t)
         return s * ds - da / a * s * s
-
-    def ode_scale(self, alpha, sigma):
-        """c such that the probability-flow ODE is solved for x_t/c as a function of p = sigma/c. c = alpha: p = s, slope eps.
-        Where alpha + sigma = 1 (straight path) c = 1: p = t, slope eps - x0, finite also at pure noise."""
-        return alpha + sigma if self.straight else alpha
 
     def kernel(self, i, j):
         """(r, g2) of the forward step from level j to the noisier i: x_i = r x_j + sqrt(g2) noise."""
@@ -398,15 +345,22 @@ class Process:
 
     def euler_kernel(self, i, j):
         """The same to first order in the time step, from the SDE at i."""
-        t, dt = torch.tensor([i.t], dtype=torch.float64), i.t - j.t
-        a, _, da, _ = self.rates(t)
-        return 1 + (da / a).item() * dt, 2 * self.half_g2(t).item() * dt
+        a, _, da, _ = self.rates(double(i.t))
+        return 1 + (da / a).item() * (i.t - j.t), 2 * self.half_g2(double(i.t)).item() * (i.t - j.t)
+
+    def ode_scale(self, alpha, sigma):
+        """c such that the probability-flow ODE is solved for x_t/c as a function of p = sigma/c. c = alpha: p = s, slope eps.
+        Where alpha + sigma = 1 (straight path) c = 1: p = t, slope eps - x0, finite also at pure noise."""
+        return alpha + sigma if self.straight else alpha
 
     def p(self, t):
         return self.sigma(t) / self.ode_scale(self.alpha(t), self.sigma(t))
 
     def s_of_p(self, p):
         return p / (1 - p) if self.straight else p
+
+    def time(self, s):
+        return self.time_of(torch.as_tensor(s)).clamp(self.t_clean, self.t_noisy)
 
     def shifted(self, t):
         """The time whose sigma/alpha is `shift` times that of t."""
@@ -417,8 +371,7 @@ class Process:
 
     def training_times(self, u):
         """Uniform numbers u (B,) in [0, 1) -> training times (B,), distributed as this process wants them."""
-        draw, of, _ = DENSITIES[self.density]
-        low, high = self.training_range()
+        (draw, of, _), (low, high) = DENSITIES[self.density], self.training_range()
         return self.shifted((low + (high - low) * draw(u) if of == "time" else self.time(draw(u))).clamp(low, high))
 
     def times(self, steps, grid=None, last="clean", **options):
@@ -426,23 +379,21 @@ class Process:
         options are the grid's), then the end: last = "clean" (t_clean) or "least" (t_least, DDIM's set_alpha_to_one=False)."""
         if steps < 1 or last not in ("clean", "least"):
             raise ValueError(f"{steps} steps ending {last!r}: choose at least 1 step, and clean or least")
-        times = self.shifted(choose(GRIDS, grid or self.grid, "grid")(self, steps, **options))
-        return torch.cat([times, times.new_tensor([self.t_clean if last == "clean" else self.t_least])])
+        times = self.shifted(choose(GRIDS, grid or self.grid, "grid")[0](self, steps, **options))
+        return torch.cat([times, double(self.t_clean if last == "clean" else self.t_least)])
 
     def noised(self, x0, noise, t):
         """x_t = alpha(t) x0 + sigma(t) eps."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
     def mixing(self, t):
-        """(p, q) such that the network's prediction is p x0 + q eps: every conversion is this 2 x 2 system with x_t."""
-        a, s = self.alpha(t), self.sigma(t)
-        one = torch.ones_like(a)
+        """(p, q) such that the network predicts p x0 + q eps: every conversion solves this with x_t = alpha x0 + sigma eps."""
         if self.prediction == "velocity":
             return self.rates(t)[2:]
-        if self.prediction == "edm":                 # F = (x0 - c_skip x/alpha)/c_out
-            n = (s * s + (self.sigma_data * a) ** 2).sqrt()
-            return s / (self.sigma_data * n), -self.sigma_data * a / n
-        return {"eps": (0 * one, one), "x0": (one, 0 * one), "v": (-s, a), "flow": (-one, one), "score": (0 * one, -1 / s)}[self.prediction]
+        a, s = self.alpha(t), self.sigma(t)
+        one, n = torch.ones_like(a), (s * s + (self.sigma_data * a) ** 2).sqrt()
+        return {"eps": (0 * one, one), "x0": (one, 0 * one), "v": (-s, a), "flow": (-one, one), "score": (0 * one, -1 / s),
+                "edm": (s / (self.sigma_data * n), -self.sigma_data * a / n)}[self.prediction]      # (x0 - c_skip x)/c_out
 
     def target(self, x0, noise, t):
         """What the network should say at time t, (B, C, H, W)."""
@@ -468,11 +419,10 @@ class Process:
         return output, (o + 1) / 2
 
     def weight(self, t):
-        """The weight of the prediction's squared error, (B,): that of eps, times the square of d eps / d prediction."""
+        """The weight of the prediction's squared error, (B,): that of eps, times the square of d eps/d prediction."""
         if self.weighting is None:
             return torch.ones_like(t)
-        a, s = self.alpha(t).clamp(min=1e-4), self.sigma(t).clamp(min=1e-8)
-        p, q = self.mixing(t)
+        a, s, (p, q) = self.alpha(t).clamp(min=1e-4), self.sigma(t).clamp(min=1e-8), self.mixing(t)
         more = (self, t) if self.weighting in ("likelihood", "velocity") else ()
         return WEIGHTINGS[self.weighting][0]((a / s) ** 2, *more) * (a / (a * q - s * p)) ** 2
 
@@ -512,13 +462,12 @@ class Discrete(Process):
     t_clean, t_least, grid = -1.0, 0.0, "spaced"
 
     def __init__(self, betas, prediction="eps", learned_variance=False, objective="hybrid", fixed_variance="large", **options):
-        self.betas, self.T, self.learned_variance = betas, len(betas), learned_variance
-        self.objective, self.fixed_variance = objective, fixed_variance
         super().__init__(prediction, **options)
         choose(dict.fromkeys(("hybrid", "rescaled", "vlb", "kl")), objective, "objective")
         if prediction == "velocity" or self.weighting in ("likelihood", "velocity"):
             raise ValueError("a discrete chain has no dx/dt: take a continuous process (for the bound: objective vlb)")
-        self.t_noisy = self.T - 1.0
+        self.betas, self.T, self.learned_variance = betas, len(betas), learned_variance
+        self.objective, self.fixed_variance, self.t_noisy = objective, fixed_variance, self.T - 1.0
         self.alpha_bar = torch.cat([betas.new_ones(1), torch.cumprod(1 - betas, 0)])    # entry t + 1 belongs to t
         self.tables = {}
 
@@ -530,8 +479,7 @@ class Discrete(Process):
 
     def alpha(self, t):
         table, low = self.table(t), t.floor().long().clamp(-1, self.T - 1)
-        part = t - low
-        if not part.any():
+        if not (part := t - low).any():
             return table[low + 1].sqrt()
         s = torch.lerp(*((1 / table[(low + k).clamp(max=self.T)] - 1).sqrt() for k in (1, 2)), part.to(table.dtype))
         return 1 / (1 + s * s).sqrt()
@@ -539,20 +487,20 @@ class Discrete(Process):
     def sigma(self, t):
         return (1 - self.alpha(t) ** 2).clamp(min=0).sqrt()
 
-    def rates(self, t):
-        raise ValueError("a discrete chain has no derivative in t: take a sampler that needs none, or a continuous process")
-
     def time_of(self, s):
         table = (1 / self.table(s) - 1).sqrt()
         high = torch.searchsorted(table, s.to(table.dtype).contiguous()).clamp(1, self.T)
         return high - 2 + ((s - table[high - 1]) / (table[high] - table[high - 1])).clamp(0, 1)
+
+    def rates(self, t):
+        raise ValueError("a discrete chain has no derivative in t: take a sampler that needs none, or a continuous process")
 
     def network_time(self, t):
         return t
 
     def training_times(self, u):
         draw, of, _ = DENSITIES[self.density]
-        t = (draw(u) * self.T).floor() if of == "time" else self.time(draw(u)).round()
+        t = (draw(u) * self.T).floor() if of == "time" else self.time(draw(u))
         return self.shifted(t).round().clamp(0, self.T - 1).to(u.dtype)
 
     def posterior(self, t, s):
@@ -571,14 +519,14 @@ class Discrete(Process):
         prediction, v = self.split(output)
         mse = flat_mean((self.target(x0, noise, t) - prediction) ** 2)
         if self.objective in ("vlb", "kl"):
-            term = self.variational_term(self.denoised(output, xt, t).x0, v, x0, xt, t)
+            term = self.variational_term(self.from_prediction(prediction, xt, t).x0, v, x0, xt, t)
             return {"loss": term * (self.T if self.objective == "vlb" else 1), "mse": mse}
         loss = mse * self.weight(t).to(mse)
         if v is None:
             return {"loss": loss, "mse": mse}
         # The bound trains the variance alone: its mean is detached.
-        mean_x0 = self.denoised(torch.cat([prediction.detach(), v], 1), xt, t).x0
-        vb = self.variational_term(mean_x0, v, x0, xt, t) * (self.T / 1000 if self.objective == "rescaled" else 1)
+        vb = self.variational_term(self.from_prediction(prediction.detach(), xt, t).x0, v, x0, xt, t)
+        vb = vb * (self.T / 1000 if self.objective == "rescaled" else 1)
         return {"loss": loss + vb, "mse": mse, "vb": vb}
 
     def variational_term(self, x0_hat, v, x0, xt, t, s=None, second=(1.0, 0.0)):
@@ -601,11 +549,9 @@ class Discrete(Process):
     def bits_per_dim(self, denoise, x0, noise, times=None):
         """The whole bound on -log2 p(x0) in bits per dimension, along the chain or a sub-grid of its times: total and prior
         (B,), and per step, noisiest first, vb, x0_mse and eps_mse, (B, steps)."""
-        times = self.times(self.T) if times is None else times
-        rows = []
+        times, rows = self.times(self.T) if times is None else times, []
         for i, j in zip(times[:-1].tolist(), times[1:].tolist()):
-            t, s = batch_time(i, x0), batch_time(j, x0)
-            z = noise(x0.shape)
+            t, s, z = batch_time(i, x0), batch_time(j, x0), noise(x0.shape)
             d = denoise(xt := self.noised(x0, z, t), t)
             vb = self.variational_term(d.x0, d.variance, x0, xt, t, s, times[-3:-1].tolist())
             rows.append((vb, flat_mean((d.x0 - x0) ** 2), flat_mean((d.eps - z) ** 2)))
@@ -630,45 +576,30 @@ def discretised_log_likelihood(x0, mean, log_std):
 class RectifiedFlow(Process):
     """The straight path x_t = (1 - t) x0 + t eps, t in [0, 1], t = 1 is noise (Flow Straight and Fast, 2209.03003)."""
 
-    straight, density = True, "logit-normal"
+    straight, density, own_prediction = True, "logit-normal", "flow"
 
-    def __init__(self, prediction="flow", **options):
-        super().__init__(prediction, **options)
-        if prediction in ("eps", "score"):           # says nothing of x0 at pure noise: SiT stays 0.001 away from both ends
+    def __init__(self, prediction=None, **options):
+        super().__init__(prediction or self.own_prediction, **options)
+        if self.prediction in ("eps", "score"):      # say nothing of x0 at pure noise: SiT stays 0.001 away from both ends
             self.t_noisy = 1 - 1e-3
 
     def training_range(self):
-        return (1e-3, 1 - 1e-3) if self.prediction in ("eps", "score") else (0.0, 1.0)
+        return (1e-3 if self.prediction in ("eps", "score") else 0.0), self.t_noisy
 
-    def alpha(self, t):
-        return 1 - t
-
-    def sigma(self, t):
-        return t
-
-    def time_of(self, s):
-        return 1 / (1 + 1 / s)
-
-    def shifted(self, t):
-        return self.shift * t / (1 + (self.shift - 1) * t)
+    def alpha(self, t): return 1 - t
+    def sigma(self, t): return t
+    def time_of(self, s): return 1 / (1 + 1 / s)
+    def shifted(self, t): return self.shift * t / (1 + (self.shift - 1) * t)
 
 
 class GVP(RectifiedFlow):
     """The trigonometric path alpha = cos(pi t/2), sigma = sin(pi t/2), generalised variance-preserving in SiT, 2401.08740."""
 
-    straight, density, shifted = False, "uniform", Process.shifted
+    straight, density, own_prediction, shifted = False, "uniform", "velocity", Process.shifted
 
-    def __init__(self, prediction="velocity", **options):
-        super().__init__(prediction, **options)
-
-    def alpha(self, t):
-        return torch.cos(math.pi / 2 * t)
-
-    def sigma(self, t):
-        return torch.sin(math.pi / 2 * t)
-
-    def time_of(self, s):
-        return 2 / math.pi * torch.atan(s)
+    def alpha(self, t): return torch.cos(math.pi / 2 * t)
+    def sigma(self, t): return torch.sin(math.pi / 2 * t)
+    def time_of(self, s): return 2 / math.pi * torch.atan(s)
 
 
 class VP(Process):
@@ -676,34 +607,22 @@ class VP(Process):
 
     b0, b1 = 0.1, 20.0
 
-    def training_range(self):
-        return 1e-5, 1.0
+    def training_range(self): return 1e-5, 1.0
+    def network_time(self, t): return 999 * t
+    def log_alpha(self, t): return -0.25 * t**2 * (self.b1 - self.b0) - 0.5 * t * self.b0
+    def alpha(self, t): return torch.exp(self.log_alpha(t))
+    def sigma(self, t): return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
+    def time_of(self, s): return self.time_of_log_alpha(-0.5 * torch.log1p(s * s))
 
-    def network_time(self, t):
-        return 999 * t
-
-    def log_alpha(self, t):
-        return -0.25 * t**2 * (self.b1 - self.b0) - 0.5 * t * self.b0
-
-    def alpha(self, t):
-        return torch.exp(self.log_alpha(t))
-
-    def sigma(self, t):
-        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
-
-    def time_of(self, s, log_alpha=None):
-        minus_two = torch.log1p(s * s) if log_alpha is None else -2 * log_alpha
-        return 2 * minus_two / (self.b0 + (self.b0**2 + 2 * (self.b1 - self.b0) * minus_two).sqrt())
+    def time_of_log_alpha(self, log_alpha):
+        return -4 * log_alpha / (self.b0 + (self.b0**2 - 4 * (self.b1 - self.b0) * log_alpha).sqrt())
 
 
 class SubVP(VP):
     """The sub-VP SDE, 2011.13456, eq. 29: VP's alpha, and 1 - alpha^2 as the standard deviation."""
 
-    def sigma(self, t):
-        return -torch.expm1(2 * self.log_alpha(t))
-
-    def time_of(self, s):
-        return super().time_of(s, -torch.asinh(s / 2))
+    def sigma(self, t): return -torch.expm1(2 * self.log_alpha(t))
+    def time_of(self, s): return self.time_of_log_alpha(-torch.asinh(s / 2))
 
 
 class VE(Process):
@@ -711,17 +630,10 @@ class VE(Process):
 
     t_least, exploding, s_min, s_max = 1e-5, True, 0.01, 50.0
 
-    def training_range(self):
-        return self.t_least, 1.0
-
-    def alpha(self, t):
-        return torch.ones_like(t) + 0 * t
-
-    def sigma(self, t):
-        return torch.where(t > 0, self.s_min * (self.s_max / self.s_min) ** t, 0 * t)
-
-    def time_of(self, s):
-        return torch.log(s / self.s_min) / math.log(self.s_max / self.s_min)
+    def training_range(self): return self.t_least, self.t_noisy
+    def alpha(self, t): return 1 + 0 * t
+    def sigma(self, t): return torch.where(t > 0, self.s_min * (self.s_max / self.s_min) ** t, 0 * t)
+    def time_of(self, s): return torch.log(s / self.s_min) / math.log(self.s_max / self.s_min)
 
 
 class EDM(VE):
@@ -733,14 +645,11 @@ class EDM(VE):
     def __init__(self, prediction="edm", **options):
         super().__init__(prediction, **options)
 
-    def sigma(self, t):
-        return t
-
-    def time_of(self, s):
-        return s
+    def sigma(self, t): return t
+    def time_of(self, s): return s
 
     def network_time(self, t):
-        return 1000 * torch.log(t.clamp(min=1e-8) / self.t_least) / math.log(self.t_noisy / self.t_least)
+        return 1000 * torch.log(t.clamp(min=1e-8) / self.t_least) / math.log(80.0 / self.t_least)
 
 
 PROCESSES: dict[str, tuple[Callable, str]] = {
@@ -748,7 +657,7 @@ PROCESSES: dict[str, tuple[Callable, str]] = {
     "linear": (lambda **k: Discrete(linear_betas(), **k), "DDPM's chain of 1000 steps with linear betas"),
     "cosine": (lambda **k: Discrete(cosine_betas(), **k), "improved DDPM's chain of 1000 steps with the cosine table"),
     "scaled-linear": (lambda **k: Discrete(scaled_linear_betas(), **k), "latent diffusion's chain, linear in sqrt(beta)"),
-    "sigmoid": (lambda **k: Discrete(sigmoid_betas(), **k), "a chain whose betas are a sigmoid of time"),
+    "sigmoid": (lambda **k: Discrete(BETAS["sigmoid"](), **k), "a chain whose betas are a sigmoid of time"),
     "laplace": (lambda **k: Discrete(laplace_betas(), **k), "a chain with a Laplace density of log SNR"),
     "zero-snr": (lambda prediction="v", **k: Discrete(zero_terminal_snr(scaled_linear_betas()), prediction, **k),
                  "latent diffusion's chain stretched to end in pure noise; predicts v"),
@@ -774,6 +683,8 @@ def create_process(name="flow", prediction=None, shift=1.0, **options):
         return make(shift=shift, **options)
     process = make(**options)
     if shift != 1:
+        if not shift > 0:
+            raise ValueError(f"shift {shift}: it multiplies sigma/alpha, so it must be above 0")
         process = Discrete(shifted_betas(process.betas, shift), **{"prediction": process.prediction, **options})
     if process.prediction in ("eps", "score") and process.alpha_bar[-1] <= 0:
         raise ValueError("this chain ends in pure noise, where eps says nothing of x0: predict v, x0, flow or edm")
@@ -781,94 +692,73 @@ def create_process(name="flow", prediction=None, shift=1.0, **options):
 
 
 # ------------------------------------------------------------------------------------------------------------- guidance
-# Functions of denoisers that are denoisers. A rule combines the predictions of the conditional network c and the
-# unconditional (or weaker: autoguidance, 2406.02507) one u. GUIDANCE makes rules, rule(c, u, scale), fresh for each image.
+# Functions of denoisers that are denoisers. A rule combines what the conditional network c and the unconditional one (or a
+# weaker one: autoguidance, 2406.02507) u predict, rule(c, u, scale, memory); memory is a dict that lives for one trajectory.
 
 
-def cfg():
+def dot(a, b):
+    """Inner product of each sample, (B, 1, ..)."""
+    return (a * b).sum(list(range(1, a.ndim)), keepdim=True)
+
+
+def cfg(c, u, scale, memory=None):
     """Classifier-free guidance, 2207.12598: u + scale (c - u)."""
-    return lambda c, u, scale: u + scale * (c - u)
+    return u + scale * (c - u)
 
 
-def cfg_rescale(share=0.7):
-    """Guidance whose result keeps the standard deviation of c, mixed in by `share` (2305.08891, eq. 15-16)."""
-
-    def rule(c, u, scale):
-        g = u + scale * (c - u)
-        std = lambda m: m.std(dim=list(range(1, m.ndim)), keepdim=True)
-        return g * (1 - share + share * std(c) / std(g))
-
-    return rule
+def cfg_rescale(c, u, scale, memory=None, share=0.7):
+    """Guidance whose result keeps the standard deviation of c, mixed in by 0.7 (2305.08891, eq. 15-16)."""
+    g = cfg(c, u, scale)
+    std_c, std_g = (m.std(list(range(1, m.ndim)), keepdim=True) for m in (c, g))
+    return g * (1 - share + share * std_c / std_g)
 
 
-def apg(eta=0.0, norm=15.0, momentum=-0.5):
+def apg(c, u, scale, memory, eta=0.0, norm=15.0, momentum=-0.5):
     """Adaptive projected guidance, 2410.02416: c - u with momentum, its norm capped, its part along c scaled by eta."""
-    average = 0.0
-
-    def rule(c, u, scale):
-        nonlocal average
-        average = c - u + momentum * average
-        dims = list(range(1, c.ndim))
-        length = torch.linalg.vector_norm(average, dim=dims, keepdim=True)
-        update = average * (norm / length).clamp(max=1) if norm > 0 else average
-        along = c / torch.linalg.vector_norm(c, dim=dims, keepdim=True)
-        parallel = (update * along).sum(dims, keepdim=True) * along
-        return c + (scale - 1) * (update - parallel + eta * parallel)
-
-    return rule
+    update = memory["average"] = c - u + momentum * memory.get("average", 0.0)
+    update = update * (norm / dot(update, update).sqrt()).clamp(max=1)
+    along = dot(update, c) / dot(c, c) * c
+    return c + (scale - 1) * (update - (1 - eta) * along)
 
 
-def cfg_zero(zero_calls=0):
+def cfg_zero(c, u, scale, memory, zero_calls=0):
     """CFG-Zero*, 2503.18886: u is first scaled to fit c best; the first `zero_calls` predictions are zero (for flows)."""
-    calls = 0
-
-    def rule(c, u, scale):
-        nonlocal calls
-        calls += 1
-        dims = list(range(1, c.ndim))
-        fit = (c * u).sum(dims, keepdim=True) / ((u * u).sum(dims, keepdim=True) + 1e-8)
-        return (u * fit + scale * (c - u * fit)) * float(calls > zero_calls)
-
-    return rule
+    memory["calls"] = memory.get("calls", 0) + 1
+    return cfg(c, dot(c, u) / (dot(u, u) + 1e-8) * u, scale) * float(memory["calls"] > zero_calls)
 
 
-def tangential():
+def tangential(c, u, scale, memory=None):
     """Tangential damping, 2503.18137: of u only the part along the main direction that c and u share."""
-
-    def rule(c, u, scale):
-        pair = torch.stack([c.flatten(1), u.flatten(1)], 1)
-        main = torch.linalg.svd(pair.float(), full_matrices=False)[2][:, :1].to(c.dtype)     # (B, 1, C H W)
-        return cfg()(c, ((pair[:, 1:] @ main.mT) @ main).view_as(u), scale)
-
-    return rule
+    pair = torch.stack([c.flatten(1), u.flatten(1)], 1)
+    main = torch.linalg.svd(pair.float(), full_matrices=False)[2][:, :1].to(c.dtype)     # (B, 1, C H W)
+    return cfg(c, (pair[:, 1:] @ main.mT @ main).view_as(u), scale)
 
 
-GUIDANCE: dict[str, Callable] = {
-    "cfg": cfg, "rescale": cfg_rescale, "apg": apg, "cfg-zero": cfg_zero, "tangential": tangential,
-}
+GUIDANCE: dict[str, Callable] = {"cfg": cfg, "rescale": cfg_rescale, "apg": apg, "cfg-zero": cfg_zero, "tangential": tangential}
 
 
-def guided(cond, uncond, scale, channels=None, process=None, rule=None, interval=None):
+def guided(cond, uncond, scale, channels=None, process=None, rule=None, interval=None, **options):
     """Guidance by a rule (None: classifier-free guidance); scale 1 is no guidance. The variance is the conditional one.
 
     channels: guide only the first so many, the rest stays conditional (the published DiT and SiT guide 3 of their 4).
-    process: needed by `rule`, which acts on what the network predicts. interval: guide only at times in [low, high]
-    and save the second network call elsewhere (2404.07724).
+    process: needed by `rule`, which acts on what the network predicts; options are the rule's. interval: guide only at
+    times in [low, high], and save the second network call elsewhere (2404.07724).
     """
+    memory = {}
 
-    def mix(a, b):
-        n = channels or a.shape[1]
-        return torch.cat([(rule or cfg())(a[:, :n], b[:, :n], scale), a[:, n:]], 1)
+    def mixed(c, u):
+        n = channels or c.shape[1]
+        return torch.cat([(rule or cfg)(c[:, :n], u[:, :n], scale, memory, **options), c[:, n:]], 1)
 
     def denoise(xt, t):
         c = cond(xt, t)
         if scale == 1 or (interval and not interval[0] <= float(torch.as_tensor(t).max()) <= interval[1]):
             return c
         u = uncond(xt, t)
-        if rule is None:                              # linear, so it may act on x0 and eps alike
-            return Denoised(mix(c.x0, u.x0), mix(c.eps, u.eps), c.variance)
+        if rule is None:                             # linear, so it may act on x0 and eps alike
+            return Denoised(mixed(c.x0, u.x0), mixed(c.eps, u.eps), c.variance)
         t = batch_time(t, xt)
-        return process.from_prediction(mix(process.target(c.x0, c.eps, t), process.target(u.x0, u.eps, t)), xt, t, c.variance)
+        return process.from_prediction(mixed(*(process.target(d.x0, d.eps, t) for d in (c, u))), xt, t, c.variance)
 
     return denoise
 
@@ -881,23 +771,20 @@ def clipped(denoise, process, limit=1.0, quantile=None, keep_eps=False):
     """
 
     def clip(xt, t):
-        d = denoise(xt, t)
-        q = limit
-        if quantile:
-            q = expand(d.x0.flatten(1).float().abs().quantile(quantile, 1).clamp(1, limit), xt)
-        x0 = d.x0.clamp(-q, q) / (q if quantile else 1)
+        d, t = denoise(xt, t), batch_time(t, xt)
+        q = limit if quantile is None else expand(d.x0.flatten(1).float().abs().quantile(quantile, 1).clamp(1, limit), xt)
+        x0 = d.x0.clamp(-q, q) / (1 if quantile is None else q)
         if keep_eps:
-            return Denoised(x0, d.eps, d.variance)
-        t = batch_time(t, xt)
-        a, s = expand(process.alpha(t), xt), expand(process.sigma(t), xt)
-        return Denoised(x0, torch.where(d.x0 == x0, d.eps, (xt - a * x0) / s), d.variance)
+            return d._replace(x0=x0)
+        implied = (xt - expand(process.alpha(t), xt) * x0) / expand(process.sigma(t), xt)
+        return Denoised(x0, torch.where(d.x0 == x0, d.eps, implied), d.variance)
 
     return clip
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers
 # sampler(denoise, x, times, process, noise, **options) yields x after each step, len(times) - 1 of them. x starts as noise,
-# (B, C, H, W); times is process.times(steps); noise(shape) gives standard normal numbers.
+# (B, C, H, W); times is process.times(steps); noise(shape) gives standard normal numbers. First the tools.
 
 
 class Level(NamedTuple):
@@ -916,20 +803,22 @@ def levels(process, times):
     out = []
     for t, a, s in zip(times.tolist(), process.alpha(times).tolist(), process.sigma(times).tolist()):
         a = a if a > 1e-12 else 0.0
-        c = process.ode_scale(a, s)
-        out.append(Level(t, a, s, math.log(a / s) if a > 0 < s else math.inf if a > 0 else -math.inf, c, s / c if c else math.inf))
+        lam, c = math.log(a / s) if a and s else math.inf if a else -math.inf, process.ode_scale(a, s)
+        out.append(Level(t, a, s, lam, c, s / c if c else math.inf))
     return out
 
 
 def steps(process, times):
     """The grid as pairs (i, j) of `Level`: each step goes from i to the cleaner j."""
     grid = levels(process, times)
-    return zip(grid[:-1], grid[1:])
+    return list(zip(grid[:-1], grid[1:]))
 
 
-def level(process, lam):
-    """The level whose log(alpha/sigma) is lam."""
-    return levels(process, process.time(torch.tensor([math.exp(-lam)], dtype=torch.float64)))[0]
+def at(process, t=None, lam=None, p=None):
+    """The level at a time, a lambda or a p."""
+    if t is None:
+        t = process.time(double(math.exp(-lam) if p is None else process.s_of_p(p))).item()
+    return levels(process, double(t))[0]
 
 
 def mix(weights, tensors):
@@ -953,23 +842,24 @@ def renoised(x, k, j, z):
     return r * x + math.sqrt(max(0.0, j.sigma**2 - (r * k.sigma) ** 2)) * z
 
 
-def churned(process, x, i, n, noise, s_churn, s_min, s_max, s_noise):
+def churned(process, x, i, n, noise, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
     """EDM's stochasticity, 2206.00364, algorithm 2: up to (1 + gamma) s_i with new noise before each of n steps."""
     if not s_churn or not i.alpha:
         return x, i
-    z, s = s_noise * noise(x.shape), i.sigma / i.alpha
-    gamma = min(s_churn / n, math.sqrt(2) - 1) if s_min <= s <= s_max else 0.0
-    hat = level(process, -math.log((1 + gamma) * s)) if gamma else i
+    z, gamma = s_noise * noise(x.shape), min(s_churn / n, math.sqrt(2) - 1) if s_min <= i.sigma / i.alpha <= s_max else 0.0
+    hat = at(process, lam=i.lam - math.log(1 + gamma)) if gamma else i
     return (renoised(x, i, hat, z), hat) if hat.sigma > i.sigma else (x, i)
 
 
 def lagrange_integrals(nodes, a, b, kernel=lambda u: 1.0):
     """The weights w_k = integral from a to b of kernel(u) L_k(u) du, L_k the Lagrange polynomials of the nodes: with them
     sum_k w_k f(u_k) integrates kernel f for polynomials f. Gauss-Legendre quadrature, exact to rounding."""
-    u, w = np.polynomial.legendre.leggauss(24)
-    u, w = (a + b) / 2 + (b - a) / 2 * u, (b - a) / 2 * w
-    basis = lambda k: math.prod((u - m) / (nodes[k] - m) for n, m in enumerate(nodes) if n != k)
-    return [float(np.sum(w * kernel(u) * basis(k))) for k in range(len(nodes))]
+    u, w = GAUSS_LEGENDRE[0] * (b - a) / 2 + (a + b) / 2, GAUSS_LEGENDRE[1] * (b - a) / 2 
+    w = w * kernel(u)
+    return [float(w @ math.prod(((u - m) / (v - m) for m in nodes if m != v), start=1.0 + 0 * u)) for v in nodes]
+
+
+GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(24)
 
 
 def exponential_step(x, i, j, nodes, form="x0", eta=0.0, slope="exact", published="", z=None):
@@ -988,12 +878,11 @@ def exponential_step(x, i, j, nodes, form="x0", eta=0.0, slope="exact", publishe
     else:
         keep, scale, rate = j.alpha / i.alpha, -k * j.sigma, 1
         up = j.sigma * math.sqrt(eta * math.expm1(2 * h)) if eta and j.sigma else 0.0
-    lams, outputs = zip(*nodes)
     whole = scale * math.expm1(rate * h) / rate if j.sigma or form == "x0" else -keep * i.sigma
+    lams, outputs = zip(*nodes)
     w, u = [whole], [(lam - i.lam) / h for lam in lams]
     if len(nodes) > 1 and math.isfinite(h):
-        kernel = lambda v: scale * h * np.exp(rate * h * (1 - v))
-        w = lagrange_integrals(u, 0, 1, kernel)
+        w = lagrange_integrals(u, 0, 1, lambda v: scale * h * np.exp(rate * h * (1 - v)))
         if len(w) == 2 and slope != "exact":
             first = {"half": whole, "linear": scale * h}[slope] / 2
             w = [whole - first / u[1], first / u[1]]
@@ -1013,22 +902,17 @@ def ddpm(denoise, x, times, process, noise, variance="small"):
     variance: "small" = beta~, "large" = beta; a denoiser with learned variances overrules it. No noise in the last step.
     """
     for i, j in steps(process, times):
-        d = denoise(x, i.t)
-        beta = 1 - (i.alpha / j.alpha) ** 2
-        mean = j.alpha * beta / i.sigma**2 * d.x0 + i.alpha / j.alpha * (j.sigma / i.sigma) ** 2 * x
-        z = noise(x.shape)
-        if j.sigma == 0:
-            x = mean
-        else:
-            log_small, log_large = math.log(beta * (j.sigma / i.sigma) ** 2), math.log(beta)
+        d, k, z = denoise(x, i.t), beneath(i, j, 1.0), noise(x.shape)
+        x = k.alpha * d.x0 + k.sigma * d.eps         # the posterior's mean
+        if j.sigma:
+            log_small, log_large = math.log(j.sigma**2 - k.sigma**2), math.log(process.kernel(i, j)[1])
             v = {"small": 0.0, "large": 1.0}[variance] if d.variance is None else d.variance
-            x = mean + torch.as_tensor(0.5 * (v * log_large + (1 - v) * log_small)).exp() * z
+            x = x + torch.as_tensor(0.5 * (v * log_large + (1 - v) * log_small)).exp() * z
         yield x
 
 
 def ddim(denoise, x, times, process, noise, eta=0.0):
-    """Denoising Diffusion Implicit Models, 2010.02502, eq. 12: eta 0 is deterministic, eta 1 is DDPM's variance beta~.
-    Up the grid (times.flip(0)) it inverts an image into its noise."""
+    """Denoising Diffusion Implicit Models, 2010.02502, eq. 12: eta 0 is deterministic, eta 1 is DDPM's variance beta~."""
     for i, j in steps(process, times):
         d, k = denoise(x, i.t), beneath(i, j, eta)
         x = k.alpha * d.x0 + k.sigma * d.eps
@@ -1039,128 +923,76 @@ def ddim_inversion(denoise, x, times, process, noise):
     """DDIM run upwards, from an image x to the noise that it comes from (2010.02502, section 5.4). The network is asked at
     the noisier end of each step, since it has never seen a clean image."""
     for i, j in steps(process, times.flip(0)):
-        yield (x := exponential_step(x, i, j, [(i.lam, denoise(x, j.t).eps)], "eps"))
-
-
-def euler(denoise, x, times, process, noise, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
-    """Euler's method for the probability-flow ODE in x/alpha against s = sigma/alpha, where its slope is eps, 2206.00364.
-    On the straight path of rectified flow that is x + (t_j - t_i) (eps - x0)."""
-    for i, j in steps(process, times):
-        x, i = churned(process, x, i, len(times) - 1, noise, s_churn, s_min, s_max, s_noise)
-        d = denoise(x, i.t)
-        x = j.alpha * d.x0 + j.sigma * d.eps
-        yield x
-
-
-def euler_ancestral(denoise, x, times, process, noise, eta=1.0):
-    """Euler with renewed noise (k-diffusion): DDIM's step with eta = 1."""
-    yield from ddim(denoise, x, times, process, noise, eta)
+        d = denoise(x, j.t)
+        yield (x := exponential_step(x, i, j, [(i.lam, d.eps)], "eps") if j.alpha else j.sigma * d.eps)
 
 
 def flow_ancestral(denoise, x, times, process, noise, eta=1.0, s_noise=1.0):
     """Euler ancestral for flows (LTX-Video's): to p = p_j (1 + eta (p_j/p_i - 1)), then up to p_j with new noise."""
     for i, j in steps(process, times):
-        d, z = denoise(x, i.t), noise(x.shape) if j.sigma else None
-        p = j.p * (1 + (j.p / i.p - 1) * eta)
-        k = level(process, -math.log(float(process.s_of_p(p)))) if z is not None else j
+        d, k = denoise(x, i.t), at(process, p=j.p * (1 + (j.p / i.p - 1) * eta)) if j.sigma else j
         x = k.alpha * d.x0 + k.sigma * d.eps
-        yield (x := x if z is None else renoised(x, k, j, s_noise * z))
+        yield (x := renoised(x, k, j, s_noise * noise(x.shape)) if j.sigma else x)
 
 
-# Several network calls a step: Runge-Kutta. y = x/c is solved as a function of p = sigma/c, or x itself in time.
+# Several network calls a step: Runge-Kutta for y = x/c as a function of p = sigma/c, or (`time`) for x as a function of t.
 
-RUNGE_KUTTA = {                                      # places of the further calls, from which slopes, final weights
+RUNGE_KUTTA = {                                      # places of the further calls; from which slopes; final weights
+    "euler": ((), (), (1,)),
     "heun": ((1,), ((1,),), (1 / 2, 1 / 2)),
     "midpoint": ((1 / 2,), ((1,),), (0, 1)),
     "rk4": ((1 / 2, 1 / 2, 1), ((1,), (0, 1), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
     "rk4-3/8": ((1 / 3, 2 / 3, 1), ((1,), (-1 / 2, 3 / 2), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
-    "euler": ((), (), (1,)),
 }
 
 
-def slope(process, d, i):
-    """dy/dp at level i: eps, or eps - x0 on a straight path."""
-    return d.eps - d.x0 if process.straight else d.eps
+def velocity(process, d, t):
+    """dx/dt of the probability-flow ODE, alpha' x0 + sigma' eps."""
+    return mix([v.item() for v in process.rates(double(t))[2:]], d[:2])
 
 
-def runge_kutta_step(denoise, process, x, i, j, method, d, where="p"):
-    """One step i -> j, d = denoise(x, i.t) already known. where: intermediate levels lie evenly in p or in t.
-    A step into the clean image, or out of infinite p, is Euler's."""
-    places, rows, weights = RUNGE_KUTTA.get(method, method) if j.sigma and i.c else RUNGE_KUTTA["euler"]
-    if not places:
+def slope_of(process, d, i, time=False):
+    """dy/dp at level i: eps, or eps - x0 on a straight path; or dx/dt."""
+    return velocity(process, d, i.t) if time else d.eps - d.x0 if process.straight else d.eps
+
+
+def runge_kutta_step(denoise, process, x, i, j, d, method, even="p", time=False, euler_last=True):
+    """One step i -> j, d = denoise(x, i.t) already known. even: intermediate levels lie evenly in p or in t. A step into the
+    clean image (where a network has not learned to speak), or out of infinite p, is Euler's."""
+    places, rows, weights = RUNGE_KUTTA.get(method, method)
+    if not j.sigma and euler_last or not i.c:
+        places, weights = (), (1,)
+    if not places and not time:
         return j.alpha * d.x0 + j.sigma * d.eps
-    slopes = [slope(process, d, i)]
+    clock = lambda l: l._replace(c=1.0, p=l.t) if time else l
+    i, j, slopes = clock(i), clock(j), [slope_of(process, d, i, time)]
     for place, row in zip(places, rows):
-        if where == "t":                             # a chain's network knows whole steps only
-            t = i.t + place * (j.t - i.t)
-            m = levels(process, torch.tensor([math.floor(t) if isinstance(process, Discrete) else t], dtype=torch.float64))[0]
-        else:
-            m = j if place == 1 else level(process, -math.log(float(process.s_of_p(i.p + place * (j.p - i.p)))))
+        m = i.t + place * (j.t - i.t)                # a discrete chain's network knows whole steps only
+        m = j if place == 1 else clock(at(process, t=math.floor(m) if isinstance(process, Discrete) else m) if time or even == "t"
+                                       else at(process, p=i.p + place * (j.p - i.p)))
         y = x / i.c + (m.p - i.p) * mix(row, slopes)
-        slopes.append(slope(process, denoise(m.c * y, m.t), m))
+        slopes.append(slope_of(process, denoise(m.c * y, m.t), m, time))
     return j.c * (x / i.c + (j.p - i.p) * mix(weights, slopes))
 
 
-def runge_kutta(denoise, x, times, process, noise, method, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
+def runge_kutta(denoise, x, times, process, noise, method, time=False, euler_last=True, **churn):
     for i, j in steps(process, times):
-        x, i = churned(process, x, i, len(times) - 1, noise, s_churn, s_min, s_max, s_noise)
-        yield (x := runge_kutta_step(denoise, process, x, i, j, method, denoise(x, i.t)))
-
-
-def heun(denoise, x, times, process, noise, **churn):
-    """Heun's second-order method for the same ODE, 2206.00364, algorithm 1: the slope is averaged over both ends.
-    Two network calls a step, one in the last."""
-    yield from runge_kutta(denoise, x, times, process, noise, "heun", **churn)
-
-
-def edm(denoise, x, times, process, noise, s_churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003):
-    """EDM's stochastic sampler, 2206.00364, algorithm 2: new noise before each step of Heun's method (ImageNet's options)."""
-    yield from runge_kutta(denoise, x, times, process, noise, "heun", s_churn, s_min, s_max, s_noise)
-
-
-def midpoint(denoise, x, times, process, noise):
-    """The midpoint method for the ODE, order 2: the slope half-way in sigma is used for the whole step."""
-    yield from runge_kutta(denoise, x, times, process, noise, "midpoint")
-
-
-def rk4(denoise, x, times, process, noise):
-    """The classical Runge-Kutta method for the ODE, order 4, four network calls a step."""
-    yield from runge_kutta(denoise, x, times, process, noise, "rk4")
+        x, i = churned(process, x, i, len(times) - 1, noise, **churn)
+        yield (x := runge_kutta_step(denoise, process, x, i, j, denoise(x, i.t), method, "p", time, euler_last))
 
 
 def half_lambda(denoise, x, times, process, noise, form, eta=0.0, noisy_middle=False, **churn):
-    """Two network calls a step: the output half-way in lambda is used for the whole step (DPM-Solver-2, r1 = 1/2)."""
+    """The output half-way in lambda is used for the whole step: singlestep order 2 with r1 = 1/2."""
     for i, j in steps(process, times):
-        x, i = churned(process, x, i, len(times) - 1, noise, **{"s_churn": 0, "s_min": 0, "s_max": math.inf, "s_noise": 1, **churn})
-        k, d = beneath(i, j, eta), denoise(x, i.t)
-        this = form if i.alpha else "x0"             # pure noise has no lambda: DDIM's step
+        x, i = churned(process, x, i, len(times) - 1, noise, **churn)
+        k, d, now = beneath(i, j, eta), denoise(x, i.t), form if i.alpha else "x0"   # pure noise has no lambda: DDIM's step
         if j.sigma and i.alpha:
-            m = level(process, (i.lam + (j if noisy_middle else k).lam) / 2)
+            m = at(process, lam=(i.lam + (j if noisy_middle else k).lam) / 2)
             km = beneath(i, m, eta) if noisy_middle else m
-            xm = exponential_step(x, i, km, [(i.lam, getattr(d, form))], form)
+            xm = exponential_step(x, i, km, [(i.lam, getattr(d, now))], now)
             d = denoise(renoised(xm, km, m, noise(x.shape)) if noisy_middle else xm, m.t)
-        x = exponential_step(x, i, k, [(i.lam, getattr(d, this))], this)
+        x = exponential_step(x, i, k, [(i.lam, getattr(d, now))], now)
         yield (x := renoised(x, k, j, noise(x.shape)) if eta and j.sigma else x)
-
-
-def dpm2(denoise, x, times, process, noise, **churn):
-    """DPM-Solver-2, 2206.00927, algorithm 1 (k-diffusion's dpm_2, diffusers' KDPM2): order 2, two network calls a step."""
-    yield from half_lambda(denoise, x, times, process, noise, "eps", **churn)
-
-
-def dpm2_ancestral(denoise, x, times, process, noise, eta=1.0):
-    """DPM-Solver-2 with renewed noise after each step (k-diffusion)."""
-    yield from half_lambda(denoise, x, times, process, noise, "eps", eta)
-
-
-def dpmpp_2s(denoise, x, times, process, noise, eta=0.0):
-    """DPM-Solver++(2S), 2211.01095, algorithm 1: as dpm2, with x0 for eps. eta = 1: k-diffusion's dpmpp_2s_ancestral."""
-    yield from half_lambda(denoise, x, times, process, noise, "x0", eta)
-
-
-def dpmpp_sde(denoise, x, times, process, noise, eta=1.0):
-    """DPM-Solver++ (SDE), 2211.01095 as in k-diffusion: 2S whose middle point has noise of its own."""
-    yield from half_lambda(denoise, x, times, process, noise, "x0", eta, noisy_middle=True)
 
 
 def singlestep(denoise, x, times, process, noise, order=2, form="x0", eta=0.0, slope="paper", quadratic=False, published=""):
@@ -1170,196 +1002,81 @@ def singlestep(denoise, x, times, process, noise, order=2, form="x0", eta=0.0, s
     Third points use the straight line from the block's start to its newest output (the paper), or with `quadratic` all three.
     """
     grid = levels(process, times)
-    n = len(grid) - 1
-    sizes = [order] * (n // order) + [n % order] * (n % order > 0)
+    sizes = [order] * ((len(grid) - 1) // order) + [(len(grid) - 1) % order] * ((len(grid) - 1) % order > 0)
     if sizes[-1] > 1 and not grid[-1].sigma:
-        sizes = [*sizes[:-1], sizes[-1] - 1, 1]
+        sizes[-1:] = [sizes[-1] - 1, 1]
     for size in sizes:
-        i, start, nodes, form_now = grid[0], x, [], form if grid[0].alpha else "x0"
+        i, start, nodes, now = grid[0], x, [], form if grid[0].alpha else "x0"
         for j in grid[1 : size + 1]:
-            d = denoise(x, grid[0].t)
-            nodes, grid = [*nodes, (grid[0].lam, getattr(d, form_now))], grid[1:]
+            nodes, grid = [*nodes, (grid[0].lam, getattr(denoise(x, grid[0].t), now))], grid[1:]
             used = nodes if quadratic or len(nodes) < 3 else [nodes[0], nodes[-1]]
-            how = "exact" if len(nodes) == 3 else slope if slope != "paper" else ("half" if size == 2 else "exact")
-            x = exponential_step(start, i, j, used, form_now, eta, how, published, noise(x.shape) if eta else None)
-            yield x
-
-
-def dpm_solver_adaptive(denoise, x, times, process, noise, eta=0.0, rtol=0.05, atol=0.0078, h=0.05):
-    """DPM-Solver-12 of adaptive step size in lambda, 2206.00927, appendix C, with k-diffusion's control: order 3 against 2.
-    Walks from the first time to the last but the clean one; the number of steps is its own."""
-    *_, end = grid = [i for i in levels(process, times) if i.sigma]
-    i, last = grid[0], x
-    while i.lam < end.lam - 1e-5:
-        j = level(process, min(end.lam, i.lam + h))
-        k, nodes = beneath(i, j, eta), []
-        for place in (0, 1 / 3, 2 / 3):
-            m = level(process, i.lam + place * (k.lam - i.lam)) if place else i
-            xm = exponential_step(x, i, m, nodes, "eps") if place else x
-            nodes.append((m.lam, denoise(xm, m.t).eps))
-        low = exponential_step(x, i, k, nodes[:2], "eps", slope="half")
-        high = exponential_step(x, i, k, nodes[::2], "eps")
-        error = ((low - high) / torch.maximum(low.abs(), last.abs()).mul(rtol).clamp(min=atol)).pow(2).mean().sqrt().item()
-        factor = 1 + math.atan((error + 1e-8) ** -(1 / (1.5 if eta else 3)) - 1)
-        h *= factor
-        if factor >= 0.81:
-            i, last, x = j, low, renoised(high, k, j, noise(x.shape)) if eta else high
-            yield x
-    if times[-1] == process.t_clean:
-        yield denoise(x, i.t).x0
+            how = "exact" if len(nodes) == 3 else slope if slope != "paper" else "half" if size == 2 else "exact"
+            yield (x := exponential_step(start, i, j, used, now, eta, how, published, noise(x.shape) if eta else None))
 
 
 # One network call a step, with memory of earlier ones.
 
 
-def adams(denoise, x, times, process, noise, order, coordinate, warm_up=None):
+def adams(denoise, x, times, process, noise, order=4, coordinate="index", warm_up=None):
     """Adams-Bashforth on the slopes dy/dp, extrapolated by polynomials in p, or in the step's index as if steps were even.
     warm_up: a Runge-Kutta method for the first order - 1 steps ("rk4"), or for the first one ("heun")."""
-    slopes, places = [], []
+    memory = []
     for n, (i, j) in enumerate(steps(process, times)):
-        d = denoise(x, i.t)
-        slopes = [slope(process, d, i), *slopes][:order]
-        places = [i.p if coordinate == "p" else n, *(q for q in places if math.isfinite(q))][:order]
-        slopes = slopes[: len(places)]
+        d, place = denoise(x, i.t), i.p if coordinate == "p" else n
+        memory = [(place, slope_of(process, d, i)), *(m for m in memory if math.isfinite(m[0]))][:order]
         if not i.c:                                  # infinite p: DDIM's step
-            yield (x := j.alpha * d.x0 + j.sigma * d.eps)
-            continue
-        if warm_up == "rk4" and n < order - 1 or warm_up == "heun" and n == 0:
-            x = runge_kutta_step(denoise, process, x, i, j, warm_up, d, "t" if warm_up == "rk4" else "p")
+            x = j.alpha * d.x0 + j.sigma * d.eps
+        elif warm_up == "rk4" and n < order - 1 or warm_up == "heun" and n == 0:
+            x = runge_kutta_step(denoise, process, x, i, j, d, warm_up, "t" if warm_up == "rk4" else "p")
         else:
-            w = lagrange_integrals(places, places[0], j.p if coordinate == "p" else n + 1)
-            scale = 1 if coordinate == "p" else j.p - i.p
-            x = j.c * (x / i.c + mix([scale * v for v in w], slopes))
+            places, slopes = zip(*memory)
+            w, scale = lagrange_integrals(places, place, j.p if coordinate == "p" else n + 1), 1 if coordinate == "p" else j.p - i.p
+            x = j.c * (x / i.c + scale * mix(w, slopes))
         yield x
-
-
-def lms(denoise, x, times, process, noise, order=4):
-    """Linear multistep, k-diffusion's: Adams-Bashforth in sigma on the uneven grid itself."""
-    yield from adams(denoise, x, times, process, noise, order, "p")
-
-
-def pndm(denoise, x, times, process, noise):
-    """Pseudo numerical methods, 2202.09778: Adams-Bashforth 4 in the step's index, DDIM as its transfer, warmed up by three
-    pseudo Runge-Kutta steps of four network calls."""
-    yield from adams(denoise, x, times, process, noise, 4, "index", "rk4")
-
-
-def plms(denoise, x, times, process, noise):
-    """PNDM as in latent diffusion: only the first step is special, a Heun step."""
-    yield from adams(denoise, x, times, process, noise, 4, "index", "heun")
-
-
-def ipndm(denoise, x, times, process, noise):
-    """Improved PNDM (2204.13902, section 3.3): no warm-up, the order grows from 1 to 4."""
-    yield from adams(denoise, x, times, process, noise, 4, "index")
 
 
 def multistep(denoise, x, times, process, noise, order=2, corrector=0, form="x0", tau=0.0, slope="half", published="",
               lower_final=None, uncorrected=()):
-    """The exponential multistep family: DPM-Solver(++), DEIS, UniPC, SA-Solver are its instances.
+    """The exponential multistep family, of which DPM-Solver(++), DEIS, UniPC and SA-Solver are instances.
 
     order: outputs used (one number, or one a step). corrector: outputs used, the new one among them, to redo each step once
-    the network has seen its end, at no further call. tau: of the SDE, a number or a function of t. lower_final: lower the
-    order towards the end (None: in fewer than 15 steps). uncorrected: steps without corrector. form, slope, published: see
-    `exponential_step`.
+    the network has seen its end, at no further call; uncorrected: steps without. tau: of the SDE, a number or a function
+    of t. lower_final: lower the order towards the end (None: in fewer than 15 steps). Others: see `exponential_step`.
     """
-    grid, nodes, redo = list(steps(process, times)), [], None
+    grid, nodes, redo = steps(process, times), [], None
     lower_final = len(grid) < 15 if lower_final is None else lower_final
     for n, (i, j) in enumerate(grid):
-        d = denoise(x, i.t)
-        now = form if i.alpha else "x0"              # pure noise has no lambda: DDIM's step, and nothing to remember
+        d, now = denoise(x, i.t), form if i.alpha else "x0"       # pure noise has no lambda: DDIM's step, nothing to remember
         new = (i.lam, getattr(d, now))
         if redo and n - 1 not in uncorrected:
-            x = redo(new)
+            x = redo([redo.nodes[0], new, *redo.nodes[1:]][: redo.size] if redo.size > 1 else [new])
         nodes = [new, *(m for m in nodes if math.isfinite(m[0]))]
         left = len(grid) - n if lower_final else len(nodes)
-        p = min(order[n] if isinstance(order, (list, tuple)) else order, left)
-        eta = (tau(i.t) if callable(tau) else tau) ** 2
-        z = noise(x.shape) if tau else None
-
-        def step(nodes, x=x, i=i, j=j, now=now, eta=eta, z=z):
-            return exponential_step(x, i, j, nodes, now, eta, slope, published, z)
-
+        eta, z = (tau(i.t) if callable(tau) else tau) ** 2, noise(x.shape) if tau else None
+        step = lambda nodes, x=x, i=i, j=j, now=now, eta=eta, z=z: exponential_step(x, i, j, nodes, now, eta, slope, published, z)
         if corrector:
-            redo = lambda new, step=step, old=nodes, c=min(corrector, left + 1): step([old[0], new, *old[1:]][:c] if c > 1 else [new])
-        yield (x := step(nodes[:p]))
-
-
-def dpm_solver_2m(denoise, x, times, process, noise, order=2, **options):
-    """DPM-Solver multistep, 2206.00927: an exponential integrator in lambda on the noise, with earlier outputs."""
-    yield from multistep(denoise, x, times, process, noise, order, form="eps", **options)
-
-
-def dpmpp_2m(denoise, x, times, process, noise, **options):
-    """DPM-Solver++ (2M), 2211.01095, algorithm 2: an exponential integrator in lambda with the previous x0 as second point.
-    First order in the first step and in a last step that ends in the clean image."""
-    yield from multistep(denoise, x, times, process, noise, **options)
-
-
-def dpmpp_3m(denoise, x, times, process, noise, **options):
-    """DPM-Solver++ (3M), 2211.01095: as 2M with two earlier x0. published="half": the coefficient that published code has."""
-    yield from multistep(denoise, x, times, process, noise, 3, **{"slope": "exact", **options})
-
-
-def dpmpp_2m_sde(denoise, x, times, process, noise, eta=1.0, **options):
-    """SDE-DPM-Solver++ (2M), 2211.01095, section 5: 2M for the SDE, new noise in each step, eta of it (k-diffusion)."""
-    yield from multistep(denoise, x, times, process, noise, tau=math.sqrt(eta), **options)
-
-
-def dpmpp_3m_sde(denoise, x, times, process, noise, eta=1.0, **options):
-    """SDE-DPM-Solver++ (3M), k-diffusion: 3M for the SDE. published="half": its coefficient."""
-    yield from multistep(denoise, x, times, process, noise, 3, tau=math.sqrt(eta), **{"slope": "exact", **options})
-
-
-def deis(denoise, x, times, process, noise, order=3, **options):
-    """DEIS (log-rho Adams-Bashforth), 2204.13902: the noise as polynomial in log rho = -lambda, integrated exactly."""
-    yield from multistep(denoise, x, times, process, noise, order, form="eps", slope="exact", **options)
+            redo, step.nodes, step.size = step, nodes, min(corrector, left + 1)
+        yield (x := step(nodes[: min(order if isinstance(order, int) else order[n], left)]))
 
 
 def unipc(denoise, x, times, process, noise, order=2, form="x0", bh="bh2", **options):
     """UniPC, 2302.04867: the multistep predictor, and a corrector one order higher that costs no network call."""
-    bh = choose({"bh1": "linear", "bh2": "half"}, bh, "B(h)") and {"bh1": "linear", "bh2": "half"}[bh]
-    options = {"corrector": order + 1, "lower_final": True, "slope": bh, **options}
-    yield from multistep(denoise, x, times, process, noise, order, form=form, **options)
+    options = {"corrector": order + 1, "lower_final": True, **options}
+    yield from multistep(denoise, x, times, process, noise, order, form=form, slope={"bh1": "linear", "bh2": "half"}[bh], **options)
 
 
-def sa_solver(denoise, x, times, process, noise, order=2, corrector=2, tau=1.0, form="x0", **options):
+def sa_solver(denoise, x, times, process, noise, order=2, corrector=2, tau=1.0, form="x0", lower_final=True):
     """SA-Solver, 2309.05019: stochastic Adams predictor and corrector for an SDE whose noise tau(t) is a choice."""
-    options = {"lower_final": True, "slope": "linear" if form == "x0" else "exact", **options}
-    yield from multistep(denoise, x, times, process, noise, order, corrector, form, tau, **options)
+    slope = "linear" if form == "x0" else "exact"
+    yield from multistep(denoise, x, times, process, noise, order, corrector, form, tau, slope, lower_final=lower_final)
 
 
-# Stochastic differential equations in time, and their probability-flow ODE.
-
-
-def velocity(process, d, i):
-    """dx/dt of the probability-flow ODE at level i, alpha' x0 + sigma' eps."""
-    return mix([v.item() for v in process.rates(torch.tensor([i.t], dtype=torch.float64))[2:]], d[:2])
-
-
-def sit_ode(denoise, x, times, process, noise, method="heun", euler_last=True):
-    """SiT's ODE sampler, 2401.08740: a Runge-Kutta method for dx/dt = velocity in time itself."""
-    places, rows, weights = RUNGE_KUTTA.get(method, method)
-    for i, j in steps(process, times):
-        slopes, end = [velocity(process, denoise(x, i.t), i)], 1 in places and euler_last and not j.sigma
-        for place, row in zip(*((), ()) if end else (places, rows)):
-            m = levels(process, torch.tensor([i.t + place * (j.t - i.t)], dtype=torch.float64))[0]
-            slopes.append(velocity(process, denoise(x + (m.t - i.t) * mix(row, slopes), m.t), m))
-        yield (x := x + (j.t - i.t) * mix((1,) if end else weights, slopes))
-
-
-def rk45(denoise, x, times, process, noise, rtol=1e-5, atol=1e-5):
-    """The probability-flow ODE by an adaptive Runge-Kutta method of order 5(4) (2011.13456, section 4.3)."""
-    slope_at = lambda t, x: velocity(process, denoise(x, t), Level(t, 0, 0, 0))
-    for i, j in steps(process, times):
-        x = dormand_prince(slope_at, x, i.t, j.t if j.sigma else process.t_least, rtol, atol)
-        yield (x := x if j.sigma else denoise(x, process.t_least).x0)
-
+# Stochastic differential equations in time.
 
 DIFFUSIONS: dict[str, Callable] = {                  # w(t) of SiT's SDE, 2401.08740, section 3.4; n its `norm`
     "sigma": lambda process, i, n: n * i.sigma,
     "linear": lambda process, i, n: n * i.t,
-    "sbdm": lambda process, i, n: n * process.half_g2(torch.tensor([i.t], dtype=torch.float64)).item(),
+    "sbdm": lambda process, i, n: n * process.half_g2(double(i.t)).item(),
     "constant": lambda process, i, n: n,
     "decreasing": lambda process, i, n: (1 - n * math.cos(math.pi * i.t)) ** 2 / 4,
     "increasing-decreasing": lambda process, i, n: n * math.sin(math.pi * i.t) ** 2,
@@ -1367,51 +1084,45 @@ DIFFUSIONS: dict[str, Callable] = {                  # w(t) of SiT's SDE, 2401.0
 
 
 def sit_sde(denoise, x, times, process, noise, diffusion="sigma", norm=1.0, method="euler", last="mean"):
-    """SiT's SDE sampler, 2401.08740: drift velocity - w score and noise sqrt(2 w dt), for any diffusion w(t) >= 0.
+    """SiT's SDE sampler, 2401.08740: drift velocity - w score, noise sqrt(2 w dt), any diffusion w(t) >= 0 (half the paper's).
 
-    last: the step into the clean image: "mean" (the drift alone), "tweedie" (x0), "ode" (the velocity alone). Code's w is
-    half of the paper's.
+    last: the step into the clean image: "mean" (the drift alone), "tweedie" (x0), "ode" (the velocity alone).
     """
-    w = choose(DIFFUSIONS, diffusion, "diffusion")
-    grid = list(steps(process, times))
+    w, (*grid, (i, j)) = choose(DIFFUSIONS, diffusion, "diffusion"), steps(process, times)
 
     def drift(x, i, score=1.0):                      # towards the data
         d = denoise(x, i.t)
-        return -velocity(process, d, i) - score * w(process, i, norm) / i.sigma * d.eps, d
+        return d.x0, -velocity(process, d, i.t) - score * w(process, i, norm) / i.sigma * d.eps
 
-    for i, j in grid[:-1]:
-        dt = i.t - j.t
-        x_hat = x + math.sqrt(2 * w(process, i, norm) * dt) * noise(x.shape)
-        k1 = drift(x if method == "euler" else x_hat, i)[0]
-        x = x_hat + dt * k1 if method == "euler" else x_hat + dt / 2 * (k1 + drift(x_hat + dt * k1, j)[0])
-        yield x
-    i, j = grid[-1]
-    k, d = drift(x, i, score=float(last != "ode"))
-    yield d.x0 if last == "tweedie" else x + (i.t - j.t) * k
+    for a, b in grid:
+        dt = a.t - b.t
+        x_hat = x + math.sqrt(2 * w(process, a, norm) * dt) * noise(x.shape)
+        k1 = drift(x if method == "euler" else x_hat, a)[1]
+        k2 = k1 if method == "euler" else drift(x_hat + dt * k1, b)[1]
+        yield (x := x_hat + dt / 2 * (k1 + k2))
+    x0, k1 = drift(x, i, score=float(last != "ode"))
+    yield x0 if last == "tweedie" else x + (i.t - j.t) * k1
 
 
-def predictor_corrector(denoise, x, times, process, noise, predictor="reverse", corrector="langevin", corrections=1, snr=0.16,
-                        kernel=None):
-    """Predictor-corrector sampling of the reverse SDE, 2011.13456, algorithms 1-5. Each step: `corrections` Langevin steps at
-    noise level i, then the predictor to j; the last is without noise.
+def predictor_corrector(denoise, x, times, process, noise, predictor="reverse", corrector="langevin", corrections=1, snr=0.16):
+    """Predictor-corrector sampling of the reverse SDE, 2011.13456, algorithms 1-5: `corrections` Langevin steps at noise
+    level i, then the predictor to j; the last is without noise.
 
-    predictor: "reverse" (reverse diffusion), "ancestral", "euler" (Euler-Maruyama). corrector: "langevin", "ald" (annealed).
+    predictor: "reverse" (reverse diffusion), "ancestral", "euler" (Euler-Maruyama). corrector: "langevin", "ald", None.
     """
     score = lambda x, i: -denoise(x, i.t).eps / i.sigma
-    kernel = kernel or (process.euler_kernel if predictor == "euler" else process.kernel)
-    norm = lambda v: v.flatten(1).norm(dim=1).mean()
-    for n, (i, j) in enumerate(steps(process, times)):
-        r, g2 = kernel(i, j)                         # forwards, x_i = r x_j + sqrt(g2) noise
+    length = lambda v: v.flatten(1).norm(dim=1).mean()           # over the batch, as published
+    for i, j in (grid := steps(process, times)):
+        r, g2 = (process.euler_kernel if predictor == "euler" else process.kernel)(i, j)
         for _ in range(corrections if corrector else 0):
             g, z = score(x, i), noise(x.shape)
-            size = 2 * r * r * ((snr * norm(z) / norm(g)) ** 2 if corrector == "langevin" else (snr * i.sigma) ** 2)
+            size = 2 * (r * (snr * length(z) / length(g) if corrector == "langevin" else snr * i.sigma)) ** 2
             x = x + size * g + (2 * size) ** 0.5 * z
         g, z = score(x, i), noise(x.shape)
-        mean = (x + g2 * g) / r if predictor == "ancestral" else (2 - r) * x + g2 * g
-        if predictor == "ancestral" and process.exploding:
-            g2 = g2 * (1 - g2 / i.sigma**2)
-        x = mean + math.sqrt(g2) * z
-        yield mean if n == len(times) - 2 else x
+        x = (x + g2 * g) / r if predictor == "ancestral" else (2 - r) * x + g2 * g
+        if j.t != grid[-1][1].t:
+            x = x + math.sqrt(g2 * (1 - g2 / i.sigma**2 if predictor == "ancestral" and process.exploding else 1)) * z
+        yield x
 
 
 # Distilled models: they jump to x0 from anywhere, and go back up to the next level with new noise.
@@ -1420,13 +1131,13 @@ def predictor_corrector(denoise, x, times, process, noise, predictor="reverse", 
 def lcm(denoise, x, times, process, noise, scaling=10.0, s_min=0.0):
     """Latent consistency models, 2310.04378, algorithm 3: x0, mixed with x by the boundary condition, then noise again.
 
-    scaling: of the time in the boundary condition (None: no such condition, as in consistency models, 2303.01469, algorithm
-    1, whose renewed noise stands on a floor s_min, and in sampling a flow with new noise in every step).
+    scaling: of the time in the boundary condition; None: no such condition, as in consistency models (2303.01469, algorithm
+    1, whose new noise stands on a floor s_min).
     """
     for i, j in steps(process, times):
         x0 = denoise(x, i.t).x0
         if scaling is not None:
-            t = scaling * float(process.network_time(torch.tensor(max(i.t, 0.0))))
+            t = scaling * float(process.network_time(double(max(i.t, 0.0))))
             x0 = t / math.sqrt(t * t + 0.25) * x0 + 0.25 / (t * t + 0.25) * x
         yield (x := renoised(x0, Level(0, 1.0, s_min, 0), j, noise(x.shape)) if j.sigma else x0)
 
@@ -1435,23 +1146,12 @@ def tcd(denoise, x, times, process, noise, eta=0.3):
     """Trajectory consistency distillation, 2402.19159, algorithm 4: DDIM to the time (1 - eta) t_j, then up to t_j with noise."""
     for n, (i, j) in enumerate(steps(process, times)):
         d, t = denoise(x, i.t), (1 - eta) * j.t
-        k = levels(process, torch.tensor([math.floor(t) if isinstance(process, Discrete) else t], dtype=torch.float64))[0] if j.sigma else j
+        k = at(process, t=math.floor(t) if isinstance(process, Discrete) else t) if j.sigma else j
         x = k.alpha * d.x0 + k.sigma * d.eps
         yield (x := renoised(x, k, j, noise(x.shape)) if eta and n < len(times) - 2 else x)
 
 
-SAMPLERS: dict[str, Callable] = {
-    "ddpm": ddpm, "ddim": ddim, "ddim-inversion": ddim_inversion, "euler": euler, "euler-ancestral": euler_ancestral,
-    "flow-ancestral": flow_ancestral, "heun": heun, "edm": edm, "midpoint": midpoint, "rk4": rk4, "dpm2": dpm2,
-    "dpm2-ancestral": dpm2_ancestral, "dpmpp-2s": dpmpp_2s, "dpmpp-sde": dpmpp_sde, "dpm-solver": singlestep,
-    "dpm-solver-adaptive": dpm_solver_adaptive,
-    "lms": lms, "pndm": pndm, "plms": plms, "ipndm": ipndm, "dpm-solver-2m": dpm_solver_2m, "dpmpp-2m": dpmpp_2m,
-    "dpmpp-3m": dpmpp_3m, "dpmpp-2m-sde": dpmpp_2m_sde, "dpmpp-3m-sde": dpmpp_3m_sde, "deis": deis, "unipc": unipc,
-    "sa-solver": sa_solver, "rk45": rk45, "sit-ode": sit_ode, "sit-sde": sit_sde, "pc": predictor_corrector, "lcm": lcm, "tcd": tcd,
-}
-
-
-# ----------------------------------------------------------------------------------------------------------- likelihood
+# -------------------------------------------------------------------------------------------- likelihood, adaptive steps
 
 DORMAND_PRINCE = (                                   # places, rows, and the difference of the orders 5 and 4
     (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
@@ -1463,22 +1163,23 @@ DORMAND_PRINCE = (                                   # places, rows, and the dif
 
 def dormand_prince(f, y, t, end, rtol=1e-5, atol=1e-5):
     """dy/dt = f(t, y) from t to end by the adaptive Runge-Kutta method of order 5(4) (RK45, dopri5)."""
-    places, rows, difference = DORMAND_PRINCE
-    norm = lambda v: (v / (atol + rtol * y.abs())).pow(2).mean().sqrt().item()
-    slopes = [f(t, y)]
-    h = 0.01 * max(norm(y), 1e-5) / max(norm(slopes[0]), 1e-5)           # the first step as Hairer, Norsett and Wanner choose it
-    bend = norm(f(t + math.copysign(h, end - t), y + math.copysign(h, end - t) * slopes[0]) - slopes[0]) / h
-    h = min(100 * h, (0.01 / max(norm(slopes[0]), bend)) ** 0.2)
+    h, slopes, (places, rows, difference) = (end - t) / 100, [f(t, y)], DORMAND_PRINCE
     while abs(end - t) > 1e-12 * abs(h):
         h = math.copysign(min(abs(h), abs(end - t)), end - t)
         for place, row in zip(places, rows):
             new = y + h * mix(row, slopes)
             slopes.append(f(t + place * h, new))
-        error = h * mix(difference, slopes) / (atol + rtol * torch.maximum(y.abs(), new.abs()))
-        error = error.pow(2).mean().sqrt().item()
+        error = (h * mix(difference, slopes) / (atol + rtol * torch.maximum(y.abs(), new.abs()))).pow(2).mean().sqrt().item()
         t, y, slopes = (t + h, new, slopes[-1:]) if error < 1 else (t, y, slopes[:1])
         h *= min(10.0, max(0.2, 0.9 * max(error, 1e-10) ** -0.2))
     return y
+
+
+def rk45(denoise, x, times, process, noise, rtol=1e-5, atol=1e-5):
+    """The probability-flow ODE by an adaptive Runge-Kutta method of order 5(4), 2011.13456, section 4.3."""
+    for i, j in steps(process, times):
+        x = dormand_prince(lambda t, x: velocity(process, denoise(x, t), t), x, i.t, j.t if j.sigma else process.t_least, rtol, atol)
+        yield (x := x if j.sigma else denoise(x, process.t_least).x0)
 
 
 def log_likelihood(process, denoise, x0, probe=None, rtol=1e-5, atol=1e-5):
@@ -1489,10 +1190,9 @@ def log_likelihood(process, denoise, x0, probe=None, rtol=1e-5, atol=1e-5):
     """
 
     def f(t, y):
-        i = levels(process, torch.tensor([t], dtype=torch.float64))[0]
         with torch.enable_grad():
             x = y[:, :-1].reshape(x0.shape).detach().requires_grad_()
-            v = velocity(process, denoise(x, t), i)
+            v = velocity(process, denoise(x, t), t)
             back = lambda out: torch.autograd.grad(out.sum(), x, retain_graph=True)[0].flatten(1)
             if probe is None:
                 divergence = sum(back(column)[:, k] for k, column in enumerate(v.flatten(1).unbind(1)))
@@ -1502,9 +1202,53 @@ def log_likelihood(process, denoise, x0, probe=None, rtol=1e-5, atol=1e-5):
 
     y = torch.cat([x0.flatten(1), x0.new_zeros(len(x0), 1)], 1)
     y = dormand_prince(f, y, process.t_least, process.t_noisy, rtol, atol)
-    z, std = y[:, :-1], process.sigma(torch.tensor(process.t_noisy)).item()
-    prior = -0.5 * (z**2 / std**2 + math.log(2 * math.pi * std**2)).sum(1)
-    return prior + y[:, -1], z.reshape(x0.shape)
+    z, std = y[:, :-1], process.sigma(double(process.t_noisy)).item()
+    return y[:, -1] - 0.5 * (z**2 / std**2 + math.log(2 * math.pi * std**2)).sum(1), z.reshape(x0.shape)
+
+
+def instance(rule, line, **fixed):
+    """A sampler that is `rule` with some options fixed (as defaults); line: what it is."""
+
+    def sampler(denoise, x, times, process, noise, **options):
+        yield from rule(denoise, x, times, process, noise, **{**fixed, **options})
+
+    sampler.__doc__ = line
+    return sampler
+
+
+SAMPLERS: dict[str, Callable] = {
+    "ddpm": ddpm, "ddim": ddim, "ddim-inversion": ddim_inversion, "flow-ancestral": flow_ancestral,
+    "euler-ancestral": instance(ddim, "Euler with renewed noise, k-diffusion: DDIM with eta = 1", eta=1.0),
+    "euler": instance(runge_kutta, "Euler's method for the ODE of x/alpha in sigma/alpha, 2206.00364; of x in t on a flow", method="euler"),
+    "heun": instance(runge_kutta, "Heun's method, order 2, slope averaged over both ends, 2206.00364, algorithm 1", method="heun"),
+    "edm": instance(runge_kutta, "EDM's stochastic sampler: Heun with new noise before each step, 2206.00364, algorithm 2",
+                    method="heun", s_churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003),
+    "midpoint": instance(runge_kutta, "The midpoint method, order 2, for the same ODE", method="midpoint"),
+    "rk4": instance(runge_kutta, "The classical Runge-Kutta method, order 4, four network calls a step", method="rk4"),
+    "dpm2": instance(half_lambda, "DPM-Solver-2, 2206.00927, algorithm 1: order 2, two calls a step (KDPM2)", form="eps"),
+    "dpm2-ancestral": instance(half_lambda, "DPM-Solver-2 with renewed noise, k-diffusion", form="eps", eta=1.0),
+    "dpmpp-2s": instance(half_lambda, "DPM-Solver++(2S), 2211.01095, algorithm 1: as dpm2 with x0 for eps", form="x0"),
+    "dpmpp-2s-ancestral": instance(half_lambda, "DPM-Solver++(2S) with renewed noise, k-diffusion", form="x0", eta=1.0),
+    "dpmpp-sde": instance(half_lambda, "DPM-Solver++ (SDE), k-diffusion: 2S whose middle point has noise of its own",
+                          form="x0", eta=1.0, noisy_middle=True),
+    "dpm-solver": instance(singlestep, "DPM-Solver singlestep, 2206.00927: blocks of 3 points, on eps", form="eps", order=3),
+    "dpmpp-singlestep": instance(singlestep, "DPM-Solver++ singlestep, 2211.01095: blocks of 2 points, on x0"),
+    "lms": instance(adams, "Linear multistep, k-diffusion: Adams-Bashforth 4 on the uneven grid of sigma", coordinate="p"),
+    "pndm": instance(adams, "Pseudo numerical methods, 2202.09778: Adams-Bashforth 4, three Runge-Kutta steps first", warm_up="rk4"),
+    "plms": instance(adams, "PNDM as in latent diffusion: a Heun step first", warm_up="heun"),
+    "ipndm": instance(adams, "Improved PNDM, 2204.13902: no warm-up, the order grows to 4"),
+    "dpm-solver-2m": instance(multistep, "DPM-Solver multistep, 2206.00927: exponential integrator on eps", form="eps"),
+    "dpmpp-2m": instance(multistep, "DPM-Solver++ (2M), 2211.01095, algorithm 2: exponential integrator on x0, two points"),
+    "dpmpp-3m": instance(multistep, "DPM-Solver++ (3M), 2211.01095: three points (published='half': published code's)", order=3,
+                         slope="exact"),
+    "dpmpp-2m-sde": instance(multistep, "SDE-DPM-Solver++ (2M), 2211.01095, section 5: new noise in each step", tau=1.0),
+    "dpmpp-3m-sde": instance(multistep, "SDE-DPM-Solver++ (3M), k-diffusion", order=3, tau=1.0, slope="exact"),
+    "deis": instance(multistep, "DEIS in log rho, 2204.13902: eps as a polynomial in lambda, integrated exactly", order=3, form="eps",
+                     slope="exact"),
+    "unipc": unipc, "sa-solver": sa_solver, "rk45": rk45,
+    "sit-ode": instance(runge_kutta, "SiT's ODE sampler, 2401.08740: Heun for dx/dt in time itself", method="heun", time=True),
+    "sit-sde": sit_sde, "pc": predictor_corrector, "lcm": lcm, "tcd": tcd,
+}
 
 
 # ------------------------------------------------------------------------------------------- training and drawing images
@@ -1554,7 +1298,7 @@ def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30,
     denoise = process.denoiser(model, y)
     if guidance != 1 and null is not None:
         denoise = guided(denoise, process.denoiser(model, null), guidance, guide_channels, process,
-                         None if rule == "cfg" else make(), interval)
+                         None if rule == "cfg" else make, interval)
     if clip:
         denoise = clipped(denoise, process, quantile=quantile)
     times = process.times(steps, grid, last)

@@ -194,11 +194,11 @@ def schedule_continuous(report):
             "k_vp": torch.cat([vp.p(vp.times(n, "linspace")[:-1]), zero])}
     ours |= {f"edm_{kind}": edm_levels(kind, n, {"edm": (80.0, 0.002), "ve": (100.0, 0.02), "iddpm": (81.0, 0.002), "vp": None}[kind])
              for kind in ("vp", "ve", "iddpm", "edm")}
-    ours |= {"k_log_normal": D.log_normal(u, -1.2, 1.2), "k_log_logistic": D.log_logistic(u, 0.0, 0.5, 0.01, 80.0),
-             "k_log_uniform": D.log_uniform(u, 0.01, 80.0), "k_v_diffusion": D.v_diffusion(u, 0.5, 1e-3, 1e3),
+    ours |= {"k_log_normal": D.DENSITIES["log-normal"][0](u, -1.2, 1.2), "k_log_logistic": D.DENSITIES["log-logistic"][0](u, 0.0, 0.5, 0.01, 80.0),
+             "k_log_uniform": D.DENSITIES["log-uniform"][0](u, 0.01, 80.0), "k_v_diffusion": D.DENSITIES["v-diffusion"][0](u, 0.5, 1e-3, 1e3),
              "k_cosine_interpolated": D.cosine_interpolated(u, 64, 32, 64, 0.5, 1e-3, 1e3),
-             "sd3_mode": D.mode(u), "sd3_logit_normal": D.logit_normal(torch.special.ndtr(z), 0.3, 0.8),
-             "edm_sigma_from_z": D.log_normal(torch.special.ndtr(z)), "rf_logit_normal_from_z": D.logit_normal(torch.special.ndtr(z))}
+             "sd3_mode": D.DENSITIES["mode"][0](u), "sd3_logit_normal": D.DENSITIES["logit-normal"][0](torch.special.ndtr(z), 0.3, 0.8),
+             "edm_sigma_from_z": D.DENSITIES["log-normal"][0](torch.special.ndtr(z)), "rf_logit_normal_from_z": D.DENSITIES["logit-normal"][0](torch.special.ndtr(z))}
     snr = ((1 - u) / u) ** 2
     of_flow = lambda w: w / (1 + u / (1 - u)) ** 2
     ours |= {"sd3_weight_sigma_sqrt": of_flow(D.WEIGHTINGS["sigma-sqrt"][0](snr)), "sd3_weight_cosmap": of_flow(D.WEIGHTINGS["cosmap"][0](snr))}
@@ -327,7 +327,7 @@ def loss_edm(report):
     if "iddpm_u" in report.left:
         stride = 1000 // (len(case.outputs["iddpm_u"]) - 1)
         report.same("iddpm_u", table[::stride], 1e-3)
-    levels = {"EDMLoss": D.log_normal(torch.special.ndtr(z)), "VPLoss": vp.p(1 + u * (1e-5 - 1)), "VELoss": 0.02 * (100 / 0.02) ** u}
+    levels = {"EDMLoss": D.DENSITIES["log-normal"][0](torch.special.ndtr(z)), "VPLoss": vp.p(1 + u * (1e-5 - 1)), "VELoss": 0.02 * (100 / 0.02) ** u}
     for name, s in levels.items():
         s = s.view(-1, 1, 1, 1)
         D_x = denoised(name.replace("Loss", "Precond"), x0 + noise * s, s.flatten())
@@ -402,7 +402,7 @@ def loss_likelihood(report):
     report.same("exact_bpd", bits(mixture.log_density(x)), 1e-5)
     edm = D.EDM("eps")
     edm.t_least = 1e-3
-    report.same("k_log_likelihood", D.log_likelihood(edm, Watched(case, edm), x, probe, 1e-4, 1e-4)[0], 2e-3)
+    report.same("k_log_likelihood", D.log_likelihood(edm, Watched(case, edm), x, probe)[0], 2e-3)
     report.skip("k_fevals")
 
 
@@ -411,26 +411,26 @@ def loss_guidance(report):
     w = report.case.config["scale"]
     process = D.RectifiedFlow()
     flat = lambda x0: lambda xt, t: D.Denoised(x0, x0)
-    update = lambda rule, c, u: rule(c, u, 2.0) - c      # APG's c + (w - 1) update
-    report.same("cfg", D.cfg()(c, u, w))
+    update = lambda **o: D.apg(c, u, 2.0, {}, **o) - c      # APG's c + (w - 1) update
+    report.same("cfg", D.cfg(c, u, w))
     report.same("cfg", D.guided(flat(c), flat(u), w)(c, 0.5).x0)
     for key in [k for k in report.left if k.startswith("cfg_rescale")]:
         share = float(key[11:]) / (10 if key[11:].startswith("0") else 1)
-        report.same(key, D.cfg_rescale(share)(c, u, w))
-    report.same("apg_eta1_norm2.5", u + w * update(D.apg(1.0, 2.5, 0.0), c, u), 2e-5)
-    report.same("apg_eta0_norm2.5", c + w * update(D.apg(0.0, 2.5, 0.0), c, u), 2e-5)
-    rule = D.apg(0.0, 5.0, -0.5)
+        report.same(key, D.cfg_rescale(c, u, w, share=share))
+    report.same("apg_eta1_norm2.5", u + w * update(eta=1.0, norm=2.5, momentum=0.0), 2e-5)
+    report.same("apg_eta0_norm2.5", c + w * update(eta=0.0, norm=2.5, momentum=0.0), 2e-5)
+    rule = D.partial(D.apg, memory={}, eta=0.0, norm=5.0, momentum=-0.5)
     report.same("apg_momentum_step1", rule(c, u, w), 2e-5)
     report.same("apg_momentum_step2", rule(0.9 * c, 1.1 * u, w), 2e-5)
-    report.same("cfg_zero_star", D.cfg_zero()(c, u, w))
-    zero = D.cfg_zero()(c, u, 0.0)
+    report.same("cfg_zero_star", D.cfg_zero(c, u, w, {}))
+    zero = D.cfg_zero(c, u, 0.0, {})
     report.same("cfg_zero_star_scale", (zero * u).flatten(1).sum(1) / (u * u).flatten(1).sum(1))
-    report.same("tangential", D.tangential()(c, u, w), 2e-5)
+    report.same("tangential", D.tangential(c, u, w), 2e-5)
     three = D.guided(flat(c), flat(u), w, channels=3)(c, 0.5).x0
     report.same("dit_three_channel", torch.cat([three, torch.cat([three[:, :3], u[:, 3:]], 1)]))
     for key in [k for k in report.left if k.startswith("dynamic_threshold")]:
         quantile, limit = float(key.split("_")[2]), float(key.split("max")[1])
-        x = D.cfg()(c, u, w)
+        x = D.cfg(c, u, w)
         report.same(key, D.clipped(flat(x), process, limit, quantile)(x, 0.5).x0)
 
 
@@ -503,7 +503,7 @@ def run_rf(report, name, options, tol):
         whole = network(process, Mixture(case.inputs))
         denoise = D.guided(denoise, process.denoiser(lambda x, t, y: whole(x, t / 1000)), cfg)
     x = case.inputs["x_T"].double()
-    states = [x, *D.euler(denoise, x, process.times(steps), process, pool(case))]
+    states = [x, *D.SAMPLERS["euler"](denoise, x, process.times(steps), process, pool(case))]
     report.same(f"x:{name}", torch.stack(states), tol)
 
 
@@ -849,7 +849,7 @@ class Plan:
                 x0 = x_hat - s_hat * (here["x"] - x0) / s
             return D.Denoised(x0, (x_hat - x0) / s_hat)
 
-        for n, state in enumerate(D.euler(stale, here["x"], grid, ve, noise, **self.options)):
+        for n, state in enumerate(D.SAMPLERS["euler"](stale, here["x"], grid, ve, noise, **self.options)):
             here.update(x=state, n=n + 1)
             yield state * (alpha(grid[n + 1]))
 
@@ -948,7 +948,7 @@ KDIFFUSION = {  # function: our sampler, its fixed options, the library's names 
     "sample_dpmpp_2s_ancestral": ("dpmpp-2s", {"eta": 1.0}), "sample_dpmpp_sde": ("dpmpp-sde", {}),
     "sample_dpmpp_2m": ("dpmpp-2m", {}), "sample_dpmpp_2m_sde": ("dpmpp-2m-sde", {}),
     "sample_dpmpp_3m_sde": ("dpmpp-3m-sde", {"published": "half", "lower_final": False}),
-    "sample_dpm_fast": ("dpm-solver", {"order": 3, "form": "eps"}), "sample_dpm_adaptive": ("dpm-solver-adaptive", {}),
+    "sample_dpm_fast": ("dpm-solver", {}), "sample_dpm_adaptive": ("adaptive", {}),
 }
 RENAMED = {"s_tmin": "s_min", "s_tmax": "s_max", "eta": "eta", "s_churn": "s_churn", "order": "order", "rtol": "rtol", "atol": "atol",
            "h_init": "h"}
@@ -963,6 +963,27 @@ def fast_grid(high, low, n):
     return torch.stack([*inner, ends[-1]]).exp()
 
 
+def adaptive(denoise, x, times, process, noise, eta=0.0, rtol=0.05, atol=0.0078, h=0.05):
+    """k-diffusion's dpm_adaptive, our exponential steps of order 3 and 2 under its step control (2206.00927, appendix C)."""
+    i, end = D.levels(process, times)
+    last = x
+    while i.lam < end.lam - 1e-5:
+        j = D.at(process, lam=min(end.lam, i.lam + h))
+        k, nodes = D.beneath(i, j, eta), []
+        for place in (0, 1 / 3, 2 / 3):
+            m = D.at(process, lam=i.lam + place * (k.lam - i.lam)) if place else i
+            xm = D.exponential_step(x, i, m, nodes, "eps") if place else x
+            nodes.append((m.lam, denoise(xm, m.t).eps))
+        low = D.exponential_step(x, i, k, nodes[:2], "eps", slope="half")
+        high = D.exponential_step(x, i, k, nodes[::2], "eps")
+        error = ((low - high) / torch.maximum(low.abs(), last.abs()).mul(rtol).clamp(min=atol)).pow(2).mean().sqrt().item()
+        factor = 1 + math.atan((error + 1e-8) ** -(1 / (1.5 if eta else 3)) - 1)
+        h *= factor
+        if factor >= 0.81:
+            i, last, x = j, low, D.renoised(high, k, j, noise(x.shape)) if eta else high
+            yield x
+
+
 def run_kdiffusion(report, name, options, tol):
     o, case = dict(options), report.case
     fn, sig, n = o.pop("fn"), o.pop("sig"), o.pop("n", None)
@@ -973,6 +994,8 @@ def run_kdiffusion(report, name, options, tol):
     if solver:
         kwargs["slope"] = {"midpoint": "half", "heun": "exact"}[solver]
     kwargs |= {RENAMED[k]: v for k, v in o.items()}
+    if sampler.endswith("m-sde"):
+        kwargs["tau"] = math.sqrt(kwargs.pop("eta", 1.0))
     if churns:
         kwargs["s_noise"], s_noise = s_noise, 1.0
         kwargs = kwargs if kwargs.get("s_churn") else {}
@@ -986,7 +1009,7 @@ def run_kdiffusion(report, name, options, tol):
         times = torch.tensor(sig, dtype=torch.float64)
     watch = Watched(case, process)
     start = case.inputs["x_T"].double() * times[0]
-    *_, x = D.SAMPLERS[sampler](watch, start, times, process, pool(case, None, s_noise), **kwargs)
+    *_, x = D.SAMPLERS.get(sampler, adaptive)(watch, start, times, process, pool(case, None, s_noise), **kwargs)
     report.same(f"x:{name}", x, tol)
     slack = 10 if "adaptive" in fn else 1            # the library's adaptive solver keeps its time in float32
     report.same(f"net_x:{name}", torch.stack(watch.x), slack * tol)
@@ -1017,21 +1040,20 @@ def run_edm(report, name, options, tol):
     method = solver if alpha == 1 else ((alpha,), ((1,),), (1 - 1 / (2 * alpha), 1 / (2 * alpha)))
     if (schedule, scaling) == ("vp", "vp"):
         process = D.VP("eps")
-        run = D.sit_ode
     elif (schedule, scaling) == ("ve", "none"):
-        process, run = SqrtTime("eps"), D.sit_ode
+        process = SqrtTime("eps")
     elif (schedule, scaling) == ("linear", "none"):
-        process, run = unbounded(), D.runge_kutta
+        process = unbounded()
     else:
         raise NotImplementedError(f"{name}: schedule {schedule}, scaling {scaling}")
     process.t_noisy = 1e9
     times = torch.cat([process.time(sigmas), torch.zeros(1, dtype=torch.float64)])
     watch = Watched(case, process, ve=True)
     start = case.inputs["x_T"].double() * process.sigma(times[0])
-    if run is D.sit_ode and churn.get("s_churn"):
+    time = schedule != "linear"                       # these solve in EDM's t, where sigma(t) is not t
+    if time and churn.get("s_churn"):
         raise NotImplementedError(f"{name}: churn with schedule {schedule}")
-    kwargs = {"method": method} | (churn if run is D.runge_kutta else {})
-    *_, x = run(watch, start, times, process, pool(case), **kwargs)
+    *_, x = D.runge_kutta(watch, start, times, process, pool(case), method, time, **churn)
     report.same(f"x:{name}", x, tol)
     report.same(f"net_x:{name}", torch.stack(watch.x), tol)
     report.relative(f"net_sigma:{name}", process.p(torch.tensor(watch.t, dtype=torch.float64)),
@@ -1166,7 +1188,7 @@ def run_sit(report, name, options, tol):
         if method == "dopri5":
             states, tol = [x, *D.rk45(watch, x, t, process, None)], 1e-2       # that solver's own error at its rtol of 1e-3
         else:
-            states = [x, *D.sit_ode(watch, x, t, process, None, {"rk4": "rk4-3/8"}.get(method, method), euler_last=False)]
+            states = [x, *D.runge_kutta(watch, x, t, process, None, {"rk4": "rk4-3/8"}.get(method, method), time=True, euler_last=False)]
     else:
         t = torch.cat([t, torch.tensor([1 - end - size if last else 0.0], dtype=torch.float64)])
         states = list(D.sit_sde(watch, x, t, process, pool(case), form.lower(), norm, method.lower(),
