@@ -194,14 +194,14 @@ def schedule_continuous(report):
             "k_vp": torch.cat([vp.p(vp.times(n, "linspace")[:-1]), zero])}
     ours |= {f"edm_{kind}": edm_levels(kind, n, {"edm": (80.0, 0.002), "ve": (100.0, 0.02), "iddpm": (81.0, 0.002), "vp": None}[kind])
              for kind in ("vp", "ve", "iddpm", "edm")}
-    ours |= {"k_log_normal": D.DENSITIES["log-normal"][0](u, -1.2, 1.2), "k_log_logistic": D.DENSITIES["log-logistic"][0](u, 0.0, 0.5, 0.01, 80.0),
-             "k_log_uniform": D.DENSITIES["log-uniform"][0](u, 0.01, 80.0), "k_v_diffusion": D.DENSITIES["v-diffusion"][0](u, 0.5, 1e-3, 1e3),
-             "k_cosine_interpolated": D.cosine_interpolated(u, 64, 32, 64, 0.5, 1e-3, 1e3),
+    ours |= {"k_log_normal": D.DENSITIES["log-normal"][0](u, -1.2, 1.2),
+             "k_log_uniform": D.DENSITIES["log-uniform"][0](u, 0.01, 80.0), 
              "sd3_mode": D.DENSITIES["mode"][0](u), "sd3_logit_normal": D.DENSITIES["logit-normal"][0](torch.special.ndtr(z), 0.3, 0.8),
              "edm_sigma_from_z": D.DENSITIES["log-normal"][0](torch.special.ndtr(z)), "rf_logit_normal_from_z": D.DENSITIES["logit-normal"][0](torch.special.ndtr(z))}
     snr = ((1 - u) / u) ** 2
     of_flow = lambda w: w / (1 + u / (1 - u)) ** 2
     ours |= {"sd3_weight_sigma_sqrt": of_flow(D.WEIGHTINGS["sigma-sqrt"][0](snr)), "sd3_weight_cosmap": of_flow(D.WEIGHTINGS["cosmap"][0](snr))}
+    report.skip("k_cosine_interpolated", "k_log_logistic", "k_v_diffusion")     # densities that we do not offer
     for key in [k for k in report.left if k.startswith("shift")]:
         ours[key] = D.RectifiedFlow(shift=float(key[5:])).shifted(u)
     for key, value in ours.items():
@@ -341,7 +341,7 @@ def loss_edm(report):
 
 def loss_weights(report):
     case, c = report.case, report.case.config
-    betas = {"scaled_linear .00085-.012": D.scaled_linear_betas}[c["schedule"]]()
+    betas = {"scaled_linear .00085-.012": D.BETAS["scaled-linear"]}[c["schedule"]]()
     t, s = case.inputs["t"].float(), case.inputs["sigma"].double()
     process = D.Discrete(betas)
     snr = (process.alpha(t) / process.sigma(t)) ** 2
@@ -1078,25 +1078,23 @@ def edm_levels(kind, n, ends, rho=7.0):
 def score_process(kind):
     """Score SDE's processes with the discretised kernels of its code: the step is 1/N whatever the grid."""
     class CodedVE(D.VE):
-        def kernel(self, i, j):                      # N levels, evenly in log sigma, whatever the grid
+        def kernel(self, i, j, euler=False):         # N levels, evenly in log sigma, whatever the grid
+            if euler:
+                return super().kernel(i, i._replace(t=i.t - 1 / self.N), euler)
             k = math.floor(i.t * (self.N - 1))
             s = lambda k: self.s_min * (self.s_max / self.s_min) ** (k / (self.N - 1)) if k >= 0 else 0.0
             return 1.0, s(k) ** 2 - s(k - 1) ** 2
-
-        def euler_kernel(self, i, j):
-            return super().euler_kernel(i, i._replace(t=i.t - 1 / self.N))
 
     if kind == "ve":
         return CodedVE("score")
 
     class Coded(D.SubVP if kind == "subvp" else D.VP):
-        def kernel(self, i, j):                      # DDPM's betas, N of them
+        def kernel(self, i, j, euler=False):         # DDPM's betas, N of them
+            if euler:
+                return super().kernel(i, i._replace(t=i.t - 1 / self.N), euler)
             k = math.floor(i.t * (self.N - 1))
             beta = (self.b0 + k / (self.N - 1) * (self.b1 - self.b0)) / self.N
             return math.sqrt(1 - beta), beta
-
-        def euler_kernel(self, i, j):
-            return super().euler_kernel(i, i._replace(t=i.t - 1 / self.N))
 
     return Coded("eps")
 
@@ -1164,6 +1162,10 @@ def run_vp(report, name, options, tol):
 SIT = {"Linear": D.RectifiedFlow, "GVP": D.GVP, "VP": D.VP}
 
 
+# torchdiffeq's "rk4" is the 3/8 rule
+THREE_EIGHTHS = ((1 / 3, 2 / 3, 1), ((1,), (-1 / 2, 3 / 2), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8))
+
+
 def run_sit(report, name, options, tol):
     """SiT's samplers; its time is 1 - ours."""
     o, case = dict(options), report.case
@@ -1188,7 +1190,7 @@ def run_sit(report, name, options, tol):
         if method == "dopri5":
             states, tol = [x, *D.rk45(watch, x, t, process, None)], 1e-2       # that solver's own error at its rtol of 1e-3
         else:
-            states = [x, *D.runge_kutta(watch, x, t, process, None, {"rk4": "rk4-3/8"}.get(method, method), time=True, euler_last=False)]
+            states = [x, *D.runge_kutta(watch, x, t, process, None, {"rk4": THREE_EIGHTHS}.get(method, method), time=True, euler_last=False)]
     else:
         t = torch.cat([t, torch.tensor([1 - end - size if last else 0.0], dtype=torch.float64)])
         states = list(D.sit_sde(watch, x, t, process, pool(case), form.lower(), norm, method.lower(),
