@@ -531,7 +531,7 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     """A Dataset by name (the names are in DATASETS).
 
     data_dir    where its files are, or are downloaded to; for `folder`, the folder of images itself
-    image_size  side in pixels; None: 32, or 64 for imagenet64 and folder. cifar and imagenet64 can shrink
+    image_size  side in pixels; None: 24 for shapes, 32 for cifar, else 64. cifar and imagenet64 can shrink
     split       "train" or "test"; where no test split is on disk, a fixed part of the images is held out
                 (folder: a tenth; imagenet64: a twentieth, unless there is val_data.npz)
     flip        mirror half of the images in training batches; None: yes for photographs, no for shapes
@@ -546,7 +546,7 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     for value, choices in ((split, ("train", "test")), (bad_images, ("error", "skip"))):
         if value not in choices:
             raise ValueError(f"{value!r} is neither {' nor '.join(choices)}")
-    size = image_size if image_size is not None else 64 if name in ("imagenet64", "folder") else 32
+    size = image_size if image_size is not None else {"shapes": 24, "imagenet64": 64, "folder": 64}.get(name, 32)
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"image_size is {size!r}: choose a whole number of pixels, such as 32")
     root = Path(data_dir).expanduser()

@@ -1,6 +1,7 @@
 """Measure:
 
     python evaluate.py score runs/shapes-unet-nano      how good a run's samples are, beside real images
+    python evaluate.py samplers runs/shapes-unet-nano   what each sampler makes of 5, 10, 20, 50 steps
     python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
 """
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 import data
 import diffusion
+import figures
 import runs
 from metrics import Classifier, frechet_distance
 from models import MODELS, cost, create_model
@@ -85,8 +87,7 @@ def score(args):
     real, real_classes = read(network, batches(order[:n]), device)
 
     labels = torch.arange(n) % config["num_classes"]
-    given = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance)
-    options = {k: v for k, v in given.items() if v is not None}
+    options = runs.sampling_options(args)
     clock = time.perf_counter()
     generated = runs.draw(objective, labels, n, args.seed, args.batch, device, **options)
     drawn, drawn_classes = read(network, generated, device)
@@ -109,6 +110,48 @@ def score(args):
           "not the FID of the literature)")
     if Path(args.run).is_dir():
         runs.write(Path(args.run) / "score.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+
+
+# ------------------------------------------------------------------------------------------------------------- samplers
+
+
+def samplers(args):
+    """What order buys: every sampler of the list at every number of steps, on the same noise and labels."""
+    names = list(diffusion.SAMPLERS) if args.samplers == "all" else args.samplers.split(",")
+    for name in names:
+        runs.check("samplers", name, diffusion.SAMPLERS)
+    device = runs.device(args.device)
+    config, objective = runs.open_run(args.run, device, args.weights)
+    network = classifier(config, device, args.classifier_steps)
+    held_out = load_data(config, "test")
+    reference, _ = read(network, (held_out.gather(r)[0] for r in torch.arange(len(held_out)).split(256)), device)
+    labels = torch.arange(args.n) % max(1, config["num_classes"]) if config["num_classes"] else None
+    table, guidance = {name: [] for name in names}, {} if args.guidance is None else {"guidance": args.guidance}
+    for name, count in tqdm([(name, count) for name in names for count in args.steps], desc="sampler x steps"):
+        clock = time.perf_counter()
+        try:
+            images = list(runs.draw(objective, labels, args.n, args.seed, args.batch, device, sampler=name, steps=count,
+                                    **guidance))
+        except ValueError as error:                               # a pair that makes no sense says why
+            table[name].append(error)
+            continue
+        clock = time.perf_counter() - clock
+        table[name].append((frechet_distance(read(network, images, device)[0], reference), clock))
+
+    print(f"Frechet distance on classifier features of {args.n} images (seconds to draw them)")
+    print(f"{'sampler':20}" + "".join(f"{f'{count} steps':>18}" for count in args.steps))
+    for name, row in table.items():
+        cells = ["refused" if isinstance(cell, ValueError) else f"{cell[0]:.3f} ({cell[1]:.1f})" for cell in row]
+        print(f"{name:20}" + "".join(f"{cell:>18}" for cell in cells))
+    for name, row in table.items():
+        if isinstance(row[0], ValueError):
+            print(f"{name}: {row[0]}")
+    lines = {name: (args.steps, [c[0] for c in row]) for name, row in table.items()
+             if not any(isinstance(c, ValueError) for c in row)}
+    path = Path(args.run) / "samplers.png"
+    title = f"{args.run}: what each sampler makes of its steps"
+    figures.save(figures.curves(lines, title, "steps", "Frechet distance"), path)
+    print(f"picture: {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- speed
@@ -183,6 +226,17 @@ def speed(args):
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
+def drawing_flags(s):
+    """Flags of every command that draws images from a run and looks at them with the classifier."""
+    s.add_argument("--seed", type=int, default=1, help="of the samples (default: %(default)s)")
+    s.add_argument("--batch", type=runs.positive, default=64, help="images drawn at once (default: %(default)s)")
+    s.add_argument("--weights", choices=["ema", "model"], default="ema",
+                   help="averaged or last weights (default: %(default)s)")
+    s.add_argument("--classifier-steps", type=runs.positive, default=400,
+                   help="training steps of 128 images, the first time (default: %(default)s)")
+    s.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+
 def flags():
     p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,16 +246,18 @@ def flags():
     s.set_defaults(function=score)
     s.add_argument("run", help="folder of a run, or a checkpoint file in it")
     s.add_argument("--n", type=runs.positive, default=512, help="images to draw (default: %(default)s)")
-    s.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="default: the run's own")
-    s.add_argument("--steps", type=runs.positive, help="sampling steps (default: the run's own)")
-    s.add_argument("--guidance", type=float, help="default: the run's own")
-    s.add_argument("--seed", type=int, default=1, help="of the samples (default: %(default)s)")
-    s.add_argument("--batch", type=runs.positive, default=64, help="images drawn at once (default: %(default)s)")
-    s.add_argument("--weights", choices=["ema", "model"], default="ema",
-                   help="averaged or last weights (default: %(default)s)")
-    s.add_argument("--classifier-steps", type=runs.positive, default=400,
-                   help="training steps of 128 images, the first time (default: %(default)s)")
-    s.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+    runs.sampling_flags(s)
+    drawing_flags(s)
+
+    s = commands.add_parser("samplers", help="sampler x steps -> Frechet distance and time, as a table and a picture")
+    s.set_defaults(function=samplers)
+    s.add_argument("run", help="folder of a run")
+    s.add_argument("--n", type=runs.positive, default=256, help="images for each entry (default: %(default)s)")
+    s.add_argument("--samplers", default="ddpm,ddim,heun,deis,dpmpp-2m,dpmpp-3m,unipc",
+                   help="comma separated (default: %(default)s), or all: " + ", ".join(diffusion.SAMPLERS))
+    s.add_argument("--steps", type=runs.wholes, default=[5, 10, 20, 50], metavar="N,N,...", help="default: 5,10,20,50")
+    s.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
+    drawing_flags(s)
 
     s = commands.add_parser("speed", help="parameters, MACs, time of forward and training step, peak memory")
     s.set_defaults(function=speed)

@@ -282,7 +282,10 @@ for size, (depth, width, heads) in {"s": (12, 384, 6), "b": (12, 768, 12),
                                     "l": (24, 1024, 16), "xl": (28, 1152, 16)}.items():
     for patch in (2, 4, 8):
         MODELS[f"dit-{size}/{patch}"] = (DiT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch))
-MODELS["unet-nano"] = (UNet, dict(channels=48, multipliers=(1, 2, 2), blocks=1, attention=(2,), head_channels=32))
+MODELS["unet-pico"] = (UNet, dict(channels=32, multipliers=(1, 2), blocks=1, attention=(0, 1), head_channels=32,
+                                  patch_size=2))
+MODELS["unet-nano"] = (UNet, dict(channels=48, multipliers=(1, 2, 2), blocks=1, attention=(1, 2), head_channels=32,
+                                  patch_size=2))
 # 2006.11239, appendix B: 35.7 M parameters without classes.
 MODELS["unet-cifar"] = (UNet, dict(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), head_channels=256,
                                    dropout=0.1, scale_shift=False, resblock_updown=False))

@@ -10,6 +10,7 @@ been.
 """
 
 import argparse
+import ast
 import difflib
 import json
 import os
@@ -27,7 +28,8 @@ from models import create_model
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
 HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum",
-            "compile", "data_dir", "download", "sampler", "sample_steps", "guidance", "dry_run", "run"}
+            "compile", "data_dir", "download", "dry_run", "sampler", "sample_steps", "grid",
+            "guidance", "guidance_rule"}
 
 
 def command(main):
@@ -54,6 +56,26 @@ def positive(text):
     return int(text)
 
 
+def options(text):
+    """ "depth=4,patch_size=2" -> {"depth": 4, "patch_size": 2}; values are Python literals."""
+    try:
+        pairs = [pair.split("=", 1) for pair in text.split(";" if ";" in text else ",") if pair]
+        return {key.strip(): ast.literal_eval(value.strip()) for key, value in pairs}
+    except (ValueError, SyntaxError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value,name=value "
+                                         "(separate by ; if a value holds a comma)") from None
+
+
+def floats(text):
+    """ "0.9,0.99" -> [0.9, 0.99]"""
+    return [float(word) for word in text.split(",")]
+
+
+def wholes(text):
+    """ "5,10" -> [5, 10], each at least 1"""
+    return [positive(word) for word in text.split(",")]
+
+
 def device(name="auto"):
     """torch.device by name; "auto" takes cuda, then mps, then cpu."""
     if name == "auto":
@@ -70,22 +92,44 @@ def build(config):
     """The training objective that a config describes, with freshly initialised weights."""
     model = create_model(config["model"], config["image_size"], config["in_channels"], config["num_classes"],
                          **({"learn_sigma": True} if config["learned_variance"] else {}), **config["model_options"])
-    draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "guidance": config["guidance"]}
+    draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
+            "guidance": config["guidance"], "rule": config["guidance_rule"]}
     shape = config["in_channels"], config["image_size"], config["image_size"]
     return diffusion.Diffusion(model, process(config), shape, config["num_classes"], config["label_drop"], draw)
 
 
 def process(config):
     """The diffusion process that a config describes."""
-    name = config["process"]
-    if name not in diffusion.PROCESSES:
-        raise ValueError(unknown("process", name, diffusion.PROCESSES))
-    options = {"density": config["density"]} if name == "flow" else {"learned_variance": config["learned_variance"]}
-    if config["learned_variance"] and name == "flow":
-        raise ValueError("--learned-variance: rectified flow has no variance to learn; use --process linear or cosine")
-    if config["prediction"]:
-        options["prediction"] = config["prediction"]
-    return diffusion.PROCESSES[name][0](**options)
+    prediction = None if config["prediction"] == "own" else config["prediction"]
+    return diffusion.create_process(config["process"], prediction, config["shift"], weighting=config["weighting"],
+                                    density=config["density"], learned_variance=config["learned_variance"] or None)
+
+
+SAMPLING = {"sampler": diffusion.SAMPLERS, "grid": diffusion.GRIDS, "guidance_rule": diffusion.GUIDANCE}
+
+
+def sampling_options(args):
+    """The flags of sample.py and evaluate.py that overrule a run's own way of sampling, as options of `generate`."""
+    given = {"sampler": args.sampler, "steps": args.steps, "grid": args.grid, "guidance": args.guidance,
+             "rule": args.guidance_rule, "interval": args.interval}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def sampling_flags(parser):
+    """The flags that `sampling_options` reads."""
+    add = parser.add_argument
+    add("--sampler", help="default: the run's own; " + ", ".join(diffusion.SAMPLERS))
+    add("--steps", type=positive, metavar="N", help="sampling steps (default: the run's own)")
+    add("--grid", help="grid of sampling times (default: the run's own); " + ", ".join(diffusion.GRIDS))
+    add("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
+    add("--guidance-rule", help="how it is applied (default: the run's own); " + ", ".join(diffusion.GUIDANCE))
+    add("--interval", type=floats, metavar="LOW,HIGH", help="guide only between these times of the process")
+
+
+def check(flag, value, choices):
+    """ValueError with the nearest names if a flag's value is given and is not among its choices."""
+    if value is not None and value not in choices:
+        raise ValueError(unknown(f"--{flag.replace('_', '-')}", value, choices))
 
 
 def unknown(what, name, choices):

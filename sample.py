@@ -27,9 +27,9 @@ def flags():
     p.add_argument("--n", type=runs.positive, default=64, help="images (default: %(default)s)")
     p.add_argument("--classes",
                    help="class names or numbers, comma separated, drawn in turn (default: all of them in turn)")
-    p.add_argument("--sampler", help="default: the run's own; " + ", ".join(diffusion.SAMPLERS))
-    p.add_argument("--steps", type=runs.positive, help="sampling steps (default: the run's own)")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
+    runs.sampling_flags(p)
+    p.add_argument("--sampler-options", type=runs.options, default={}, metavar="NAME=VALUE,...",
+                   help="the sampler's own options, for example eta=0.5 or order=3")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument("--batch", type=runs.positive, default=64, help="images drawn at once (default: %(default)s)")
     p.add_argument("--out", help="FILE.png: a grid (default: sample.png in the run's folder); FILE.npz: arr_0 uint8 "
@@ -116,13 +116,12 @@ def sample():
     else:
         raise ValueError("name the folder of a run (python sample.py runs/<name>), "
                          "or a published model by --official and --checkpoint")
-    if args.sampler and args.sampler not in diffusion.SAMPLERS:
-        raise ValueError(runs.unknown("--sampler", args.sampler, diffusion.SAMPLERS))
+    for flag, choices in runs.SAMPLING.items():
+        runs.check(flag, getattr(args, flag), choices)
     if args.film and Path(args.film).suffix not in (".gif", ".webp"):
         raise ValueError(f"--film {args.film}: the name must end in .gif or .webp")
     labels = choose_labels(args.classes, classes, objective.num_classes, args.n)
-    given = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance)
-    options = {k: v for k, v in given.items() if v is not None}
+    options = runs.sampling_options(args) | args.sampler_options
 
     frames = [] if args.film else None
     batches = runs.draw(objective, labels, args.n, args.seed, args.batch, device, frames=frames, **options)

@@ -6,7 +6,6 @@ More than one GPU: torchrun --nproc-per-node 2 train.py ... with the same flags 
 """
 
 import argparse
-import ast
 import contextlib
 import copy
 import json
@@ -27,21 +26,6 @@ import runs
 from models import MODELS, cost, create_model
 
 # ---------------------------------------------------------------------------------------------------------------- flags
-
-
-def options(text):
-    """ "depth=4,patch_size=2" -> {"depth": 4, "patch_size": 2}; values are Python literals."""
-    try:
-        pairs = [pair.split("=", 1) for pair in text.split(";" if ";" in text else ",") if pair]
-        return {key.strip(): ast.literal_eval(value.strip()) for key, value in pairs}
-    except (ValueError, SyntaxError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value,name=value "
-                                         "(separate by ; if a value holds a comma)") from None
-
-
-def floats(text):
-    """ "0.9,0.99" -> [0.9, 0.99]"""
-    return [float(word) for word in text.split(",")]
 
 
 class Flags(argparse.ArgumentParser):
@@ -70,7 +54,7 @@ def flags():
           ("--resume", None, "go on with the run in --run from its newest checkpoint, or from the checkpoint FILE",
            {"nargs": "?", "const": "newest", "metavar": "FILE"}),
           ("--overwrite", False, "replace the run that is in the folder", switch),
-          ("--steps", 1000, "optimiser steps", whole),
+          ("--steps", 2000, "optimiser steps", whole),
           ("--seed", 0, "all randomness is a function of seed and step"),
           ("--device", "auto", "cuda, mps, cpu or auto", word),
           ("--deterministic", False, "refuse operations that are not reproducible (slower on CUDA)", switch),
@@ -86,20 +70,25 @@ def flags():
            {"choices": ["error", "skip"]}),
           ("--unconditional", False, "ignore the labels", switch))
     group("model",
-          ("--model", "unet-nano", "name of a model, see --list", word),
+          ("--model", "unet-pico", "name of a model, see --list", word),
           ("--model-options", {}, "change its preset, for example depth=4,hidden_size=96",
-           {"type": options, "metavar": "NAME=VALUE,..."}))
+           {"type": runs.options, "metavar": "NAME=VALUE,..."}))
     group("diffusion",
           ("--process", "flow", "path from data to noise: " + ", ".join(diffusion.PROCESSES), word),
-          ("--prediction", None, "what the network predicts: eps, x0, v, flow (default: the process's own)", word),
-          ("--density", "logit-normal", "training times of rectified flow: uniform or logit-normal", word),
-          ("--learned-variance", False, "learn the variance of the reverse steps too (DiT's hybrid loss)", switch),
+          ("--prediction", "x0", "what the network predicts: " + ", ".join(diffusion.PREDICTIONS)
+           + ", or own: what the process's paper predicts (eps for the chains, flow for flow, edm for edm)", word),
+          ("--weighting", None, "weight of the loss over noise levels (default: none on what is predicted): "
+           + ", ".join(diffusion.WEIGHTINGS), word),
+          ("--density", None, "distribution of the training times (default: the process's own): "
+           + ", ".join(diffusion.DENSITIES), word),
+          ("--shift", 1.0, "multiplies sigma/alpha at every time: above 1 for larger images"),
+          ("--learned-variance", False, "learn the variances of a chain's steps too (DiT's hybrid loss)", switch),
           ("--label-drop", 0.1, "share of labels replaced by the null label, which guidance needs"))
     group("optimisation",
           ("--batch", 32, "images a step, over all GPUs and micro-batches together", whole),
           ("--accum", 1, "micro-batches a step: less memory, same result", whole),
-          ("--lr", 2e-3, "AdamW's learning rate"),
-          ("--betas", [0.9, 0.99], "AdamW's betas", {"type": floats, "metavar": "B1,B2"}),
+          ("--lr", 3e-3, "AdamW's learning rate"),
+          ("--betas", [0.9, 0.99], "AdamW's betas", {"type": runs.floats, "metavar": "B1,B2"}),
           ("--weight-decay", 0.0, "AdamW's weight decay"),
           ("--warmup", 100, "steps in which the learning rate rises from 0"),
           ("--decay", "linear", "then: constant, or linear or cosine down to 0",
@@ -116,8 +105,10 @@ def flags():
           ("--save-every", 500, "steps between checkpoints", whole),
           ("--sample-n", 64, "images in a grid", whole),
           ("--sampler", "dpmpp-2m", "of the grids, and sample.py's default: " + ", ".join(diffusion.SAMPLERS), word),
-          ("--sample-steps", 25, "its steps", whole),
-          ("--guidance", 2.0, "its classifier-free guidance, 1 for none"))
+          ("--grid", None, "its grid of times (default: the process's own): " + ", ".join(diffusion.GRIDS), word),
+          ("--sample-steps", 20, "its steps", whole),
+          ("--guidance", 4.0, "its classifier-free guidance, 1 for none"),
+          ("--guidance-rule", "cfg", "how it is applied: " + ", ".join(diffusion.GUIDANCE), word))
     return p
 
 
@@ -128,18 +119,15 @@ def print_list():
         with torch.device("meta"):
             model = create_model(name)
         parameters, macs = cost(model, (3, 32, 32))
-        print(f"  {name:20} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs")
-    for title, lines in (("datasets", data.DATASETS.items()),
-                         ("processes", ((name, line) for name, (_, line) in diffusion.PROCESSES.items())),
-                         ("samplers", ((name, one_line(sampler)) for name, sampler in diffusion.SAMPLERS.items()))):
+        print(f"  {name:18} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs")
+    line = lambda v: v if isinstance(v, str) else diffusion.one_line(v) if callable(v) else v[-1]
+    for title, entries in {"datasets": data.DATASETS, "processes": diffusion.PROCESSES,
+                           "predictions": diffusion.PREDICTIONS, "weightings": diffusion.WEIGHTINGS,
+                           "densities of the training times": diffusion.DENSITIES, "samplers": diffusion.SAMPLERS,
+                           "grids of sampling times": diffusion.GRIDS, "guidance rules": diffusion.GUIDANCE}.items():
         print(title)
-        for name, line in lines:
-            print(f"  {name:20} {line}")
-
-
-def one_line(function):
-    """The first line of a docstring."""
-    return function.__doc__.strip().splitlines()[0]
+        for name, entry in entries.items():
+            print(f"  {name:18} {line(entry)}")
 
 
 def parse():
@@ -158,10 +146,11 @@ def parse():
                                     "leave --resume out to start it")
         folder, checkpoint = path.parent, runs.load_checkpoint(path)
         args = parser.parse_args(namespace=argparse.Namespace(**copy.deepcopy(checkpoint["config"])))
-    for name, choices in (("data", data.DATASETS), ("model", MODELS), ("process", diffusion.PROCESSES),
-                          ("sampler", diffusion.SAMPLERS)):
-        if getattr(args, name) not in choices:
-            raise ValueError(runs.unknown(f"--{name}", getattr(args, name), choices))
+    for name, choices in {"data": data.DATASETS, "model": MODELS, "process": diffusion.PROCESSES,
+                          "prediction": ["own", *diffusion.PREDICTIONS], "weighting": diffusion.WEIGHTINGS,
+                          "density": diffusion.DENSITIES, **runs.SAMPLING}.items():
+        runs.check(name, getattr(args, name), choices)
+    runs.process(vars(args))                                        # refuses what does not go together
     config = {key: value for key, value in vars(args).items() if key not in ("run", "resume", "overwrite", "list")}
     return config, args.overwrite, folder, checkpoint
 

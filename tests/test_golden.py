@@ -4,6 +4,7 @@ architecture fails and is named. `pytest tests/test_golden.py --golden FOLDER` r
 import golden
 import pytest
 import torch
+from golden_core import check_loss, check_sampler, check_schedule
 
 import convert
 import diffusion
@@ -123,8 +124,8 @@ def check_dit_sampling(case, model):
             return torch.stack(list(sampler(denoise, z, times, process, lambda shape: next(pool), **options)))
 
         ours = {"timestep_map": torch.tensor(kept), "betas_respaced": log_large.exp().flip(0),
-                "posterior_log_variance_clipped": log_small.flip(0), "ddpm_steps": walk(diffusion.ddpm),
-                "ddim_steps": walk(diffusion.ddim, eta=case.meta["ddim_eta"])}
+                "posterior_log_variance_clipped": log_small.flip(0), "ddpm_steps": walk(diffusion.SAMPLERS["ddpm"]),
+                "ddim_steps": walk(diffusion.SAMPLERS["ddim"], eta=case.meta["ddim_eta"])}
         d = denoise(z, times[0])
         x0_factor, xt_factor, small, large = process.posterior(t[:1], s[:1])
     ours |= {"ddpm_final": ours["ddpm_steps"][-1], "ddim_final": ours["ddim_steps"][-1], "ddpm_xstart0": d.x0,
@@ -156,7 +157,7 @@ def check_dit_tables(case):
         same(ours, value, name)
 
 
-CHECKS = {"dit": check_dit}
+CHECKS = {"dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler}
 
 
 def test_golden(golden_file):
