@@ -139,7 +139,7 @@ def distance(shape, x, y):
         x, y = x - c * d, y + s * d
         d = 2 * np.maximum(-c * x - s * y, 0)
         x, y = abs(x + c * d), y + s * d
-        a, b = 1 - 0.45 * c, 0.45 * s            # the line from the tip (0, 1) to the notch 0.45 (s, c)
+        a, b = 1 - 0.55 * c, 0.55 * s            # the line from the tip (0, 1) to the notch 0.55 (s, c)
         return (a * x + b * (y - 1)) / math.hypot(a, b)
     if shape == "ring":
         return abs(np.sqrt(x * x + y * y) - 0.72) - 0.21
@@ -531,7 +531,7 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     """A Dataset by name (the names are in DATASETS).
 
     data_dir    where its files are, or are downloaded to; for `folder`, the folder of images itself
-    image_size  side in pixels; None: 24 for shapes, 32 for cifar, else 64. cifar and imagenet64 can shrink
+    image_size  side in pixels; None: 16 for shapes, 32 for cifar, else 64. cifar and imagenet64 can shrink
     split       "train" or "test"; where no test split is on disk, a fixed part of the images is held out
                 (folder: a tenth; imagenet64: a twentieth, unless there is val_data.npz)
     flip        mirror half of the images in training batches; None: yes for photographs, no for shapes
@@ -546,7 +546,7 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     for value, choices in ((split, ("train", "test")), (bad_images, ("error", "skip"))):
         if value not in choices:
             raise ValueError(f"{value!r} is neither {' nor '.join(choices)}")
-    size = image_size if image_size is not None else {"shapes": 24, "imagenet64": 64, "folder": 64}.get(name, 32)
+    size = image_size if image_size is not None else {"shapes": 16, "imagenet64": 64, "folder": 64}.get(name, 32)
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"image_size is {size!r}: choose a whole number of pixels, such as 32")
     root = Path(data_dir).expanduser()

@@ -1,7 +1,7 @@
 """Measure:
 
-    python evaluate.py score runs/shapes-unet-nano      how good a run's samples are, beside real images
-    python evaluate.py samplers runs/shapes-unet-nano   what each sampler makes of 5, 10, 20, 50 steps
+    python evaluate.py score runs/shapes-unet-pico      how good a run's samples are, beside real images
+    python evaluate.py samplers runs/shapes-unet-pico   what each sampler makes of 5, 10, 20, 50 steps
     python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
 """
 

@@ -101,7 +101,9 @@ def build(config):
 def process(config):
     """The diffusion process that a config describes."""
     prediction = None if config["prediction"] == "own" else config["prediction"]
-    return diffusion.create_process(config["process"], prediction, config["shift"], weighting=config["weighting"],
+    own = "flow" if config["process"] == "flow" else None
+    weighting = {"own": own, "none": None}.get(config["weighting"], config["weighting"])
+    return diffusion.create_process(config["process"], prediction, config["shift"], weighting=weighting,
                                     density=config["density"], learned_variance=config["learned_variance"] or None)
 
 

@@ -1,4 +1,4 @@
-"""Draw images:  python sample.py runs/shapes-unet-nano --n 64 --guidance 2
+"""Draw images:  python sample.py runs/shapes-unet-pico --n 64 --guidance 2
 
 From the run's averaged (EMA) weights, or from a published checkpoint:
     python sample.py --official dit --checkpoint DiT-XL-2-256x256.pt --decoder sd-vae-ft-ema.safetensors \\

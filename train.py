@@ -77,8 +77,8 @@ def flags():
           ("--process", "flow", "path from data to noise: " + ", ".join(diffusion.PROCESSES), word),
           ("--prediction", "x0", "what the network predicts: " + ", ".join(diffusion.PREDICTIONS)
            + ", or own: what the process's paper predicts (eps for the chains, flow for flow, edm for edm)", word),
-          ("--weighting", None, "weight of the loss over noise levels (default: none on what is predicted): "
-           + ", ".join(diffusion.WEIGHTINGS), word),
+          ("--weighting", "own", "weight of the loss over noise levels: none (plain on what is predicted), own (that of "
+           "eps - x0 for flow, else none), " + ", ".join(diffusion.WEIGHTINGS), word),
           ("--density", None, "distribution of the training times (default: the process's own): "
            + ", ".join(diffusion.DENSITIES), word),
           ("--shift", 1.0, "multiplies sigma/alpha at every time: above 1 for larger images"),
@@ -107,7 +107,7 @@ def flags():
           ("--sampler", "dpmpp-2m", "of the grids, and sample.py's default: " + ", ".join(diffusion.SAMPLERS), word),
           ("--grid", None, "its grid of times (default: the process's own): " + ", ".join(diffusion.GRIDS), word),
           ("--sample-steps", 20, "its steps", whole),
-          ("--guidance", 4.0, "its classifier-free guidance, 1 for none"),
+          ("--guidance", 3.0, "its classifier-free guidance, 1 for none"),
           ("--guidance-rule", "cfg", "how it is applied: " + ", ".join(diffusion.GUIDANCE), word))
     return p
 
@@ -147,7 +147,7 @@ def parse():
         folder, checkpoint = path.parent, runs.load_checkpoint(path)
         args = parser.parse_args(namespace=argparse.Namespace(**copy.deepcopy(checkpoint["config"])))
     for name, choices in {"data": data.DATASETS, "model": MODELS, "process": diffusion.PROCESSES,
-                          "prediction": ["own", *diffusion.PREDICTIONS], "weighting": diffusion.WEIGHTINGS,
+                          "prediction": ["own", *diffusion.PREDICTIONS], "weighting": ["own", "none", *diffusion.WEIGHTINGS],
                           "density": diffusion.DENSITIES, **runs.SAMPLING}.items():
         runs.check(name, getattr(args, name), choices)
     runs.process(vars(args))                                        # refuses what does not go together

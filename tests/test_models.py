@@ -8,7 +8,7 @@ from convert import KLDecoder, fill, infer_config, load_official, read_weights
 from layers import PatchEmbed, unpatchify
 from models import MODELS, DiT, DiTBlock, UNet, cost, create_model
 
-NANO = [name for name in MODELS if name.endswith("-nano")]
+NANO = [name for name in MODELS if name.endswith(("-nano", "-pico"))]
 
 
 def inputs(batch=3, size=(32, 32), channels=3, classes=10):
