@@ -54,7 +54,7 @@ def flags():
           ("--resume", None, "go on with the run in --run from its newest checkpoint, or from the checkpoint FILE",
            {"nargs": "?", "const": "newest", "metavar": "FILE"}),
           ("--overwrite", False, "replace the run that is in the folder", switch),
-          ("--steps", 2000, "optimiser steps", whole),
+          ("--steps", 1800, "optimiser steps", whole),
           ("--seed", 0, "all randomness is a function of seed and step"),
           ("--device", "auto", "cuda, mps, cpu or auto", word),
           ("--deterministic", False, "refuse operations that are not reproducible (slower on CUDA)", switch),
@@ -77,8 +77,8 @@ def flags():
           ("--process", "flow", "path from data to noise: " + ", ".join(diffusion.PROCESSES), word),
           ("--prediction", "x0", "what the network predicts: " + ", ".join(diffusion.PREDICTIONS)
            + ", or own: what the process's paper predicts (eps for the chains, flow for flow, edm for edm)", word),
-          ("--weighting", "own", "weight of the loss over noise levels: none (plain on what is predicted), own (that of "
-           "eps - x0 for flow, else none), " + ", ".join(diffusion.WEIGHTINGS), word),
+          ("--weighting", "own", "weight of the loss over noise levels: none (plain on what is predicted), own (as "
+           "none, but for flow as if eps - x0 were predicted), " + ", ".join(diffusion.WEIGHTINGS), word),
           ("--density", None, "distribution of the training times (default: the process's own): "
            + ", ".join(diffusion.DENSITIES), word),
           ("--shift", 1.0, "multiplies sigma/alpha at every time: above 1 for larger images"),
@@ -101,7 +101,7 @@ def flags():
           ("--compile", False, "torch.compile the model (CUDA; the first step takes a minute)", switch))
     group("output",
           ("--log-every", 20, "steps between lines of metrics.jsonl", whole),
-          ("--sample-every", 500, "steps between sample grids; 0: one at the end only"),
+          ("--sample-every", 1000, "steps between sample grids; 0: one at the end only"),
           ("--save-every", 500, "steps between checkpoints", whole),
           ("--sample-n", 64, "images in a grid", whole),
           ("--sampler", "dpmpp-2m", "of the grids, and sample.py's default: " + ", ".join(diffusion.SAMPLERS), word),
@@ -147,8 +147,8 @@ def parse():
         folder, checkpoint = path.parent, runs.load_checkpoint(path)
         args = parser.parse_args(namespace=argparse.Namespace(**copy.deepcopy(checkpoint["config"])))
     for name, choices in {"data": data.DATASETS, "model": MODELS, "process": diffusion.PROCESSES,
-                          "prediction": ["own", *diffusion.PREDICTIONS], "weighting": ["own", "none", *diffusion.WEIGHTINGS],
-                          "density": diffusion.DENSITIES, **runs.SAMPLING}.items():
+                          "prediction": ["own", *diffusion.PREDICTIONS],
+                          "weighting": ["own", "none", *diffusion.WEIGHTINGS], "density": diffusion.DENSITIES, **runs.SAMPLING}.items():
         runs.check(name, getattr(args, name), choices)
     runs.process(vars(args))                                        # refuses what does not go together
     config = {key: value for key, value in vars(args).items() if key not in ("run", "resume", "overwrite", "list")}
