@@ -282,7 +282,7 @@ for size, (depth, width, heads) in {"s": (12, 384, 6), "b": (12, 768, 12),
                                     "l": (24, 1024, 16), "xl": (28, 1152, 16)}.items():
     for patch in (2, 4, 8):
         MODELS[f"dit-{size}/{patch}"] = (DiT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch))
-MODELS["unet-pico"] = (UNet, dict(channels=32, multipliers=(1, 2), blocks=1, attention=(1,), head_channels=32,
+MODELS["unet-pico"] = (UNet, dict(channels=32, multipliers=(1, 2), blocks=1, attention=(0, 1), head_channels=32,
                                   patch_size=2))
 MODELS["unet-nano"] = (UNet, dict(channels=48, multipliers=(1, 2, 2), blocks=1, attention=(1, 2), head_channels=32,
                                   patch_size=2))

@@ -148,7 +148,8 @@ def parse():
         args = parser.parse_args(namespace=argparse.Namespace(**copy.deepcopy(checkpoint["config"])))
     for name, choices in {"data": data.DATASETS, "model": MODELS, "process": diffusion.PROCESSES,
                           "prediction": ["own", *diffusion.PREDICTIONS],
-                          "weighting": ["own", "none", *diffusion.WEIGHTINGS], "density": diffusion.DENSITIES, **runs.SAMPLING}.items():
+                          "weighting": ["own", "none", *diffusion.WEIGHTINGS], "density": diffusion.DENSITIES,
+                          **runs.SAMPLING}.items():
         runs.check(name, getattr(args, name), choices)
     runs.process(vars(args))                                        # refuses what does not go together
     config = {key: value for key, value in vars(args).items() if key not in ("run", "resume", "overwrite", "list")}
