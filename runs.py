@@ -211,7 +211,7 @@ def open_run(folder, device="cpu", weights="ema"):
     path = folder / "ckpt.pt" if folder.is_dir() else folder
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run: there is no {path}; "
-                                f"`python train.py --run {folder}` makes one")
+                                f"`python train.py --out {folder}` makes one")
     checkpoint = load_checkpoint(path)
     objective = build(checkpoint["config"])
     load_weights(objective, checkpoint[weights], path)
@@ -244,10 +244,10 @@ def check_free(folder, overwrite=False):
     """Refuse a folder that holds a run already, unless it may be replaced; never replace what is not a run."""
     if folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
         if not (folder / "config.json").exists():
-            raise FileExistsError(f"{folder} is in use and holds no run: choose another folder by --run")
+            raise FileExistsError(f"{folder} is in use and holds no run: choose another folder by --out")
         if not overwrite:
             raise FileExistsError(f"{folder} exists already: go on with it by --resume, replace it by --overwrite, or "
-                                  "choose another folder by --run")
+                                  "choose another folder by --out")
 
 
 def start(folder, config, overwrite=False):
@@ -271,7 +271,7 @@ def lock(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(f"another process is writing to {folder}: wait for it, "
-                         "or choose another folder by --run") from None
+                         "or choose another folder by --out") from None
     return file
 
 
@@ -280,7 +280,7 @@ def check_resumable(old, new):
     for key in old:
         if key not in HARMLESS and old[key] != new.get(key):
             raise ValueError(f"--resume: {key} was {old[key]!r} and is now {new.get(key)!r}; "
-                             "leave it as it was, or start a new run by --run")
+                             "leave it as it was, or start a new run by --out")
 
 
 def log(folder, entry):

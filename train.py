@@ -1,4 +1,4 @@
-"""Train a diffusion model:  python train.py --data cifar10 --model unet-cifar --run runs/my-run
+"""Train a diffusion model:  python train.py --data cifar10 --model unet-cifar --out runs/my-run
 
 Without flags it learns to draw small shapes in a few minutes on a laptop's CPU. `--list` prints every model, dataset,
 process and sampler. A file of flags is read with @: python train.py @recipes/cifar10-unet.txt --steps 1000
@@ -50,8 +50,8 @@ def flags():
             g.add_argument(flag, default=default, help=text, **extra)
 
     group("run",
-          ("--run", None, "folder of the run (default: runs/<data>-<model>)", folder),
-          ("--resume", None, "go on with the run in --run from its newest checkpoint, or from the checkpoint FILE",
+          ("--out", None, "folder of the run (default: runs/<data>-<model>)", folder),
+          ("--resume", None, "go on with the run in --out from its newest checkpoint, or from the checkpoint FILE",
            {"nargs": "?", "const": "newest", "metavar": "FILE"}),
           ("--overwrite", False, "replace the run that is in the folder", switch),
           ("--steps", 1800, "optimiser steps", whole),
@@ -137,12 +137,12 @@ def parse():
     if args.list:
         print_list()
         raise SystemExit
-    folder = Path(args.run or f"runs/{args.data}-{args.model.replace('/', '-')}")
+    folder = Path(args.out or f"runs/{args.data}-{args.model.replace('/', '-')}")
     checkpoint = None
     if args.resume:
         path = folder / "ckpt.pt" if args.resume == "newest" else Path(args.resume)
         if not path.exists():
-            raise FileNotFoundError(f"--resume: there is no checkpoint {path}; name the run's folder by --run, or "
+            raise FileNotFoundError(f"--resume: there is no checkpoint {path}; name the run's folder by --out, or "
                                     "leave --resume out to start it")
         folder, checkpoint = path.parent, runs.load_checkpoint(path)
         args = parser.parse_args(namespace=argparse.Namespace(**copy.deepcopy(checkpoint["config"])))
@@ -152,7 +152,7 @@ def parse():
                           **runs.SAMPLING}.items():
         runs.check(name, getattr(args, name), choices)
     runs.process(vars(args))                                        # refuses what does not go together
-    config = {key: value for key, value in vars(args).items() if key not in ("run", "resume", "overwrite", "list")}
+    config = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "overwrite", "list")}
     return config, args.overwrite, folder, checkpoint
 
 
@@ -318,7 +318,7 @@ def train():
             break
     bar.close()
     if writer and stop and step < config["steps"]:
-        print(f"stopped; saved at step {step:,}: `python train.py --run {folder} --resume` goes on")
+        print(f"stopped; saved at step {step:,}: `python train.py --out {folder} --resume` goes on")
     elif writer:
         print(f"done: pictures in {folder / 'samples'}\n  to draw more:    python sample.py {folder}\n"
               f"  to measure them: python evaluate.py score {folder}")
