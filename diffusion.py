@@ -30,22 +30,27 @@ import numpy as np
 import torch
 from torch import nn
 
+
 def expand(v, x):
     """A number per sample, (B,), shaped to multiply x (B, ...) in x's own dtype."""
     return v.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+
 
 def batch_time(t, x):
     """A time (number or (B,)) as (B,) for x: float32, but float64 beside a float64 x (half precision cannot count to
     1000)."""
     return torch.as_tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).expand(len(x))
 
+
 def flat_mean(x): return x.flatten(1).mean(1)        # over all but the first dimension, (B, ...) -> (B,)
 def double(*numbers): return torch.tensor(numbers, dtype=torch.float64)
+
 
 def choose(table, name, what):
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(table)}")
     return table[name]
+
 
 def one_line(entry):
     """What `train.py --list` prints for a registry's entry: its line, or the first sentence of a function's
@@ -62,32 +67,39 @@ def linear_betas(T=1000, start=1e-4, end=0.02):
     noise."""
     return torch.linspace(start * 1000 / T, end * 1000 / T, T, dtype=torch.float64)
 
+
 def betas_of(bar, largest=1.0):
     """The table with these alpha_bar (T,); a beta is at most `largest`, 2102.09672, section 3.2."""
     return (1 - bar / torch.cat([double(1), bar[:-1]])).clamp(max=largest)
+
 
 def table_of(f, T):
     """The table that follows alpha_bar(u) = f(u)/f(0), u in [0, 1]."""
     bar = f(torch.arange(T + 1, dtype=torch.float64) / T)
     return betas_of(bar[1:] / bar[0], 0.999)
 
+
 def cosine_betas(T=1000, offset=0.008):
     """Improved DDPM, 2102.09672, eq. 17: alpha_bar(u) = cos^2(pi/2 (u + offset) / (1 + offset))."""
     return table_of(lambda u: torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2, T)
+
 
 def zero_terminal_snr(betas):
     """The table moved and stretched in sqrt(alpha_bar) to end in pure noise, 2305.08891, algorithm 1."""
     root = torch.cumprod(1 - betas, 0).sqrt()
     return betas_of(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
 
+
 def shifted_betas(betas, shift):
     """The table with every sigma/alpha multiplied by `shift` (simple diffusion, 2301.11093, section 3.1)."""
     bar = torch.cumprod(1 - betas, 0)
     return betas_of(bar / (bar + shift**2 * (1 - bar)))
 
+
 def ramp(T, start, end, share=1.0):
     n = int(T * share)
     return torch.cat([torch.linspace(start, end, n, dtype=torch.float64), double(end).expand(T - n)])
+
 
 BETAS: dict[str, Callable] = {                       # name(T, start, end), where the table has ends to choose
     "linear": linear_betas, "cosine": cosine_betas,
@@ -102,6 +114,7 @@ BETAS: dict[str, Callable] = {                       # name(T, start, end), wher
     "warmup50": lambda T=1000, start=1e-4, end=0.02: ramp(T, start, end, 0.5),
     "const": lambda T=1000, start=0.02, end=0.02: ramp(T, end, end), "jsd": lambda T=1000, *ends: 1 / ramp(T, T, 1),
 }
+
 
 def respaced(T, spec):
     """The steps that a shorter chain keeps, ascending (improved DDPM's `timestep_respacing`).
@@ -141,12 +154,14 @@ def spaced(process, n, kind="spaced", offset=0):
         return torch.arange(n - 1, -1, -1).double() * (T // n) + offset
     return double(*respaced(T, str(n))[::-1]) if kind == "spaced" else double(*np.round(T - np.arange(n) * T / n) - 1)
 
+
 def noise_levels(process, n, ramp, ends=None):
     """Times whose p goes from ends[0] (noisiest) to ends[1] as ramp(high, low, share), share from 0 to 1."""
     high, low = ends or process.p(double(process.t_noisy, process.t_least)).tolist()
-    if math.isinf(high):
-        raise ValueError("this process begins at infinite sigma/alpha, no end for a grid of noise levels: choose trailing")
+    if high > 1e12:
+        raise ValueError("this process begins at infinite sigma/alpha, where such a grid has no end: choose linspace")
     return process.time(process.s_of_p(ramp(high, low, torch.linspace(0, 1, n, dtype=torch.float64))))
+
 
 def beta_quantiles(u, a=0.6, b=0.6):
     """Quantiles of the Beta(a, b) distribution, by a sum over a grid that crowds at its singular ends."""
@@ -155,6 +170,7 @@ def beta_quantiles(u, a=0.6, b=0.6):
     middle = ((x[1:] + x[:-1]) / 2).clip(1e-12, 1 - 1e-12)
     mass = np.cumsum(np.diff(x) * middle ** (a - 1) * (1 - middle) ** (b - 1))
     return torch.from_numpy(np.interp(u.numpy(), np.concatenate([[0], mass / mass[-1]]), x))
+
 
 GRIDS: dict[str, tuple[Callable, str]] = {
     "uniform": (lambda process, n: torch.linspace(process.t_noisy, process.t_clean, n + 1, dtype=torch.float64)[:-1],
@@ -174,6 +190,7 @@ GRIDS: dict[str, tuple[Callable, str]] = {
         process, n, lambda high, low, u: low + (high - low) * beta_quantiles(1 - u, a, b), ends),
         "p at the quantiles of Beta(0.6, 0.6), dense at both ends, 2407.12173"),
 }
+
 
 def resolution_shift(tokens, low=(256, 0.5), high=(4096, 1.15)):
     """The `shift` for an image of so many tokens: exp(mu), mu linear in their number (2403.03206, section 5.3.2;
@@ -204,7 +221,9 @@ WEIGHTINGS: dict[str, tuple[Callable, str]] = {
                  "the plain loss of dx/dt, whatever is predicted, SiT, 2401.08740"),
 }
 
+
 def normal_quantile(u): return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+
 
 # Uniform u -> a share of the time range ("time"), or a noise level s = sigma/alpha ("noise").
 DENSITIES: dict[str, tuple[Callable, str, str]] = {
@@ -230,12 +249,14 @@ class Denoised(NamedTuple):
     eps: torch.Tensor
     variance: torch.Tensor | None = None
 
+
 PREDICTIONS = {
     "eps": "the noise, 2006.11239", "x0": "the clean image", "v": "alpha eps - sigma x0, 2202.00512",
     "flow": "eps - x0, 2209.03003", "score": "the gradient of the log density, -eps/sigma, 2011.13456",
     "velocity": "dx/dt along the path, alpha' x0 + sigma' eps, 2401.08740",
     "edm": "F of EDM's preconditioning, unit variance in and out, 2206.00364, eq. 7",
 }
+
 
 class Process:
     """A path x_t = alpha(t) x0 + sigma(t) eps, what the network predicts on it, and how it is trained.
@@ -327,7 +348,8 @@ class Process:
         a, s = self.alpha(t), self.sigma(t)
         one, n = torch.ones_like(a), (s * s + (self.sigma_data * a) ** 2).sqrt()
         return {"eps": (0 * one, one), "x0": (one, 0 * one), "v": (-s, a), "flow": (-one, one),
-                "score": (0 * one, -1 / s), "edm": (s / (self.sigma_data * n), -self.sigma_data * a / n)}[self.prediction]
+                "score": (0 * one, -1 / s),
+                "edm": (s / (self.sigma_data * n), -self.sigma_data * a / n)}[self.prediction]  # (x0 - c_skip x)/c_out
 
     def target(self, x0, noise, t):
         """What the network should say at time t, (B, C, H, W)."""
@@ -339,10 +361,11 @@ class Process:
         return self.from_prediction(*self.split(output), xt, t)
 
     def from_prediction(self, output, variance, xt, t):
-        a, s, (p, q) = expand(self.alpha(t), xt), expand(self.sigma(t), xt), (expand(c, xt) for c in self.mixing(t))
-        x0 = output if self.prediction == "x0" else (q * xt - s * output) / (a * q - s * p)
-        eps = output if self.prediction == "eps" else (a * output - p * xt) / (a * q - s * p)
-        return Denoised(x0, eps, variance)
+        a, s, (p, q) = self.alpha(t), self.sigma(t), self.mixing(t)
+        det = a * q - s * p
+        solved = lambda of_x, of_output: torch.addcmul(expand(of_x / det, xt) * xt, expand(of_output / det, xt), output)
+        return Denoised(output if self.prediction == "x0" else solved(q, -s),
+                        output if self.prediction == "eps" else solved(-p, a), variance)
 
     def split(self, output):
         """Network output -> (prediction, v or None); v = (o + 1)/2 is unbounded."""
@@ -374,6 +397,7 @@ class Process:
             return self.denoised(self.network(model, xt, t, y), xt, t)
 
         return denoise
+
 
 class Discrete(Process):
     """The discrete chain of DDPM, 2006.11239: t = 0 .. T-1 with alpha_bar_t = prod(1 - beta), alpha = sqrt(alpha_bar),
@@ -454,7 +478,7 @@ class Discrete(Process):
         and for s = -1 the negative log-likelihood of the 8-bit x0. 2006.11239, eq. 5; 2102.09672, eq. 15."""
         s = t - 1 if s is None else s
         x0_factor, xt_factor, log_small, log_large = (expand(c, x0) for c in self.posterior(t, s))
-        # beta~ of the last step is 0 and has no logarithm: the published code puts that of the step before in its place.
+        # beta~ of the last step is 0 and has no logarithm: published code puts that of the step before in its place.
         clean = expand(s, x0) < 0
         before = self.posterior(*(torch.full_like(t, c) for c in second))[2]
         log_small = torch.where(clean, expand(before, x0), log_small)
@@ -481,6 +505,7 @@ class Discrete(Process):
         prior = flat_mean(0.5 * (a2 * x0**2 - a2 - torch.log1p(-a2))) / math.log(2)    # KL(q(x_T | x0) || N(0, 1))
         return {"total": vb.sum(1) + prior, "prior": prior, "vb": vb, "x0_mse": x0_mse, "eps_mse": eps_mse}
 
+
 def discretised_log_likelihood(x0, mean, log_std):
     """log of the mass that N(mean, std^2) gives to the 8-bit bin around x0 in [-1, 1]; outer bins are open. 2006.11239,
     eq. 13. The normal CDF is the tanh approximation, probabilities are at least 1e-12, both as published."""
@@ -488,6 +513,7 @@ def discretised_log_likelihood(x0, mean, log_std):
     upper, lower = (cdf((x0 - mean + half) * (-log_std).exp()) for half in (1 / 255, -1 / 255))
     mass = torch.where(x0 < -0.999, upper, torch.where(x0 > 0.999, 1 - lower, upper - lower))
     return mass.clamp(min=1e-12).log()
+
 
 class RectifiedFlow(Process):
     """The straight path x_t = (1 - t) x0 + t eps, t in [0, 1], t = 1 is noise (Flow Straight and Fast, 2209.03003)."""
@@ -504,6 +530,7 @@ class RectifiedFlow(Process):
     def time_of(self, s): return 1 / (1 + 1 / s)
     def shifted(self, t): return self.shift * t / (1 + (self.shift - 1) * t)
 
+
 class GVP(RectifiedFlow):
     """The trigonometric path alpha = cos(pi t/2), sigma = sin(pi t/2), generalised variance-preserving in SiT,
     2401.08740."""
@@ -512,6 +539,7 @@ class GVP(RectifiedFlow):
     def alpha(self, t): return torch.cos(math.pi / 2 * t)
     def sigma(self, t): return torch.sin(math.pi / 2 * t)
     def time_of(self, s): return 2 / math.pi * torch.atan(s)
+
 
 class VP(Process):
     """The variance-preserving SDE, 2011.13456, eq. 11: log alpha = -t^2 (b1 - b0)/4 - t b0/2. The network is told 999
@@ -528,10 +556,12 @@ class VP(Process):
     def time_of_log_alpha(self, log_alpha):
         return -4 * log_alpha / (self.b0 + (self.b0**2 - 4 * (self.b1 - self.b0) * log_alpha).sqrt())
 
+
 class SubVP(VP):
     """The sub-VP SDE, 2011.13456, eq. 29: VP's alpha, and 1 - alpha^2 as the standard deviation."""
     def sigma(self, t): return -torch.expm1(2 * self.log_alpha(t))
     def time_of(self, s): return self.time_of_log_alpha(-torch.asinh(s / 2))
+
 
 class VE(Process):
     """The variance-exploding SDE, 2011.13456, eq. 30: alpha = 1, sigma = 0.01 (50/0.01)^t; t = 0 itself is the clean
@@ -543,6 +573,7 @@ class VE(Process):
     def sigma(self, t): return torch.where(t > 0, self.s_min * (self.s_max / self.s_min) ** t, 0 * t)
     def time_of(self, s): return torch.log(s / self.s_min) / math.log(self.s_max / self.s_min)
 
+
 class EDM(VE):
     """Elucidating the Design Space, 2206.00364: alpha = 1, sigma = t from 0.002 to 80. The network is told log t (the
     paper's c_noise = log(t)/4) moved and scaled to 0 .. 1000, the range that our backbones embed."""
@@ -551,6 +582,7 @@ class EDM(VE):
     def sigma(self, t): return t
     def time_of(self, s): return s
     def network_time(self, t): return 1000 * torch.log(t.clamp(min=1e-8) / 0.002) / math.log(80 / 0.002)
+
 
 PROCESSES: dict[str, tuple[Callable, str]] = {
     "flow": (RectifiedFlow, "rectified flow: a straight path from data to noise, the network predicts the velocity"),
@@ -567,6 +599,7 @@ PROCESSES: dict[str, tuple[Callable, str]] = {
     "edm": (EDM, "EDM: sigma itself is the time, preconditioned network, log-normal noise levels"),
     "gvp": (GVP, "SiT's trigonometric path, the network predicts its velocity"),
 }
+
 
 def create_process(name="flow", prediction=None, shift=1.0, **options):
     """A process of `PROCESSES` by name; options: weighting, density, learned_variance, objective; None = the process's
@@ -593,14 +626,17 @@ def create_process(name="flow", prediction=None, shift=1.0, **options):
 
 def dot(a, b): return (a * b).sum(list(range(1, a.ndim)), keepdim=True)      # of each sample, (B, 1, ..)
 
+
 def cfg(c, u, scale, memory=None):
     """Classifier-free guidance, 2207.12598: u + scale (c - u)."""
     return u + scale * (c - u)
+
 
 def cfg_rescale(c, u, scale, memory=None, share=0.7):
     """Guidance whose result keeps the standard deviation of c, mixed in by 0.7 (2305.08891, eq. 15-16)."""
     g, std = cfg(c, u, scale), lambda m: m.std(list(range(1, m.ndim)), keepdim=True)
     return g * (1 - share + share * std(c) / std(g))
+
 
 def apg(c, u, scale, memory, eta=0.0, norm=15.0, momentum=-0.5):
     """Adaptive projected guidance, 2410.02416: c - u with momentum, its norm capped, its part along c scaled by eta."""
@@ -608,11 +644,13 @@ def apg(c, u, scale, memory, eta=0.0, norm=15.0, momentum=-0.5):
     update = update * (norm / dot(update, update).sqrt()).clamp(max=1)
     return c + (scale - 1) * (update - (1 - eta) * dot(update, c) / dot(c, c) * c)
 
+
 def cfg_zero(c, u, scale, memory, zero_calls=0):
     """CFG-Zero*, 2503.18886: u is first scaled to fit c best; the first `zero_calls` predictions are zero (for
     flows)."""
     memory["calls"] = memory.get("calls", 0) + 1
     return cfg(c, dot(c, u) / (dot(u, u) + 1e-8) * u, scale) * float(memory["calls"] > zero_calls)
+
 
 def tangential(c, u, scale, memory=None):
     """Tangential damping, 2503.18137: of u only the part along the main direction that c and u share."""
@@ -620,9 +658,11 @@ def tangential(c, u, scale, memory=None):
     main = torch.linalg.svd(pair.float(), full_matrices=False)[2][:, :1].to(c.dtype)     # (B, 1, C H W)
     return cfg(c, (pair[:, 1:] @ main.mT @ main).view_as(u), scale)
 
+
 GUIDANCE: dict[str, Callable] = {
     "cfg": cfg, "rescale": cfg_rescale, "apg": apg, "cfg-zero": cfg_zero, "tangential": tangential,
 }
+
 
 def guided(cond, uncond, scale, channels=None, process=None, rule=None, interval=None, **options):
     """Guidance by a rule (None: classifier-free guidance); scale 1 is no guidance. The variance is the conditional one.
@@ -648,6 +688,7 @@ def guided(cond, uncond, scale, channels=None, process=None, rule=None, interval
         return process.from_prediction(mixed(*(process.target(d.x0, d.eps, t) for d in (c, u))), c.variance, xt, t)
 
     return denoise
+
 
 def clipped(denoise, process, limit=1.0, quantile=None, keep_eps=False):
     """x0 clipped to [-limit, limit], and the noise that this x0 implies (for pixels; latents have no such range).
@@ -675,6 +716,7 @@ def clipped(denoise, process, limit=1.0, quantile=None, keep_eps=False):
 # A grid point as plain numbers: its time, alpha, sigma, lambda = log(alpha/sigma), and c and p = sigma/c of the ODE.
 Level = namedtuple("Level", "t alpha sigma lam c p", defaults=(1.0, math.inf))
 
+
 def levels(process, times):
     """The grid as a list of `Level`; an alpha of rounding error is 0."""
     out = []
@@ -685,20 +727,31 @@ def levels(process, times):
         out.append(Level(t, a, s, lam, c, s / c if c else math.inf))
     return out
 
+
 def steps(process, times):
     """The grid as pairs (i, j) of `Level`: each step goes from i to the cleaner j."""
     return list(pairwise(levels(process, times)))
+
 
 def at(process, t=None, lam=None, p=None):
     """The level at a time, a lambda or a p."""
     s = math.exp(-lam) if lam is not None else process.s_of_p(p) if p is not None else None
     return levels(process, double(t) if s is None else process.time(double(s)))[0]
 
+
 def whole(process, t):
     """A network of a discrete chain knows whole steps only."""
     return math.floor(t) if isinstance(process, Discrete) else t
 
-def mix(weights, tensors): return sum(w * m for w, m in zip(weights, tensors) if w)
+
+def mix(weights, tensors):
+    """sum of w m over the pairs, skipping w = 0."""
+    total, *rest = [(w, m) for w, m in zip(weights, tensors) if w]
+    total = total[0] * total[1]
+    for w, m in rest:
+        total = total.add_(m, alpha=w)
+    return total
+
 
 def beneath(i, j, eta):
     """The level under j (same alpha) from which new noise leads up to j: sigma_up = eta sigma_j sqrt(1 - (s_j/s_i)^2),
@@ -706,10 +759,12 @@ def beneath(i, j, eta):
     down = j.sigma * math.sqrt(max(0.0, 1 - eta**2 * (1 - (j.sigma * i.alpha / (j.alpha * i.sigma)) ** 2)))
     return Level(math.nan, j.alpha, down, math.log(j.alpha / down) if down else math.inf)
 
+
 def renoised(x, k, j, z):
     """From level k up to the noisier j by the forward process."""
     r = j.alpha / k.alpha
     return r * x + math.sqrt(max(0.0, j.sigma**2 - (r * k.sigma) ** 2)) * z
+
 
 def churned(process, x, i, n, noise, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
     """EDM's stochasticity, 2206.00364, algorithm 2: up to (1 + gamma) s_i with new noise before each of n steps."""
@@ -720,12 +775,17 @@ def churned(process, x, i, n, noise, s_churn=0.0, s_min=0.0, s_max=math.inf, s_n
     hat = at(process, lam=i.lam - math.log(1 + gamma)) if gamma else i
     return (renoised(x, i, hat, z), hat) if hat.sigma > i.sigma else (x, i)
 
-def lagrange_integrals(nodes, a, b, kernel=lambda u: 1.0, rule=np.polynomial.legendre.leggauss(24)):
+
+GAUSS = np.polynomial.legendre.leggauss(24)          # nodes and weights on [-1, 1]
+
+
+def lagrange_integrals(nodes, a, b, kernel=lambda u: 1.0):
     """Weights w_k = integral from a to b of kernel(u) L_k(u) du, L_k the Lagrange polynomials of the nodes: sum_k w_k
     f(u_k) integrates kernel f for polynomials f. Gauss-Legendre quadrature, exact to rounding."""
-    u = rule[0] * (b - a) / 2 + (a + b) / 2
-    w = rule[1] * (b - a) / 2 * kernel(u)
+    u = GAUSS[0] * (b - a) / 2 + (a + b) / 2
+    w = GAUSS[1] * (b - a) / 2 * kernel(u)
     return [float(w @ math.prod(((u - m) / (v - m) for m in nodes if m != v), start=1.0 + 0 * u)) for v in nodes]
+
 
 def exponential_step(x, i, j, nodes, form="x0", eta=0.0, slope="exact", published="", z=None):
     """The step i -> j of every solver that is exact in the linear part and takes the network's output m(lambda), x0 or
@@ -755,30 +815,33 @@ def exponential_step(x, i, j, nodes, form="x0", eta=0.0, slope="exact", publishe
         if len(w) == 3 and published:
             second = -sum(w[n] * u[n] ** 2 for n in (1, 2)) / 2 - (scale / k if published == "sign" else 0)
             w = [w[n] + second / math.prod(u[n] - v for v in u if v != u[n]) for n in range(3)]
-    x = keep * x + mix(w, outputs)
+    x = mix((keep, *w), (x, *outputs))
     return x + up * z if up else x
 
 # One network call a step.
+
 
 def ddpm(denoise, x, times, process, noise, variance="small"):
     """Ancestral sampling, 2006.11239, algorithm 2, on any sub-grid of times. variance: "small" = beta~, "large" = beta;
     a denoiser with learned variances overrules it. No noise in the last step."""
     for i, j in steps(process, times):
         d, k, z = denoise(x, i.t), beneath(i, j, 1.0), noise(x.shape)
-        x = k.alpha * d.x0 + k.sigma * d.eps         # the posterior's mean
+        x = mix((k.alpha, k.sigma), d)         # the posterior's mean
         if j.sigma:
             log_small, log_large = math.log(j.sigma**2 - k.sigma**2), math.log(process.kernel(i, j)[1])
             v = {"small": 0.0, "large": 1.0}[variance] if d.variance is None else d.variance
-            x = x + torch.as_tensor(0.5 * (v * log_large + (1 - v) * log_small)).exp() * z
+            x = x + torch.as_tensor(0.5 * (v * log_large + (1 - v) * log_small), dtype=x.dtype).exp() * z
         yield x
+
 
 def down_and_up(denoise, x, times, process, noise, eta=0.0, under=None, s_noise=1.0):
     """Deterministically to a level k under j, then up to j with new noise; under(process, i, j, eta) says how far
     down."""
     for i, j in steps(process, times):
-        d, k = denoise(x, i.t), under(process, i, j, eta) if under and j.sigma else beneath(i, j, eta)
-        x = k.alpha * d.x0 + k.sigma * d.eps
+        d, k = denoise(x, i.t), under(process, i, j, eta) if under and eta and j.sigma else beneath(i, j, eta)
+        x = mix((k.alpha, k.sigma), d)
         yield (x := renoised(x, k, j, s_noise * noise(x.shape)) if k.sigma < j.sigma else x)
+
 
 def ddim_inversion(denoise, x, times, process, noise):
     """DDIM run upwards, from an image x to its noise (2010.02502, section 5.4). The network is asked at the noisier end
@@ -790,6 +853,7 @@ def ddim_inversion(denoise, x, times, process, noise):
 # Several network calls a step: Runge-Kutta for y = x/c as a function of p = sigma/c, or (`time`) for x as a function of
 # t.
 
+
 RUNGE_KUTTA = {                                      # places of the further calls; from which slopes; final weights
     "euler": ((), (), (1,)),
     "heun": ((1,), ((1,),), (1 / 2, 1 / 2)),
@@ -797,13 +861,16 @@ RUNGE_KUTTA = {                                      # places of the further cal
     "rk4": ((1 / 2, 1 / 2, 1), ((1,), (0, 1), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
 }
 
+
 def velocity(process, d, t):
     """dx/dt of the probability-flow ODE, alpha' x0 + sigma' eps."""
     return mix([v.item() for v in process.rates(double(t))[2:]], d[:2])
 
+
 def slope_of(process, d, i, time=False):
     """dy/dp at level i: eps, or eps - x0 on a straight path; or dx/dt."""
     return velocity(process, d, i.t) if time else d.eps - d.x0 if process.straight else d.eps
+
 
 def runge_kutta_step(denoise, process, x, i, j, d, method, even="p", time=False, euler_last=True):
     """One step i -> j, d = denoise(x, i.t) already known. even: intermediate levels lie evenly in p or in t. A step
@@ -811,7 +878,7 @@ def runge_kutta_step(denoise, process, x, i, j, d, method, even="p", time=False,
     method = "euler" if not j.sigma and euler_last or not i.c else method
     places, rows, weights = RUNGE_KUTTA.get(method, method)
     if not places and not time:
-        return j.alpha * d.x0 + j.sigma * d.eps
+        return mix((j.alpha, j.sigma), d)
     clock = lambda l: l._replace(c=1.0, p=l.t) if time else l
     i, j, slopes = clock(i), clock(j), [slope_of(process, d, i, time)]
     for place, row in zip(places, rows):
@@ -821,11 +888,13 @@ def runge_kutta_step(denoise, process, x, i, j, d, method, even="p", time=False,
         slopes.append(slope_of(process, denoise(m.c * y, m.t), m, time))
     return j.c * (x / i.c + (j.p - i.p) * mix(weights, slopes))
 
+
 def runge_kutta(denoise, x, times, process, noise, method, time=False, euler_last=True, **churn):
     for i, j in steps(process, times):
         x, i = churned(process, x, i, len(times) - 1, noise, **churn)
         d, even = denoise(x, i.t), "t" if time else "p"
         yield (x := runge_kutta_step(denoise, process, x, i, j, d, method, even, time, euler_last))
+
 
 def half_lambda(denoise, x, times, process, noise, form, eta=0.0, noisy_middle=False, **churn):
     """The output half-way in lambda is used for the whole step: singlestep order 2 with r1 = 1/2."""
@@ -839,6 +908,7 @@ def half_lambda(denoise, x, times, process, noise, form, eta=0.0, noisy_middle=F
             d = denoise(renoised(xm, km, m, noise(x.shape)) if noisy_middle else xm, m.t)
         x = exponential_step(x, i, k, [(i.lam, getattr(d, now))], now)
         yield (x := renoised(x, k, j, noise(x.shape)) if eta and j.sigma else x)
+
 
 def singlestep(denoise, x, times, process, noise, order=2, form="x0", eta=0.0, slope="paper", quadratic=False,
                published=""):
@@ -859,6 +929,7 @@ def singlestep(denoise, x, times, process, noise, order=2, form="x0", eta=0.0, s
 
 # One network call a step, with memory of earlier ones.
 
+
 def adams(denoise, x, times, process, noise, order=4, coordinate="index", warm_up=None):
     """Adams-Bashforth on the slopes dy/dp, extrapolated by polynomials in p, or in the step's index as if steps were
     even. warm_up: a Runge-Kutta method for the first order - 1 steps ("rk4"), or for the first one ("heun")."""
@@ -867,7 +938,7 @@ def adams(denoise, x, times, process, noise, order=4, coordinate="index", warm_u
         d, place = denoise(x, i.t), i.p if coordinate == "p" else n
         memory = [(place, slope_of(process, d, i)), *(m for m in memory if math.isfinite(m[0]))][:order]
         if not i.c:                                  # infinite p: DDIM's step
-            x = j.alpha * d.x0 + j.sigma * d.eps
+            x = mix((j.alpha, j.sigma), d)
         elif warm_up == "rk4" and n < order - 1 or warm_up == "heun" and n == 0:
             x = runge_kutta_step(denoise, process, x, i, j, d, warm_up, "t" if warm_up == "rk4" else "p")
         else:
@@ -875,6 +946,7 @@ def adams(denoise, x, times, process, noise, order=4, coordinate="index", warm_u
             end, scale = (j.p, 1) if coordinate == "p" else (n + 1, j.p - i.p)
             x = j.c * (x / i.c + scale * mix(lagrange_integrals(places, place, end), slopes))
         yield x
+
 
 def multistep(denoise, x, times, process, noise, order=2, corrector=0, form="x0", tau=0.0, slope="half", published="",
               lower_final=None, uncorrected=()):
@@ -902,11 +974,13 @@ def multistep(denoise, x, times, process, noise, order=2, corrector=0, form="x0"
         size = min(order if isinstance(order, int) else order[n], left)
         yield (x := exponential_step(x, i, j, nodes[:size], **options))
 
+
 def unipc(denoise, x, times, process, noise, order=2, form="x0", bh="bh2", **options):
     """UniPC, 2302.04867: the multistep predictor, and a corrector one order higher that costs no network call."""
     slope = choose({"bh1": "linear", "bh2": "half"}, bh, "B(h)")
     options = {"corrector": order + 1, "lower_final": True, **options}
     yield from multistep(denoise, x, times, process, noise, order, form=form, slope=slope, **options)
+
 
 def sa_solver(denoise, x, times, process, noise, order=2, corrector=2, tau=1.0, form="x0", lower_final=True):
     """SA-Solver, 2309.05019: stochastic Adams predictor and corrector for an SDE whose noise tau(t) is a choice."""
@@ -915,12 +989,14 @@ def sa_solver(denoise, x, times, process, noise, order=2, corrector=2, tau=1.0, 
 
 # Stochastic differential equations in time.
 
+
 DIFFUSIONS: dict[str, Callable] = {                  # w(t) of SiT's SDE, 2401.08740, section 3.4; n its `norm`
     "sigma": lambda process, i, n: n * i.sigma, "linear": lambda process, i, n: n * i.t,
     "sbdm": lambda process, i, n: n * process.half_g2(double(i.t)).item(), "constant": lambda process, i, n: n,
     "decreasing": lambda process, i, n: (1 - n * math.cos(math.pi * i.t)) ** 2 / 4,
     "increasing-decreasing": lambda process, i, n: n * math.sin(math.pi * i.t) ** 2,
 }
+
 
 def sit_sde(denoise, x, times, process, noise, diffusion="sigma", norm=1.0, method="euler", last="mean"):
     """SiT's SDE sampler, 2401.08740: drift velocity - w score, noise sqrt(2 w dt), any diffusion w(t) >= 0 (half the
@@ -941,6 +1017,7 @@ def sit_sde(denoise, x, times, process, noise, diffusion="sigma", norm=1.0, meth
     x0, k1 = drift(x, i, score=float(last != "ode"))
     yield x0 if last == "tweedie" else x + (i.t - j.t) * k1
 
+
 def predictor_corrector(denoise, x, times, process, noise, predictor="reverse", corrector="langevin", corrections=1,
                         snr=0.16):
     """Predictor-corrector sampling of the reverse SDE, 2011.13456, algorithms 1-5. predictor: "reverse" (diffusion),
@@ -959,6 +1036,7 @@ def predictor_corrector(denoise, x, times, process, noise, predictor="reverse", 
         if j.t != grid[-1][1].t:
             x = x + math.sqrt(g2 * (1 - g2 / i.sigma**2 if predictor == "ancestral" and process.exploding else 1)) * z
         yield x
+
 
 def lcm(denoise, x, times, process, noise, scaling=10.0, s_min=0.0):
     """Latent consistency models, 2310.04378, algorithm 3: x0, mixed with x by the boundary condition, then noise again.
@@ -982,6 +1060,7 @@ DORMAND_PRINCE = (                                   # places, rows, and the dif
     (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
 )
 
+
 def dormand_prince(f, y, t, end, rtol=1e-5, atol=1e-5):
     """dy/dt = f(t, y) from t to end by the adaptive Runge-Kutta method of order 5(4) (RK45, dopri5)."""
     h, slopes, (places, rows, difference) = (end - t) / 100, [f(t, y)], DORMAND_PRINCE
@@ -996,12 +1075,14 @@ def dormand_prince(f, y, t, end, rtol=1e-5, atol=1e-5):
         h *= min(10.0, max(0.2, 0.9 * max(error, 1e-10) ** -0.2))
     return y
 
+
 def rk45(denoise, x, times, process, noise, rtol=1e-5, atol=1e-5):
     """The probability-flow ODE by an adaptive Runge-Kutta method of order 5(4), 2011.13456, section 4.3."""
     for i, j in steps(process, times):
         slope = lambda t, x: velocity(process, denoise(x, t), t)
         x = dormand_prince(slope, x, i.t, j.t if j.sigma else process.t_least, rtol, atol)
         yield (x := x if j.sigma else denoise(x, process.t_least).x0)
+
 
 def log_likelihood(process, denoise, x0, probe=None, rtol=1e-5, atol=1e-5):
     """log p(x0), (B,) in nats, and the latent z: the probability-flow ODE with its divergence, 2011.13456, eq. 39.
@@ -1022,6 +1103,7 @@ def log_likelihood(process, denoise, x0, probe=None, rtol=1e-5, atol=1e-5):
     z, std = y[:, :-1], process.sigma(double(process.t_noisy)).item()
     return y[:, -1] - 0.5 * (z**2 / std**2 + math.log(2 * math.pi * std**2)).sum(1), z.reshape(x0.shape)
 
+
 def instance(rule, line, **fixed):
     """A sampler that is `rule` with some options fixed (as defaults); line: what it is."""
 
@@ -1031,16 +1113,17 @@ def instance(rule, line, **fixed):
     sampler.__doc__ = line
     return sampler
 
+
 SAMPLERS: dict[str, Callable] = {
     "ddpm": ddpm, "ddim-inversion": ddim_inversion,
     "ddim": instance(down_and_up, "Denoising Diffusion Implicit Models, 2010.02502, eq. 12: eta 0 ODE, eta 1 DDPM"),
     "euler-ancestral": instance(down_and_up, "Euler with renewed noise, k-diffusion: DDIM with eta = 1", eta=1.0),
-    "flow-ancestral": instance(down_and_up, "Euler ancestral for flows, LTX-Video: down to p_j (1 + eta (p_j/p_i - 1))", eta=1.0,
-                               under=lambda process, i, j, eta: at(process, p=j.p * (1 + (j.p / i.p - 1) * eta))),
-    "tcd": instance(down_and_up, "Trajectory consistency distillation, 2402.19159: DDIM to (1 - eta) t_j, noise to t_j", eta=0.3,
-                    under=lambda process, i, j, eta: at(process, t=whole(process, (1 - eta) * j.t))),
+    "flow-ancestral": instance(down_and_up, "Euler ancestral for flows, LTX-Video: down to p_j (1 + eta (p_j/p_i - 1))",
+                               eta=1.0, under=lambda process, i, j, e: at(process, p=j.p * (1 + (j.p / i.p - 1) * e))),
+    "tcd": instance(down_and_up, "Trajectory consistency distillation, 2402.19159: DDIM to (1 - eta) t_j, noise to t_j",
+                    eta=0.3, under=lambda process, i, j, eta: at(process, t=whole(process, (1 - eta) * j.t))),
     "euler": instance(runge_kutta, "Euler for the ODE of x/alpha against sigma/alpha, 2206.00364", method="euler"),
-    "heun": instance(runge_kutta, "Heun's method, order 2: slopes of both ends, 2206.00364, algorithm 1", method="heun"),
+    "heun": instance(runge_kutta, "Heun's method, order 2: slopes of both ends, 2206.00364", method="heun"),
     "edm": instance(runge_kutta, "EDM's stochastic sampler: new noise before each Heun step, 2206.00364, algorithm 2",
                     method="heun", s_churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003),
     "midpoint": instance(runge_kutta, "The midpoint method, order 2, for the same ODE", method="midpoint"),
@@ -1076,6 +1159,7 @@ def seeded(*numbers, device="cpu"):
     seed = np.random.SeedSequence([int(n) for n in numbers]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
 
+
 class ImageNoise:
     """noise(shape) for sampling in which image i draws from a stream of its own, a function of (seed, i): the same seed
     gives the same images whatever the batch size and device."""
@@ -1085,6 +1169,7 @@ class ImageNoise:
 
     def __call__(self, shape):
         return torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators]).to(self.device)
+
 
 class StepNoise:
     """The random numbers of one training step: the rows `rows` of what the whole batch of `total` draws from (seed,
@@ -1098,6 +1183,7 @@ class StepNoise:
 
     def normal(self, shape):
         return torch.randn(self.total, *shape[1:], generator=self.generator, device=self.device)[self.rows]
+
 
 def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
              clip=True, noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
@@ -1120,6 +1206,7 @@ def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30,
         x = x * process.sigma(times[:1]).item()
     with torch.no_grad():
         yield from draw(denoise, x, times, process, noise, **options)
+
 
 class Diffusion(nn.Module):
     """The training objective of a denoising backbone: `loss(batch)` and `preview(n, generator)` are all that training

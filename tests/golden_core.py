@@ -1,8 +1,8 @@
 """Compares diffusion.py with the recorded numbers of the published implementations: tables, losses, trajectories.
 
 `check_schedule(case)`, `check_loss(case)`, `check_sampler(case)` compare every output that a case records and raise one
-AssertionError that names each run and key that differs. What a case asks for is read from its options, never from its name;
-an option that nothing here understands raises KeyError or NotImplementedError with its name.
+AssertionError that names each run and key that differs. What a case asks for is read from its options, never from its
+name; an option that nothing here understands raises KeyError or NotImplementedError with its name.
 """
 
 import math
@@ -13,13 +13,15 @@ import diffusion as D
 
 
 class Report:
-    """Collects comparisons; `close` once at the end raises if any differed, or if a recorded output was never compared."""
+    """Collects comparisons; `close` once at the end raises if any differed, or if a recorded output was never
+    compared."""
 
     def __init__(self, case):
         self.case, self.left, self.bad = case, set(case.outputs), []
 
     def same(self, key, ours, tol=1e-5, scale=None, select=None):
-        """|ours - recorded| <= tol (1 + |recorded|), or tol * scale where a scale is given; select picks recorded rows."""
+        """|ours - recorded| <= tol (1 + |recorded|), or tol * scale where a scale is given; select picks recorded
+        rows."""
         self.left.discard(key)
         ref = self.case.outputs[key].double()
         ref = ref if select is None else select(ref)
@@ -45,7 +47,8 @@ class Report:
 
 
 class Mixture:
-    """The analytic denoiser of specs/samplers.md: data is a mixture of isotropic Gaussians, so E[x0 | xt] is closed form."""
+    """The analytic denoiser of specs/samplers.md: data is a mixture of isotropic Gaussians, so E[x0 | xt] is closed
+    form."""
 
     def __init__(self, inputs, rows=None):
         pick = lambda v: v.double() if rows is None else v.double()[rows]
@@ -57,8 +60,12 @@ class Mixture:
         alpha, sigma = (torch.as_tensor(v, dtype=torch.float64).reshape(shape) for v in (alpha, sigma))
         v = [alpha**2 * s**2 + sigma**2 for s in self.stds]
         d = [x.double() - alpha * m for m in self.means]
-        logits = [torch.log(w) - x[0].numel() / 2 * vk.flatten(1).log().squeeze(1) - dk.flatten(1).pow(2).sum(1) / (2 * vk.flatten())
-                  for w, vk, dk in zip(self.weights, v, d)]
+        logits = [
+            torch.log(w)
+            - x[0].numel() / 2 * vk.flatten(1).log().squeeze(1)
+            - dk.flatten(1).pow(2).sum(1) / (2 * vk.flatten())
+            for w, vk, dk in zip(self.weights, v, d)
+        ]
         r = [p.reshape(shape) for p in torch.softmax(torch.stack(logits), 0)]
         x0 = sum(rk * (m + alpha * s**2 * dk / vk) for rk, m, s, dk, vk in zip(r, self.means, self.stds, d, v))
         return x0, sum(rk * sigma * dk / vk for rk, dk, vk in zip(r, d, v))
@@ -71,7 +78,8 @@ class Mixture:
 
 
 def network(process, mixture, extra=None):
-    """The mixture as a network of `process`: what it predicts, exactly; `extra` gives further channels (learned variance)."""
+    """The mixture as a network of `process`: what it predicts, exactly; `extra` gives further channels (learned
+    variance)."""
 
     def model(x, t, y=None):
         out = process.target(*mixture(x, process.alpha(t), process.sigma(t)), t).to(x.dtype)
@@ -81,7 +89,8 @@ def network(process, mixture, extra=None):
 
 
 def pool(case, used=None, scale=1.0):
-    """noise(shape): the first `used` recorded tensors, in order, then zeros (a last draw of ours that comes to nothing)."""
+    """noise(shape): the first `used` recorded tensors, in order, then zeros (a last draw of ours that comes to
+    nothing)."""
     rest = iter(case.inputs["noise"].double()[:used] * scale)
     return lambda shape: next(rest, torch.zeros(())).expand(shape)
 
@@ -108,9 +117,15 @@ def respacing_tables(report, name, run):
         s = torch.cat([torch.tensor([-1.0], dtype=torch.float64), t[:-1]])
         x0_factor, xt_factor, log_small, log_beta = process.posterior(t, s)
         log_small[0] = log_small[1]                       # the published clipping of log beta~_0 = -inf
-        ours = {"betas": log_beta.exp(), "alphas_cumprod": process.alpha(t) ** 2, "timestep_map": t,
-                "posterior_variance": torch.cat([torch.zeros(1), log_small[1:].exp()]), "posterior_mean_coef1": x0_factor,
-                "posterior_log_variance_clipped": log_small, "posterior_mean_coef2": xt_factor}
+        ours = {
+            "betas": log_beta.exp(),
+            "alphas_cumprod": process.alpha(t) ** 2,
+            "timestep_map": t,
+            "posterior_variance": torch.cat([torch.zeros(1), log_small[1:].exp()]),
+            "posterior_mean_coef1": x0_factor,
+            "posterior_log_variance_clipped": log_small,
+            "posterior_mean_coef2": xt_factor,
+        }
     else:
         ours = {"betas": betas}
     for key in [k for k in report.case.outputs if k.endswith(f":{name}")]:
@@ -119,7 +134,13 @@ def respacing_tables(report, name, run):
 
 def schedule_betas(report, name, run):
     """diffusers' tables, which are float32 products: sigma near t = 0 moves by up to 3e-4."""
-    plan = Plan("HeunDiscreteScheduler", {"beta_start": 1e-4, "beta_end": 0.02, **{k: v for k, v in run.items() if k != "rescale_betas_zero_snr"}}, 10, {}, {})
+    plan = Plan(
+        "HeunDiscreteScheduler",
+        {"beta_start": 1e-4, "beta_end": 0.02, **{k: v for k, v in run.items() if k != "rescale_betas_zero_snr"}},
+        10,
+        {},
+        {},
+    )
     plan.c["rescale_betas_zero_snr"] = run.get("rescale_betas_zero_snr", False)
     betas = plan.betas()
     report.same(f"beta:{name}", betas, 1e-5 if plan.c["rescale_betas_zero_snr"] else 2e-6)
@@ -135,17 +156,23 @@ def schedule_grid(report, name, run):
         asked.append(float(t))
         return D.Denoised(x, x)
 
-    list(plan.run(idle, torch.zeros(1, 1, 1, 1, dtype=torch.float64), lambda shape: torch.zeros(shape, dtype=torch.float64)))
+    list(
+        plan.run(
+            idle, torch.zeros(1, 1, 1, 1, dtype=torch.float64), lambda shape: torch.zeros(shape, dtype=torch.float64)
+        )
+    )
     t = torch.tensor(asked, dtype=torch.float64)
     ref = report.case.outputs[f"t:{name}"]
     levels = any(plan.c.get(f"use_{k}") for k in ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas"))
-    # a flow's time is 1000 sigma, EDM's log(sigma)/4; a grid of noise levels rounds or interpolates its times in its own way
+    # a flow's time is 1000 sigma, EDM's log(sigma)/4; a grid of noise levels rounds or interpolates its times in its
+    # own way
     told = {"flow": 1000 * t, "EDM": t.log() / 4}.get(plan.group, 1000 * t if plan.c.get("use_flow_sigmas") else t)
     told = told * 1000 if plan.sampler == "lcm" and plan.group == "EDM" else told
     slack = 1.0 if levels or plan.c.get("use_flow_sigmas") else 2e-3
     if plan.sampler.startswith("dpm2"):              # middle points, by another interpolation of the time
         slack = 0.01
-    if plan.c.get("interpolation_type") == "log_linear":      # the library's times do not belong to its levels, and it lacks a step
+    # the library's times do not belong to its levels, and it lacks a step
+    if plan.c.get("interpolation_type") == "log_linear":
         report.skip(f"t:{name}")
         times = torch.cat([times, torch.tensor([-1.0])])
         ref = told
@@ -154,7 +181,13 @@ def schedule_grid(report, name, run):
     if f"sigmas:{name}" in report.left:
         s = process.sigma(times) if plan.c.get("use_flow_sigmas") or plan.group == "flow" else process.p(times)
         unique = lambda ref: torch.unique_consecutive(ref)
-        report.same(f"sigmas:{name}", torch.unique_consecutive(s), 1e-3, scale=unique(report.case.outputs[f"sigmas:{name}"]).clamp(min=1e-3), select=unique)
+        report.same(
+            f"sigmas:{name}",
+            torch.unique_consecutive(s),
+            1e-3,
+            scale=unique(report.case.outputs[f"sigmas:{name}"]).clamp(min=1e-3),
+            select=unique,
+        )
     if f"sigmas_interpol:{name}" in report.left:     # KDPM2's middle points, at the second calls
         middle = process.p(t)[1::2] if plan.sampler == "dpm2" else None
         select = lambda ref: ref[1 : 1 + 2 * len(process.p(t)[1::2]) : 2]
@@ -174,10 +207,19 @@ def schedule_continuous(report):
     for name, make in (("linear", D.RectifiedFlow), ("gvp", D.GVP), ("vp", D.VP)):
         process = make("velocity")
         a, s, da, ds = process.rates(1 - t)
-        ours = {"alpha": a, "sigma": s, "dalpha": -da, "dsigma": -ds, "drift_coef": -da / a, "drift_var": process.half_g2(1 - t)}
+        ours = {
+            "alpha": a,
+            "sigma": s,
+            "dalpha": -da,
+            "dsigma": -ds,
+            "drift_coef": -da / a,
+            "drift_var": process.half_g2(1 - t),
+        }
         levels = D.levels(process, 1 - t)
         for form in D.DIFFUSIONS:
-            ours[f"diffusion_{'SBDM' if form == 'sbdm' else form}"] = [D.DIFFUSIONS[form](process, i, norm) for i in levels]
+            ours[f"diffusion_{'SBDM' if form == 'sbdm' else form}"] = [
+                D.DIFFUSIONS[form](process, i, norm) for i in levels
+            ]
         for key, value in ours.items():
             if f"sit_{name}_{key}" in report.left:
                 report.same(f"sit_{name}_{key}", value, 1e-6)
@@ -190,17 +232,32 @@ def schedule_continuous(report):
     zero = torch.zeros(1, dtype=torch.float64)
     k = lambda grid, **o: edm.times(n, grid, ends=(14.6, 0.03), **o)
     vp = D.VP()
-    ours = {"k_karras": k("karras"), "k_exponential": k("exponential"), "k_polyexponential": k("exponential", rho=float(case.config.get("rho", 1.0))),
-            "k_vp": torch.cat([vp.p(vp.times(n, "linspace")[:-1]), zero])}
-    ours |= {f"edm_{kind}": edm_levels(kind, n, {"edm": (80.0, 0.002), "ve": (100.0, 0.02), "iddpm": (81.0, 0.002), "vp": None}[kind])
-             for kind in ("vp", "ve", "iddpm", "edm")}
-    ours |= {"k_log_normal": D.DENSITIES["log-normal"][0](u, -1.2, 1.2),
-             "k_log_uniform": D.DENSITIES["log-uniform"][0](u, 0.01, 80.0), 
-             "sd3_mode": D.DENSITIES["mode"][0](u), "sd3_logit_normal": D.DENSITIES["logit-normal"][0](torch.special.ndtr(z), 0.3, 0.8),
-             "edm_sigma_from_z": D.DENSITIES["log-normal"][0](torch.special.ndtr(z)), "rf_logit_normal_from_z": D.DENSITIES["logit-normal"][0](torch.special.ndtr(z))}
+    ours = {
+        "k_karras": k("karras"),
+        "k_exponential": k("exponential"),
+        "k_polyexponential": k("exponential", rho=float(case.config.get("rho", 1.0))),
+        "k_vp": torch.cat([vp.p(vp.times(n, "linspace")[:-1]), zero]),
+    }
+    ours |= {
+        f"edm_{kind}": edm_levels(
+            kind, n, {"edm": (80.0, 0.002), "ve": (100.0, 0.02), "iddpm": (81.0, 0.002), "vp": None}[kind]
+        )
+        for kind in ("vp", "ve", "iddpm", "edm")
+    }
+    ours |= {
+        "k_log_normal": D.DENSITIES["log-normal"][0](u, -1.2, 1.2),
+        "k_log_uniform": D.DENSITIES["log-uniform"][0](u, 0.01, 80.0),
+        "sd3_mode": D.DENSITIES["mode"][0](u),
+        "sd3_logit_normal": D.DENSITIES["logit-normal"][0](torch.special.ndtr(z), 0.3, 0.8),
+        "edm_sigma_from_z": D.DENSITIES["log-normal"][0](torch.special.ndtr(z)),
+        "rf_logit_normal_from_z": D.DENSITIES["logit-normal"][0](torch.special.ndtr(z)),
+    }
     snr = ((1 - u) / u) ** 2
     of_flow = lambda w: w / (1 + u / (1 - u)) ** 2
-    ours |= {"sd3_weight_sigma_sqrt": of_flow(D.WEIGHTINGS["sigma-sqrt"][0](snr)), "sd3_weight_cosmap": of_flow(D.WEIGHTINGS["cosmap"][0](snr))}
+    ours |= {
+        "sd3_weight_sigma_sqrt": of_flow(D.WEIGHTINGS["sigma-sqrt"][0](snr)),
+        "sd3_weight_cosmap": of_flow(D.WEIGHTINGS["cosmap"][0](snr)),
+    }
     report.skip("k_cosine_interpolated", "k_log_logistic", "k_v_diffusion")     # densities that we do not offer
     for key in [k for k in report.left if k.startswith("shift")]:
         ours[key] = D.RectifiedFlow(shift=float(key[5:])).shifted(u)
@@ -235,7 +292,13 @@ def loss_dit(report):
     for name, run in case.config["runs"].items():
         options = dict(run)
         learned = options.pop("learn_sigma", True)
-        objective = "vlb" if options.pop("use_kl", False) else "rescaled" if options.pop("rescale_learned_sigmas", False) else "hybrid"
+        objective = (
+            "vlb"
+            if options.pop("use_kl", False)
+            else "rescaled"
+            if options.pop("rescale_learned_sigmas", False)
+            else "hybrid"
+        )
         options.pop("rescale_learned_sigmas", None)
         kind = "x0" if options.pop("predict_xstart", False) else "eps"
         variance = "small" if options.pop("sigma_small", False) else "large"
@@ -255,7 +318,10 @@ def loss_dit(report):
 def loss_rf(report):
     case = report.case
     x0, noise, output = (case.inputs[k] for k in ("x0", "noise", "model_output"))
-    for name, density, u in (("logit_normal", "logit-normal", torch.special.ndtr(case.inputs["z"])), ("uniform", "uniform", case.inputs["u"])):
+    for name, density, u in (
+        ("logit_normal", "logit-normal", torch.special.ndtr(case.inputs["z"])),
+        ("uniform", "uniform", case.inputs["u"]),
+    ):
         process = D.RectifiedFlow(density=density)
         t, out = process.training_times(u), output.clone().requires_grad_()
         loss = process.loss(lambda x, t, y: out, x0, None, t, noise)["loss"]
@@ -281,20 +347,25 @@ def loss_sit(report):
     x0, noise, u = (case.inputs[k] for k in ("x1", "noise", "u"))
     for name, run in case.config["runs"].items():
         kind = {"velocity": "velocity", "noise": "eps", "score": "score"}[run["prediction"]]
-        weighting = {"velocity": "velocity", "likelihood": "likelihood", None: "snr" if kind == "score" else None}[run["weight"]]
+        weighting = {"velocity": "velocity", "likelihood": "likelihood", None: "snr" if kind == "score" else None}[
+            run["weight"]
+        ]
         process = SIT[run["path"]](kind, weighting=None if kind == "velocity" else weighting, density="uniform")
         t = process.training_times(1 - u)
         out = case.inputs["model_output"]
         out = -out if kind == "velocity" else out      # its velocity points to the data
         loss, grad, xt = noisy_gradient(report, name, process, t, x0, noise, out)
         report.same(f"loss:{name}", loss, 1e-4)
-        report.same(f"grad:{name}", -grad if kind == "velocity" else grad, 1e-4, scale=case.outputs[f"grad:{name}"].abs().max())
+        report.same(
+            f"grad:{name}", -grad if kind == "velocity" else grad, 1e-4, scale=case.outputs[f"grad:{name}"].abs().max()
+        )
         report.same(f"xt:{name}", xt)
         report.same(f"t:{name}", 1 - t)
 
 
 def loss_edm(report):
-    """The four preconditionings of table 1 as our processes with a network that undoes what we tell it of t, and three losses."""
+    """The four preconditionings of table 1 as our processes with a network that undoes what we tell it of t, and three
+    losses."""
     case = report.case
     x, sigma, x0, noise = (case.inputs[k].double() for k in ("x", "sigma", "x0", "noise"))
     u, z = case.inputs["rnd_uniform"].flatten().double(), case.inputs["rnd_normal"].flatten().double()
@@ -302,11 +373,18 @@ def loss_edm(report):
     edm, vp, ve = D.EDM(), D.VP("eps"), D.VE("score")
     ve.s_min, ve.s_max = 1e-4, 100.0                 # the preconditioning does not depend on the range
     iddpm = D.Discrete(D.cosine_betas(), "eps", learned_variance=True)
-    to_log = lambda t: t / 1000 * math.log(80 / 0.002) + math.log(0.002)              # our network time back to log sigma
+    # our network time back to log sigma
+    to_log = lambda t: t / 1000 * math.log(80 / 0.002) + math.log(0.002)
     networks = {
-        "EDMPrecond": (edm, lambda x, t, y: F(x, to_log(t) / 4)), "VPPrecond": (vp, lambda x, t, y: F(x, t)),
-        "VEPrecond": (ve, lambda x, t, y: F(x * (ve.sigma(t / 1000) ** 2 + 0.25).sqrt().view(-1, 1, 1, 1), (ve.sigma(t / 1000) / 2).log())
-                      / ve.sigma(t / 1000).view(-1, 1, 1, 1)),
+        "EDMPrecond": (edm, lambda x, t, y: F(x, to_log(t) / 4)),
+        "VPPrecond": (vp, lambda x, t, y: F(x, t)),
+        "VEPrecond": (
+            ve,
+            lambda x, t, y: (
+                F(x * (ve.sigma(t / 1000) ** 2 + 0.25).sqrt().view(-1, 1, 1, 1), (ve.sigma(t / 1000) / 2).log())
+                / ve.sigma(t / 1000).view(-1, 1, 1, 1)
+            ),
+        ),
         "iDDPMPrecond": (iddpm, lambda x, t, y: torch.cat([F(x, t)] * 2, 1)),
     }
 
@@ -327,7 +405,11 @@ def loss_edm(report):
     if "iddpm_u" in report.left:
         stride = 1000 // (len(case.outputs["iddpm_u"]) - 1)
         report.same("iddpm_u", table[::stride], 1e-3)
-    levels = {"EDMLoss": D.DENSITIES["log-normal"][0](torch.special.ndtr(z)), "VPLoss": vp.p(1 + u * (1e-5 - 1)), "VELoss": 0.02 * (100 / 0.02) ** u}
+    levels = {
+        "EDMLoss": D.DENSITIES["log-normal"][0](torch.special.ndtr(z)),
+        "VPLoss": vp.p(1 + u * (1e-5 - 1)),
+        "VELoss": 0.02 * (100 / 0.02) ** u,
+    }
     for name, s in levels.items():
         s = s.view(-1, 1, 1, 1)
         D_x = denoised(name.replace("Loss", "Precond"), x0 + noise * s, s.flatten())
@@ -366,9 +448,19 @@ def loss_bpd(report):
         denoise = D.clipped(denoise, process)
     times = torch.tensor([*reversed(D.respaced(1000, c["respacing"])), -1], dtype=torch.float64)
     ours = process.bits_per_dim(denoise, case.inputs["x0"].double(), pool(case), times)
-    for key, name in (("total_bpd", "total"), ("prior_bpd", "prior"), ("vb", "vb"), ("xstart_mse", "x0_mse"), ("mse", "eps_mse")):
+    for key, name in (
+        ("total_bpd", "total"),
+        ("prior_bpd", "prior"),
+        ("vb", "vb"),
+        ("xstart_mse", "x0_mse"),
+        ("mse", "eps_mse"),
+    ):
         report.same(key, ours[name], 1e-4)
-    report.same("exact_continuous_bpd", -Mixture(case.inputs).log_density(case.inputs["x0"]) / 32 / math.log(2) + math.log2(127.5), 1e-4)
+    report.same(
+        "exact_continuous_bpd",
+        -Mixture(case.inputs).log_density(case.inputs["x0"]) / 32 / math.log(2) + math.log2(127.5),
+        1e-4,
+    )
 
 
 def loss_score_sde(report):
@@ -376,14 +468,17 @@ def loss_score_sde(report):
     x0, noise, u = (case.inputs[k].double() for k in ("x0", "noise", "u"))
     for key in list(report.left):
         kind, weight, reduce = key.split(":")[1].split("_")
-        process = {"ve": D.VE, "vp": D.VP, "subvp": D.SubVP}[kind]("score", weighting={"likelihood": "likelihood", "std": "snr"}[weight])
+        process = {"ve": D.VE, "vp": D.VP, "subvp": D.SubVP}[kind](
+            "score", weighting={"likelihood": "likelihood", "std": "snr"}[weight]
+        )
         t = process.training_times(u)
         exact = network(process, Mixture(case.inputs))
         if kind == "ve":
             model = lambda x, t, y: exact(x * (process.sigma(t / 1000) ** 2 + 0.25).sqrt().view(-1, 1, 1, 1), t / 1000)
         else:
             model = lambda x, t, y: exact(x, t / 999)
-        loss = process.loss(model, x0, None, t, noise)["loss"] * (2 if weight == "likelihood" else 1)   # its code: g^2, ours: g^2/2
+        # its code: g^2, ours: g^2/2
+        loss = process.loss(model, x0, None, t, noise)["loss"] * (2 if weight == "likelihood" else 1)
         report.same(key, (loss * {"mean": 1, "halfsum": x0[0].numel() / 2}[reduce]).mean(), 1e-4)
 
 
@@ -434,9 +529,17 @@ def loss_guidance(report):
         report.same(key, D.clipped(flat(x), process, limit, quantile)(x, 0.5).x0)
 
 
-LOSSES = [({"model_output", "t"}, loss_dit), ({"model_output", "z"}, loss_rf), ({"model_output", "x1"}, loss_sit),
-          ({"sigma", "rnd_normal"}, loss_edm), ({"t", "sigma"}, loss_weights), ({"x0", "u", "means"}, loss_score_sde),
-          ({"x0", "noise", "means"}, loss_bpd), ({"rademacher01"}, loss_likelihood), ({"cond", "uncond"}, loss_guidance)]
+LOSSES = [
+    ({"model_output", "t"}, loss_dit),
+    ({"model_output", "z"}, loss_rf),
+    ({"model_output", "x1"}, loss_sit),
+    ({"sigma", "rnd_normal"}, loss_edm),
+    ({"t", "sigma"}, loss_weights),
+    ({"x0", "u", "means"}, loss_score_sde),
+    ({"x0", "noise", "means"}, loss_bpd),
+    ({"rademacher01"}, loss_likelihood),
+    ({"cond", "uncond"}, loss_guidance),
+]
 
 
 def check_loss(case):
@@ -474,7 +577,11 @@ def run_dit(report, name, options, tol):
         predicted.append((d := denoise(x, t)).x0)
         return d
 
-    draw = {"eta": o.pop("eta", 0.0)} if kind == "ddim" else {"variance": "small" if o.pop("sigma_small", False) else "large"}
+    draw = (
+        {"eta": o.pop("eta", 0.0)}
+        if kind == "ddim"
+        else {"variance": "small" if o.pop("sigma_small", False) else "large"}
+    )
     if o:
         raise NotImplementedError(f"sampler run {name}: options {o}")
     states = list(D.SAMPLERS[kind](watched, case.inputs["x_T"].double(), times, process, pool(case), **draw))
@@ -496,7 +603,9 @@ def run_rf(report, name, options, tol):
 
     def conditional(x, t, y):
         t = t / 1000
-        return torch.cat([network(process, Mixture(case.inputs, [c]))(x[n : n + 1], t[n : n + 1]) for n, c in enumerate(classes)])
+        return torch.cat(
+            [network(process, Mixture(case.inputs, [c]))(x[n : n + 1], t[n : n + 1]) for n, c in enumerate(classes)]
+        )
 
     denoise = process.denoiser(conditional)
     if null:
@@ -507,7 +616,8 @@ def run_rf(report, name, options, tol):
     report.same(f"x:{name}", torch.stack(states), tol)
 
 
-# ------------------------------------------------------------------------------- diffusers: from a class and its options
+# ------------------------------------------------------------------------------- diffusers: from a class and its
+# options
 
 
 def replaced_last(betas, last):
@@ -529,10 +639,30 @@ CLASSES = {
     "DDIMInverseScheduler": ("A", "ddim-inversion", {"clip_sample": True, "set_alpha_to_one": True}),
     "PNDMScheduler": ("A", "pndm", {"skip_prk_steps": False, "set_alpha_to_one": False}),
     "IPNDMScheduler": ("IPNDM", "ipndm", {}),
-    "LCMScheduler": ("distilled", "lcm", SD | {"beta_schedule": "scaled_linear", "original_inference_steps": 50,
-                                              "timestep_scaling": 10.0, "set_alpha_to_one": True, "steps_offset": 0}),
-    "TCDScheduler": ("distilled", "tcd", SD | {"beta_schedule": "scaled_linear", "original_inference_steps": 50,
-                                              "timestep_scaling": 10.0, "set_alpha_to_one": True, "steps_offset": 0}),
+    "LCMScheduler": (
+        "distilled",
+        "lcm",
+        SD
+        | {
+            "beta_schedule": "scaled_linear",
+            "original_inference_steps": 50,
+            "timestep_scaling": 10.0,
+            "set_alpha_to_one": True,
+            "steps_offset": 0,
+        },
+    ),
+    "TCDScheduler": (
+        "distilled",
+        "tcd",
+        SD
+        | {
+            "beta_schedule": "scaled_linear",
+            "original_inference_steps": 50,
+            "timestep_scaling": 10.0,
+            "set_alpha_to_one": True,
+            "steps_offset": 0,
+        },
+    ),
     "EulerDiscreteScheduler": ("B", "euler", {"interpolation_type": "linear", "final_sigmas_type": "zero"}),
     "EulerAncestralDiscreteScheduler": ("B", "euler-ancestral", {}),
     "LMSDiscreteScheduler": ("B", "lms", {}),
@@ -542,28 +672,73 @@ CLASSES = {
     "DPMSolverSDEScheduler": ("B", "dpmpp-sde", SD),
     "DPMSolverMultistepScheduler": ("C", "multistep", {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}),
     "DPMSolverSinglestepScheduler": ("C", "singlestep", {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}),
-    "DEISMultistepScheduler": ("C", "deis", {"algorithm_type": "deis", "solver_type": "logrho", "final_sigmas_type": "sigma_min"}),
-    "UniPCMultistepScheduler": ("C", "unipc", {"predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None}),
-    "SASolverScheduler": ("C", "sa-solver", {"predictor_order": 2, "corrector_order": 2, "tau_func": None,
-                                             "algorithm_type": "data_prediction", "final_sigmas_type": "sigma_min"}),
+    "DEISMultistepScheduler": (
+        "C",
+        "deis",
+        {"algorithm_type": "deis", "solver_type": "logrho", "final_sigmas_type": "sigma_min"},
+    ),
+    "UniPCMultistepScheduler": (
+        "C",
+        "unipc",
+        {"predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None},
+    ),
+    "SASolverScheduler": (
+        "C",
+        "sa-solver",
+        {
+            "predictor_order": 2,
+            "corrector_order": 2,
+            "tau_func": None,
+            "algorithm_type": "data_prediction",
+            "final_sigmas_type": "sigma_min",
+        },
+    ),
     "FlowMatchEulerDiscreteScheduler": ("flow", "euler", FLOW),
     "FlowMatchHeunDiscreteScheduler": ("flow", "heun", FLOW),
     "FlowMatchLCMScheduler": ("flow", "lcm", FLOW),
-    "LTXEulerAncestralRFScheduler": ("flow", "flow-ancestral", {"num_train_timesteps": 1000, "eta": 1.0, "s_noise": 1.0}),
+    "LTXEulerAncestralRFScheduler": (
+        "flow",
+        "flow-ancestral",
+        {"num_train_timesteps": 1000, "eta": 1.0, "s_noise": 1.0},
+    ),
     "EDMEulerScheduler": ("EDM", "euler", {}),
-    "EDMDPMSolverMultistepScheduler": ("EDM", "multistep", {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}),
-    "CMStochasticIterativeScheduler": ("EDM", "lcm", {"num_train_timesteps": 40, "s_noise": 1.0, "clip_denoised": True}),
+    "EDMDPMSolverMultistepScheduler": (
+        "EDM",
+        "multistep",
+        {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
+    ),
+    "CMStochasticIterativeScheduler": (
+        "EDM",
+        "lcm",
+        {"num_train_timesteps": 40, "s_noise": 1.0, "clip_denoised": True},
+    ),
     "SCMScheduler": ("SCM", "lcm", {}),
 }
-TABLE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None,
-         "rescale_betas_zero_snr": False}
+TABLE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+}
 SPACING = {"timestep_spacing": None, "steps_offset": 0}
 SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 CLIP = {"clip_sample": False, "clip_sample_range": 1.0, "thresholding": False, "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0}
-SOLVER = {"solver_order": 2, "lower_order_final": None, "euler_at_final": False, "use_lu_lambdas": False, "use_flow_sigmas": False,
-          "flow_shift": 1.0, "final_sigmas_type": "zero", "use_dynamic_shifting": False, "time_shift_type": "exponential",
-          "lambda_min_clipped": -math.inf, "variance_type": None}
+SOLVER = {
+    "solver_order": 2,
+    "lower_order_final": None,
+    "euler_at_final": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "final_sigmas_type": "zero",
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+    "lambda_min_clipped": -math.inf,
+    "variance_type": None,
+}
 COMMON = {
     "A": TABLE | SPACING | CLIP, "IPNDM": {"num_train_timesteps": 1000, "trained_betas": None},
     "distilled": TABLE | SPACING | CLIP, "B": TABLE | SPACING | SIGMAS | CLIP,
@@ -605,10 +780,14 @@ class Plan:
         if c["trained_betas"] is not None:
             betas = torch.tensor(c["trained_betas"], dtype=torch.float64)
         else:
-            betas = {"linear": lambda: D.linear_betas(T, start * T / 1000, end * T / 1000),
-                     "scaled_linear": lambda: D.BETAS["scaled-linear"](T, start, end), "squaredcos_cap_v2": lambda: D.BETAS["cosine"](T),
-                     "sigmoid": lambda: D.BETAS["sigmoid"](T, start, end), "laplace": lambda: D.BETAS["laplace"](T),
-                     "exp": lambda: D.BETAS["exp"](T)}[c["beta_schedule"]]()
+            betas = {
+                "linear": lambda: D.linear_betas(T, start * T / 1000, end * T / 1000),
+                "scaled_linear": lambda: D.BETAS["scaled-linear"](T, start, end),
+                "squaredcos_cap_v2": lambda: D.BETAS["cosine"](T),
+                "sigmoid": lambda: D.BETAS["sigmoid"](T, start, end),
+                "laplace": lambda: D.BETAS["laplace"](T),
+                "exp": lambda: D.BETAS["exp"](T),
+            }[c["beta_schedule"]]()
         if c["rescale_betas_zero_snr"]:
             betas = D.zero_terminal_snr(betas)
             betas = replaced_last(betas, last) if last else betas
@@ -671,7 +850,7 @@ class Plan:
         times = self.spaced("linspace", self.n, rounded=False)
         s = self.process.p(times)
         times = self.noise_levels((s[0].item(), s[-1].item())) if self.noise_levels((2.0, 1.0)) is not None else times
-        if self.c.get("interpolation_type") == "log_linear":      # n + 1 levels over the table, of which n steps are made
+        if self.c.get("interpolation_type") == "log_linear":  # n + 1 levels over the table, of which n steps are made
             ends = self.process.p(torch.tensor([self.process.T - 1.0, 0.0], dtype=torch.float64)).tolist()
             self.times = self.process.times(self.n + 1, "exponential", ends=ends)[:-1]
             return
@@ -730,7 +909,7 @@ class Plan:
         T = c["num_train_timesteps"]
         steps = T if self.sampler == "lcm" else self.n
         times = self.process.times(steps, c["sigma_schedule"], ends=(c["sigma_max"], c["sigma_min"]), **more)[:-1]
-        if self.sampler == "lcm":                    # consistency models: a stride over the training grid, then sigma_min
+        if self.sampler == "lcm":  # consistency models: a stride over the training grid, then sigma_min
             self.finish(times[:: T // self.n][: self.n], c["sigma_min"])
         else:
             self.finish(times, 0 if c["final_sigmas_type"] == "zero" else c["sigma_min"])
@@ -746,7 +925,14 @@ class Plan:
 
     def rule_ddpm(self):
         kind = self.c["variance_type"]
-        self.options = {"variance": {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "small"}[kind]}
+        self.options = {
+            "variance": {
+                "fixed_small": "small",
+                "fixed_small_log": "small",
+                "fixed_large": "large",
+                "learned_range": "small",
+            }[kind]
+        }
 
     def rule_ddim(self):
         self.options = {"eta": self.step.pop("eta", 0.0)}
@@ -769,8 +955,12 @@ class Plan:
         if self.group == "flow" and self.c["stochastic_sampling"]:
             self.sampler, self.options = "lcm", {"scaling": None}
         if self.churn:
-            self.options = {"s_churn": self.churn, "s_min": self.step.pop("s_tmin", 0.0), "s_max": self.step.pop("s_tmax", math.inf),
-                            "s_noise": self.step.pop("s_noise", 1.0)}
+            self.options = {
+                "s_churn": self.churn,
+                "s_min": self.step.pop("s_tmin", 0.0),
+                "s_max": self.step.pop("s_tmax", math.inf),
+                "s_noise": self.step.pop("s_noise", 1.0),
+            }
 
     def rule_flow_ancestral(self):
         self.options = {"eta": self.c["eta"], "s_noise": self.c["s_noise"]}
@@ -791,22 +981,39 @@ class Plan:
 
     def solver(self, form):
         c = self.c
-        kinds = {"dpmsolver++": ("x0", 0.0), "dpmsolver": ("eps", 0.0), "sde-dpmsolver++": ("x0", 1.0), "sde-dpmsolver": ("eps", 1.0)}
+        kinds = {
+            "dpmsolver++": ("x0", 0.0),
+            "dpmsolver": ("eps", 0.0),
+            "sde-dpmsolver++": ("x0", 1.0),
+            "sde-dpmsolver": ("eps", 1.0),
+        }
         form, eta = kinds[c["algorithm_type"]]
         return form, eta, {"midpoint": "half", "heun": "exact"}[c["solver_type"]]
 
     def rule_multistep(self):
         form, eta, slope = self.solver(self.c)
         published = "sign" if self.c["algorithm_type"] == "sde-dpmsolver++" else "half"
-        self.options = {"order": self.orders(self.c["solver_order"]), "form": form, "tau": eta, "slope": slope, "published": published,
-                        "lower_final": False}
+        self.options = {
+            "order": self.orders(self.c["solver_order"]),
+            "form": form,
+            "tau": eta,
+            "slope": slope,
+            "published": published,
+            "lower_final": False,
+        }
 
     def rule_singlestep(self):
         form, eta, slope = self.solver(self.c)
         quadratic = self.c["solver_type"] == "heun"
         if quadratic and self.c["solver_order"] == 3 and eta:
             raise NotImplementedError("sde singlestep of order 3, heun")
-        self.options = {"order": self.c["solver_order"], "form": form, "eta": eta, "slope": slope, "quadratic": quadratic}
+        self.options = {
+            "order": self.c["solver_order"],
+            "form": form,
+            "eta": eta,
+            "slope": slope,
+            "quadratic": quadratic,
+        }
 
     def rule_deis(self):
         self.options = {"order": self.orders(self.c["solver_order"]), "lower_final": False}
@@ -830,8 +1037,8 @@ class Plan:
     # running
 
     def run_churned(self, denoise, x, noise):
-        """The library's churn asks the network before it adds the noise, and uses that output after: with sigma_hat unbounded,
-        hence in x/alpha and without the table."""
+        """The library's churn asks the network before it adds the noise, and uses that output after: with sigma_hat
+        unbounded, hence in x/alpha and without the table."""
         table, grid = self.process, self.process.p(self.times)
         ve = D.EDM("eps")
         ve.t_noisy = 1e9
@@ -904,8 +1111,14 @@ def run_diffusers(report, name, run, tol):
     start = run["init_scale"] * case.inputs["x_T"].double() * scale(plan.times[0].item())
     states = list(plan.run(watched, start, pool(case, run["noise_used"], plan.noise_scale)))
     final = states[-1] / scale(plan.times[-1].item())
-    if plan.c.get("variance_type") == "fixed_large" and calls[-1][0] > 0:     # t > 0 in the last step: the library adds noise
-        final = final + process.sigma(torch.tensor(calls[-1][0], dtype=torch.float64)) * case.inputs["noise"][run["noise_used"] - 1]
+    if (
+        plan.c.get("variance_type") == "fixed_large" and calls[-1][0] > 0
+    ):  # t > 0 in the last step: the library adds noise
+        final = (
+            final
+            + process.sigma(torch.tensor(calls[-1][0], dtype=torch.float64))
+            * case.inputs["noise"][run["noise_used"] - 1]
+        )
     report.same(f"x:{name}", torch.stack([x for _, x in calls[1:]] + [final]), tol)
     t = torch.tensor([t for t, _ in calls], dtype=torch.float64)
     a, s = process.alpha(t), process.sigma(t)
@@ -950,8 +1163,16 @@ KDIFFUSION = {  # function: our sampler, its fixed options, the library's names 
     "sample_dpmpp_3m_sde": ("dpmpp-3m-sde", {"published": "half", "lower_final": False}),
     "sample_dpm_fast": ("dpm-solver", {}), "sample_dpm_adaptive": ("adaptive", {}),
 }
-RENAMED = {"s_tmin": "s_min", "s_tmax": "s_max", "eta": "eta", "s_churn": "s_churn", "order": "order", "rtol": "rtol", "atol": "atol",
-           "h_init": "h"}
+RENAMED = {
+    "s_tmin": "s_min",
+    "s_tmax": "s_max",
+    "eta": "eta",
+    "s_churn": "s_churn",
+    "order": "order",
+    "rtol": "rtol",
+    "atol": "atol",
+    "h_init": "h",
+}
 
 
 def fast_grid(high, low, n):
@@ -964,7 +1185,8 @@ def fast_grid(high, low, n):
 
 
 def adaptive(denoise, x, times, process, noise, eta=0.0, rtol=0.05, atol=0.0078, h=0.05):
-    """k-diffusion's dpm_adaptive, our exponential steps of order 3 and 2 under its step control (2206.00927, appendix C)."""
+    """k-diffusion's dpm_adaptive, our exponential steps of order 3 and 2 under its step control (2206.00927, appendix
+    C)."""
     i, end = D.levels(process, times)
     last = x
     while i.lam < end.lam - 1e-5:
@@ -976,7 +1198,9 @@ def adaptive(denoise, x, times, process, noise, eta=0.0, rtol=0.05, atol=0.0078,
             nodes.append((m.lam, denoise(xm, m.t).eps))
         low = D.exponential_step(x, i, k, nodes[:2], "eps", slope="half")
         high = D.exponential_step(x, i, k, nodes[::2], "eps")
-        error = ((low - high) / torch.maximum(low.abs(), last.abs()).mul(rtol).clamp(min=atol)).pow(2).mean().sqrt().item()
+        error = (
+            ((low - high) / torch.maximum(low.abs(), last.abs()).mul(rtol).clamp(min=atol)).pow(2).mean().sqrt().item()
+        )
         factor = 1 + math.atan((error + 1e-8) ** -(1 / (1.5 if eta else 3)) - 1)
         h *= factor
         if factor >= 0.81:
@@ -1029,7 +1253,8 @@ class SqrtTime(D.EDM):
 def run_edm(report, name, options, tol):
     """NVlabs' edm_sampler and ablation_sampler."""
     o, case = dict(options), report.case
-    fn, n, alpha = o.pop("fn", "edm_sampler"), o.pop("num_steps", 18), o.pop("alpha", 1)
+    o.pop("fn", None)
+    n, alpha = o.pop("num_steps", 18), o.pop("alpha", 1)
     solver, kind = o.pop("solver", "heun"), o.pop("discretization", "edm")
     schedule, scaling, rho = o.pop("schedule", "linear"), o.pop("scaling", "none"), o.pop("rho", 7)
     churn = {k.lower(): o.pop(k) for k in ("S_churn", "S_min", "S_max", "S_noise") if k in o}
@@ -1072,7 +1297,9 @@ def edm_levels(kind, n, ends, rho=7.0):
         u = torch.cat([u, u.new_zeros(1)]) if ends[1] <= 0 else u
         return u[torch.linspace(0, len(u) - 1, n, dtype=torch.float64).round().long()]
     process = unbounded()
-    return process.times(n, {"edm": "karras", "ve": "exponential"}[kind], ends=ends, **({"rho": rho} if kind == "edm" else {}))[:-1]
+    return process.times(
+        n, {"edm": "karras", "ve": "exponential"}[kind], ends=ends, **({"rho": rho} if kind == "edm" else {})
+    )[:-1]
 
 
 def score_process(kind):
@@ -1100,9 +1327,11 @@ def score_process(kind):
 
 
 def run_score(report, name, options, tol):
-    o, case = dict(options), report.case
+    o = dict(options)
     kind, N = o.pop("kind"), o.pop("N")
-    predictor = {"reverse_diffusion": "reverse", "euler_maruyama": "euler", "ancestral_sampling": "ancestral"}[o.pop("predictor", "reverse_diffusion")]
+    predictor = {"reverse_diffusion": "reverse", "euler_maruyama": "euler", "ancestral_sampling": "ancestral"}[
+        o.pop("predictor", "reverse_diffusion")
+    ]
     corrector = {"langevin": "langevin", "ald": "ald", "none": None, None: None}[o.pop("corrector", None)]
     kwargs = {"snr": o.pop("snr", 0.16), "corrections": o.pop("n_steps", o.pop("n_steps_each", 1))}
     if o:
@@ -1143,7 +1372,10 @@ def run_score_ode(report, name, options, tol):
 def run_ve(report, name, options, tol):
     """diffusers' ScoreSdeVeScheduler with its defaults."""
     o = dict(options)
-    n, kwargs = o.pop("n"), {"snr": o.pop("snr", 0.15), "corrections": o.pop("correct_steps", 1), "s_max": o.pop("sigma_max", 50.0)}
+    n, kwargs = (
+        o.pop("n"),
+        {"snr": o.pop("snr", 0.15), "corrections": o.pop("correct_steps", 1), "s_max": o.pop("sigma_max", 50.0)},
+    )
     if o:
         raise NotImplementedError(f"{name}: options {o}")
     process, times = predictor_corrector(report, name, "ve", n, "reverse", "langevin", tol, **kwargs)
@@ -1188,9 +1420,14 @@ def run_sit(report, name, options, tol):
     x = case.inputs["x_T"].double()
     if not sde:
         if method == "dopri5":
-            states, tol = [x, *D.rk45(watch, x, t, process, None)], 1e-2       # that solver's own error at its rtol of 1e-3
+            states, tol = [x, *D.rk45(watch, x, t, process, None)], 1e-2  # that solver's own error at its rtol of 1e-3
         else:
-            states = [x, *D.runge_kutta(watch, x, t, process, None, {"rk4": THREE_EIGHTHS}.get(method, method), time=True, euler_last=False)]
+            states = [
+                x,
+                *D.runge_kutta(
+                    watch, x, t, process, None, {"rk4": THREE_EIGHTHS}.get(method, method), time=True, euler_last=False
+                ),
+            ]
     else:
         t = torch.cat([t, torch.tensor([1 - end - size if last else 0.0], dtype=torch.float64)])
         states = list(D.sit_sde(watch, x, t, process, pool(case), form.lower(), norm, method.lower(),
@@ -1198,8 +1435,17 @@ def run_sit(report, name, options, tol):
     report.same(f"x:{name}", torch.stack(states), tol)
 
 
-RUNS = {"r_dit": run_dit, "r_rf": run_rf, "r_k": run_kdiffusion, "r_edm": run_edm, "r_ss": run_score, "r_ssode": run_score_ode,
-        "run_ve": run_ve, "run_vp": run_vp, "r_sit": run_sit}
+RUNS = {
+    "r_dit": run_dit,
+    "r_rf": run_rf,
+    "r_k": run_kdiffusion,
+    "r_edm": run_edm,
+    "r_ss": run_score,
+    "r_ssode": run_score_ode,
+    "run_ve": run_ve,
+    "run_vp": run_vp,
+    "r_sit": run_sit,
+}
 
 
 def check_sampler(case):
