@@ -616,8 +616,7 @@ def run_rf(report, name, options, tol):
     report.same(f"x:{name}", torch.stack(states), tol)
 
 
-# ------------------------------------------------------------------------------- diffusers: from a class and its
-# options
+# ------------------------------------------------------------------------------ diffusers: from a class and its options
 
 
 def replaced_last(betas, last):

@@ -222,18 +222,9 @@ def test_one_stochastic_step_has_the_closed_form_variance():
         D.SAMPLERS["ddim"], process, times, 0 * one, lambda s: torch.ones(s, dtype=torch.float64), denoise, eta=0.8
     )
     assert torch.allclose(moved, gain * one) and torch.allclose(pushed**2, (j.sigma**2 - k.sigma**2) * one)
-    assert (
-        abs(
-            D.beneath(i, j, 1.0).sigma ** 2
-            + math.exp(D.Discrete(D.linear_betas()).posterior(torch.tensor(600.0), torch.tensor(400.0))[2])
-            - 1
-        )
-        < 1
-    )  # beta~ lies below 1
 
 
-# ----------------------------------------------------------------------------------------------------------
-# equivalences
+# --------------------------------------------------------------------------------------------------------- equivalences
 
 ODE_TWINS = [
     ("ddim", {}, "euler", {}),
@@ -295,14 +286,10 @@ def test_a_samplers_path_does_not_depend_on_the_coordinates():
     lambdas."""
     images = []
     for process in (D.VP("eps"), D.EDM(), D.RectifiedFlow(), D.GVP(), D.SubVP("eps")):
-        lam = torch.linspace(-2, 3, 9, dtype=torch.float64)
-        times = torch.cat([process.time(torch.exp(-lam)), torch.zeros(1, dtype=torch.float64)])
-        images.append(
-            end(D.SAMPLERS["dpmpp-3m"], process, times, start() * process.sigma(times[:1]) * (1 + math.exp(-4)) ** 0.5)
-        )
-    x = images[0]
-    scale = [1, 1, 1, 1, 1]
-    assert all(torch.allclose(x, y * k, atol=0.15) for y, k in zip(images, scale))
+        times = process.time(torch.exp(-torch.linspace(-2, 3, 9, dtype=torch.float64)))
+        times = torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+        images.append(end(D.SAMPLERS["dpmpp-3m"], process, times, start() * process.sigma(times[:1])))
+    assert all(torch.allclose(images[0], image, rtol=0, atol=1e-7) for image in images)
 
 
 PREDICTIONS = list(D.PREDICTIONS)
@@ -405,7 +392,7 @@ def test_grids_fall_from_noise_to_the_clean_image(name, grid):
         times = process.times(10, grid)
     except ValueError as refusal:
         assert len(str(refusal)) > 20
-        assert grid in ("spaced", "leading", "trailing") or name in ("zero-snr", "gvp")    # both begin at alpha = 0
+        assert grid in ("spaced", "leading", "trailing") or name in ("zero-snr", "gvp")  # these begin at infinite s
         return
     assert (
         len(times) == 11 and (times.diff() < 0).all() and times[-1] == process.t_clean and times[0] <= process.t_noisy
@@ -426,8 +413,7 @@ def test_training_times_stay_on_the_path(name, density):
     )
 
 
-# ------------------------------------------------------------------------------------------- learned variance,
-# likelihood
+# ----------------------------------------------------------------------------------------- learned variance, likelihood
 
 
 def chain_loss(v, objective="hybrid", learned=True, fixed="large"):
@@ -477,7 +463,7 @@ def test_likelihood_with_the_exact_divergence_is_the_mixtures(process):
 def test_bits_per_dim_of_the_exact_reverse_process_is_the_entropy():
     """Exact mean and variance of every reverse step of Gaussian data: the bound is -log2 p, to the bins and the
     tanh."""
-    process, std = D.Discrete(D.linear_betas(), learned_variance=True), 0.4
+    process, std = D.Discrete(D.linear_betas(300), learned_variance=True), 0.4
     exact_denoise = mixture(process, torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64), (std,), (1.0,))
 
     def denoise(xt, t):
@@ -495,7 +481,7 @@ def test_bits_per_dim_of_the_exact_reverse_process_is_the_entropy():
     exact = (
         0.5 * math.log2(2 * math.pi * std**2) + (x0**2).mean().item() / (2 * std**2) / math.log(2) + math.log2(127.5)
     )
-    assert abs(bits - exact) < 0.05, (bits, exact)
+    assert abs(bits - exact) < 0.06, (bits, exact)
 
 
 def test_optimal_eps_loss_of_a_gaussian():
@@ -511,8 +497,7 @@ def test_optimal_eps_loss_of_a_gaussian():
         assert abs(loss / expected - 1) < 0.03
 
 
-# --------------------------------------------------------------------------------------------------------------
-# guidance
+# ------------------------------------------------------------------------------------------------------------- guidance
 
 
 def constant(x0, eps):
@@ -557,8 +542,7 @@ def test_dynamic_thresholding_and_clipping_keep_x_t():
         assert d.x0.abs().max() <= 1 and torch.allclose(0.5 * d.x0 + 0.5 * d.eps, x)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# inversion
+# ------------------------------------------------------------------------------------------------------------ inversion
 
 
 @pytest.mark.parametrize(
@@ -658,8 +642,7 @@ def test_registries_have_one_line_for_the_list():
             assert 10 < len(line) < 160 and "\n" not in line, name
 
 
-# -------------------------------------------------------------------------------------------- dtypes, independence,
-# cost
+# ------------------------------------------------------------------------------------------- dtypes, independence, cost
 
 
 @pytest.mark.parametrize("sampler", list(D.SAMPLERS))
