@@ -171,7 +171,8 @@ def grid_outputs(report, plan, name, t):
     levels = any(plan.c.get(f"use_{k}") for k in ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas"))
     # a flow's time is 1000 sigma, EDM's log(sigma)/4; a grid of noise levels rounds or interpolates its times in its
     # own way
-    told = {"flow": 1000 * t, "EDM": t.log() / 4, "SCM": t * math.pi / 2}.get(plan.group, 1000 * t if plan.c.get("use_flow_sigmas") else t)
+    told = {"flow": 1000 * t, "EDM": t.log() / 4, "SCM": t * math.pi / 2}.get(plan.group, t)
+    told = 1000 * t if plan.c.get("use_flow_sigmas") else told
     told = told * 1000 if plan.sampler == "lcm" and plan.group == "EDM" else told
     slack = 1.0 if levels or plan.c.get("use_flow_sigmas") else 2e-3
     if plan.sampler.startswith("dpm2"):              # middle points, by another interpolation of the time
