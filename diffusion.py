@@ -881,12 +881,13 @@ def runge_kutta_step(denoise, process, x, i, j, d, method, even="p", time=False,
         return mix((j.alpha, j.sigma), d)
     clock = lambda l: l._replace(c=1.0, p=l.t) if time else l
     i, j, slopes = clock(i), clock(j), [slope_of(process, d, i, time)]
+    # x at level m: c_m (x/c_i + (p_m - p_i) (weighted slopes))
+    along = lambda m, row: mix((m.c / i.c, *(m.c * (m.p - i.p) * w for w in row)), (x, *slopes))
     for place, row in zip(places, rows):
         t, p = (whole(process, i.t + place * (j.t - i.t)), None) if even == "t" else (None, i.p + place * (j.p - i.p))
         m = j if place == 1 else clock(at(process, t=t, p=p))
-        y = x / i.c + (m.p - i.p) * mix(row, slopes)
-        slopes.append(slope_of(process, denoise(m.c * y, m.t), m, time))
-    return j.c * (x / i.c + (j.p - i.p) * mix(weights, slopes))
+        slopes.append(slope_of(process, denoise(along(m, row), m.t), m, time))
+    return along(j, weights)
 
 
 def runge_kutta(denoise, x, times, process, noise, method, time=False, euler_last=True, **churn):
@@ -944,7 +945,8 @@ def adams(denoise, x, times, process, noise, order=4, coordinate="index", warm_u
         else:
             places, slopes = zip(*memory)
             end, scale = (j.p, 1) if coordinate == "p" else (n + 1, j.p - i.p)
-            x = j.c * (x / i.c + scale * mix(lagrange_integrals(places, place, end), slopes))
+            w = lagrange_integrals(places, place, end)
+            x = mix((j.c / i.c, *(j.c * scale * v for v in w)), (x, *slopes))
         yield x
 
 
