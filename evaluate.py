@@ -19,6 +19,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import figures
+import objectives
 import runs
 from metrics import Classifier, frechet_distance
 from models import MODELS, cost, create_model
@@ -82,7 +83,7 @@ def score(args):
     held_out = load_data(config, "test")
     n = min(args.n, len(held_out) // 2)
     batches = lambda rows: (held_out.gather(r)[0] for r in rows.split(256))
-    order = torch.randperm(len(held_out), generator=diffusion.seeded(0))
+    order = torch.randperm(len(held_out), generator=objectives.seeded(0))
     reference, _ = read(network, batches(order[n:]), device)
     real, real_classes = read(network, batches(order[:n]), device)
 

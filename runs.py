@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import diffusion
+import objectives
 from models import create_model
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
@@ -95,7 +96,7 @@ def build(config):
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
     shape = config["in_channels"], config["image_size"], config["image_size"]
-    return diffusion.Diffusion(model, process(config), shape, config["num_classes"], config["label_drop"], draw)
+    return objectives.Diffusion(model, process(config), shape, config["num_classes"], config["label_drop"], draw)
 
 
 def process(config):
@@ -223,7 +224,7 @@ def draw(objective, labels, n, seed, batch, device, first=0, frames=None, **opti
     list, collects the first batch's trajectory. options override the objective's own way of sampling."""
     for begin in tqdm(range(0, n, batch), desc="drawing", unit=" batches", leave=False, delay=2, disable=n <= batch):
         indices = range(begin, min(begin + batch, n))
-        noise = diffusion.ImageNoise(seed, [first + i for i in indices], device)
+        noise = objectives.ImageNoise(seed, [first + i for i in indices], device)
         y = labels[indices.start:indices.stop].to(device) if labels is not None else None
         x = noise((len(indices), *objective.shape))
         if frames is not None and begin == 0:

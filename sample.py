@@ -17,6 +17,7 @@ from tqdm import tqdm
 import convert
 import diffusion
 import figures
+import objectives
 import runs
 
 
@@ -57,7 +58,7 @@ def official(args, device):
     # DiT as published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
     draw = dict(sampler="ddpm", steps=250, guidance=4.0, guide_channels=3, clip=False)
     shape = config["in_channels"], config["input_size"], config["input_size"]
-    objective = diffusion.Diffusion(model, process, shape, config["num_classes"], draw=draw)
+    objective = objectives.Diffusion(model, process, shape, config["num_classes"], draw=draw)
     decoder = convert.load_decoder(args.decoder).to(device) if args.decoder else None
     return [], objective.to(device).eval(), decoder
 

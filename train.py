@@ -22,6 +22,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import figures
+import objectives
 import runs
 from models import MODELS, cost, create_model
 
@@ -252,7 +253,7 @@ def train():
             figures.save(loss_curve(entries), folder / "loss.png")
 
     def draw(step):
-        x = ema.preview(config["sample_n"], diffusion.seeded(config["seed"]))
+        x = ema.preview(config["sample_n"], objectives.seeded(config["seed"]))
         columns = config["num_classes"] if 1 < config["num_classes"] <= 16 else None
         figures.save(figures.grid(figures.to_uint8(x), columns), folder / "samples" / f"step_{step:07d}.png")
 
@@ -264,14 +265,14 @@ def train():
     for step in bar:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(config, step)
-        torch.manual_seed(diffusion.seeded(config["seed"], step, rank).initial_seed())
+        torch.manual_seed(objectives.seeded(config["seed"], step, rank).initial_seed())
         indices, flips = dataset.plan(step, config["batch"], config["seed"])
         sums = {}
         for micro in range(config["accum"]):
             begin = (rank * config["accum"] + micro) * share
             rows = slice(begin, begin + share)
             x, y = dataset.gather(indices[rows], flips[rows])
-            noise = diffusion.StepNoise(config["seed"], step, config["batch"], rows, device)
+            noise = objectives.StepNoise(config["seed"], step, config["batch"], rows, device)
             once = parallel.no_sync if world > 1 and micro < config["accum"] - 1 else contextlib.nullcontext
             with once():                                               # gradients are exchanged once a step
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

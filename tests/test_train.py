@@ -18,6 +18,7 @@ import data
 import diffusion
 import evaluate
 import figures
+import objectives
 import runs
 import sample
 import train
@@ -123,9 +124,9 @@ def test_label_drop_rate():
     seen = []
     model = torch.nn.Linear(1, 1)
     model.forward = lambda x, t, y: seen.append(y) or x
-    objective = diffusion.Diffusion(model, diffusion.RectifiedFlow(), (3, 4, 4), num_classes=5)
+    objective = objectives.Diffusion(model, diffusion.RectifiedFlow(), (3, 4, 4), num_classes=5)
     y = torch.arange(20_000) % 5
-    objective.loss({"x": torch.zeros(20_000, 3, 4, 4), "y": y, "noise": diffusion.StepNoise(0, 0, 20_000)})
+    objective.loss({"x": torch.zeros(20_000, 3, 4, 4), "y": y, "noise": objectives.StepNoise(0, 0, 20_000)})
     assert (seen[0] == 5).float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(seen[0][seen[0] != 5], y[seen[0] != 5])
     assert torch.equal(objective.labels(7, "cpu"), torch.tensor([0, 1, 2, 3, 4, 0, 1]))
@@ -144,7 +145,7 @@ def test_out_of_memory_names_the_flags(here, capsys, monkeypatch):
     def full(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(diffusion.Diffusion, "forward", full)
+    monkeypatch.setattr(objectives.Diffusion, "forward", full)
     assert "--batch" in (message := refused(capsys, train.train, *TINY)) and "--accum" in message
 
 

@@ -1,0 +1,86 @@
+"""What `train.py` trains: objectives, and the random numbers that they are given.
+
+An objective is a module with two methods: `loss(batch) -> scalars by name, "loss" among them`, and
+`preview(n, generator) -> images`. Training and sampling know nothing else of it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffusion import generate
+
+
+def seeded(*numbers, device="cpu"):
+    """A torch.Generator whose state is a function of the given integers alone."""
+    seed = np.random.SeedSequence([int(n) for n in numbers]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed >> np.uint64(1)))
+
+
+class ImageNoise:
+    """noise(shape) for sampling in which image i draws from a stream of its own, a function of (seed, i): the same seed
+    gives the same images whatever the batch size and device."""
+
+    def __init__(self, seed, indices, device="cpu"):
+        self.generators, self.device = [seeded(seed, i) for i in indices], device
+
+    def __call__(self, shape):
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators]).to(self.device)
+
+
+class StepNoise:
+    """The random numbers of one training step: the rows `rows` of what the whole batch of `total` draws from (seed,
+    step). So micro-batches and ranks see the numbers that they would have seen in one large batch."""
+
+    def __init__(self, seed, step, total, rows=slice(None), device="cpu"):
+        self.generator, self.total, self.rows, self.device = seeded(seed, step, device=device), total, rows, device
+
+    def uniform(self):
+        return torch.rand(self.total, generator=self.generator, device=self.device)[self.rows]
+
+    def normal(self, shape):
+        return torch.randn(self.total, *shape[1:], generator=self.generator, device=self.device)[self.rows]
+
+
+class Diffusion(nn.Module):
+    """The training objective of a denoising backbone: `loss(batch)` and `preview(n, generator)` are all that training
+    knows.
+
+    model: the backbone, model(x, t, y). num_classes: 0 for an unconditional model. label_drop: the share of samples
+    whose label becomes the null label (= num_classes) in training, which is what guidance needs. draw: options of
+    `generate`.
+    """
+
+    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None):
+        super().__init__()
+        self.model, self.process, self.shape = model, process, shape
+        self.num_classes, self.label_drop, self.draw = num_classes, label_drop, draw or {}
+
+    def loss(self, batch):
+        """batch: x (B, C, H, W) in [-1, 1], y (B,), noise a `StepNoise` -> scalars by name, "loss" among them."""
+        x, y, noise = batch["x"], batch["y"], batch["noise"]
+        t = self.process.training_times(noise.uniform())
+        y = torch.where(noise.uniform() < self.label_drop, self.num_classes, y) if self.num_classes else None
+        parts = self.process.loss(self.model, x, y, t, noise.normal(x.shape))
+        return {name: value.mean() for name, value in parts.items()}
+
+    forward = loss                                 # DistributedDataParallel calls the module itself
+
+    def labels(self, n, device):
+        """The labels of a preview: every class in turn. None if there are none."""
+        return torch.arange(n, device=device) % self.num_classes if self.num_classes else None
+
+    def trajectory(self, x, y, **draw) -> Iterator[torch.Tensor]:
+        """Images after each sampling step, from noise x and labels y; `draw` overrides the objective's own options."""
+        null = torch.full_like(y, self.num_classes) if y is not None else None
+        yield from generate(self.process, self.model, x, y, null, **{**self.draw, **draw})
+
+    def preview(self, n, generator):
+        """n images (n, C, H, W) in [-1, 1]; all randomness comes from `generator` (on the CPU)."""
+        device = next(self.model.parameters()).device
+        noise = lambda shape: torch.randn(shape, generator=generator).to(device)
+        for x in self.trajectory(noise((n, *self.shape)), self.labels(n, device), noise=noise):
+            pass
+        return x.clamp(-1, 1)
