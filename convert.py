@@ -17,7 +17,7 @@ import torch
 
 from autoencoders import KLDecoder
 from diffusion import RectifiedFlow
-from layers import pack_ternary
+from layers import PackedLinear, replace_ternary
 from models import MODELS, DiT, DiTMoE, Stitched, TerDiT
 
 
@@ -168,7 +168,7 @@ def terdit(config, state_dict):
               if value.dtype == torch.uint8}
     state = {terdit_name(name): value for name, value in state_dict.items()}
     state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].view_as(model.x_embedder.proj.weight)
-    return fill(pack_ternary(model, packed), state, "this TerDiT")
+    return fill(replace_ternary(model, PackedLinear, packed), state, "this TerDiT")
 
 
 def terdit_name(name):

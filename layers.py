@@ -143,7 +143,7 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """down(SiLU(gate x) * up x) without biases: (B, N, D) -> (B, N, D). GLU Variants Improve Transformer, 2002.05202."""
+    """down(SiLU(gate x) * up x), no biases: (B, N, D) -> (B, N, D). GLU Variants Improve Transformer, 2002.05202."""
 
     def __init__(self, dim, hidden):
         super().__init__()
@@ -168,8 +168,8 @@ def ternary(weight):
 
 
 def pack(codes):
-    """Codes (out, in) in {-1, 0, 1} -> uint8 (out/4, in). Byte row r holds rows r, r + out/4, r + 2 out/4, r + 3 out/4 of
-    Q + 1, the first in the highest two bits."""
+    """Codes (out, in) in {-1, 0, 1} -> uint8 (out/4, in). Row r of the bytes holds rows r, r + out/4, r + 2 out/4 and
+    r + 3 out/4 of Q + 1, the first in the highest two bits."""
     if len(codes) % 4:
         raise ValueError(f"packing puts four rows into one, and {len(codes)} rows do not divide by 4")
     a, b, c, d = (codes + 1).to(torch.uint8).chunk(4)
@@ -177,7 +177,7 @@ def pack(codes):
 
 
 def unpack(packed):
-    """The inverse of `pack`: uint8 (out/4, in) -> codes (out, in), uint8 Q + 1 less one as int8."""
+    """The inverse of `pack`: uint8 (out/4, in) -> codes (out, in), int8."""
     return torch.cat([packed >> shift & 3 for shift in (6, 4, 2, 0)]).to(torch.int8) - 1
 
 
@@ -188,7 +188,7 @@ class TernaryLinear(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        # The layer starts as an approximation of W; of a zero W (gates), whose codes are 0, at the scale of a Xavier one.
+        # The layer starts as an approximation of W; a zero W (gates), whose codes are 0, has the scale of a Xavier one.
         gamma = linear.weight.detach().abs().mean()
         self.alphas = nn.Parameter(torch.where(gamma > 0, gamma, (1.5 / sum(linear.weight.shape)) ** 0.5)[None])
 
@@ -210,10 +210,10 @@ class PackedLinear(nn.Module):
 
 
 def ternarize(model, eps=1e-5):
-    """Make every linear layer inside the blocks of a backbone (whatever lies in an nn.ModuleList) ternary, in place, and
-    put an RMSNorm over all its outputs behind each block's adaLN projection, without which ternary modulation is huge
-    (2405.14854, section 3.3). Embeddings and read-out stay as they are. -> the model. Raises ValueError if no such
-    layer is there."""
+    """Make every linear layer inside the blocks of a backbone (whatever lies in an nn.ModuleList) ternary, in place,
+    and put an RMSNorm over all its outputs behind each block's adaLN projection, without which ternary modulation is
+    huge (2405.14854). Embeddings and read-out stay as they are. -> the model. Raises ValueError if no such layer is
+    there."""
     lists = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
     names = [name for name, m in model.named_modules() if type(m) is nn.Linear and name.startswith(lists)]
     if not names:
@@ -229,10 +229,19 @@ def ternarize(model, eps=1e-5):
     return model
 
 
-def pack_ternary(model, names=None):
-    """Replace every `TernaryLinear` (or those of `names`) by its `PackedLinear`, in place. -> the model."""
+def replace_ternary(model, make, names=None):
+    """Replace every `TernaryLinear` m (or those of `names`) by make(m), in place. -> the model. make: `PackedLinear`,
+    or `dense` for an ordinary layer with the same weights."""
     for name, m in list(model.named_modules()):
         if isinstance(m, TernaryLinear) and (names is None or name in names):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, PackedLinear(m))
+            setattr(model.get_submodule(parent), child, make(m))
     return model
+
+
+def dense(m):
+    """An nn.Linear that computes what the `TernaryLinear` m computes."""
+    linear = nn.Linear(*m.weight.shape[::-1], bias=m.bias is not None, device=m.weight.device)
+    state = {"weight": m.alphas * ternary(m.weight), "bias": m.bias}
+    linear.load_state_dict({name: value for name, value in state.items() if value is not None})
+    return linear

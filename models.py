@@ -308,9 +308,9 @@ class DiTMoE(DiT):
 
 
 # =============================================================================================================== TerDiT
-# TerDiT: Ternary Diffusion Models with Transformers, 2405.14854. A LLaMA-style DiT (Large-DiT: RMSNorm, rotary positions,
-# SwiGLU, no position table) whose blocks' linear layers have weights in {-alpha, 0, alpha}: `layers.ternarize` makes
-# them so, and puts an RMSNorm behind each block's adaLN projection, the paper's one change of the architecture.
+# TerDiT: Ternary Diffusion Models with Transformers, 2405.14854. A LLaMA-style DiT (Large-DiT: RMSNorm, rotary
+# positions, SwiGLU, no position table) whose blocks' linear layers have weights in {-alpha, 0, alpha}:
+# `layers.ternarize` makes them so, and puts an RMSNorm behind each block's adaLN projection, the paper's one change.
 
 
 def rotate(x, angle):
@@ -328,8 +328,8 @@ class GroupedAttention(nn.Module):
     def __init__(self, dim, num_heads, kv_heads, qk_norm):
         super().__init__()
         if dim % num_heads or num_heads % kv_heads or dim // num_heads % 2:
-            raise ValueError(f"{num_heads} heads and {kv_heads} key-value heads do not fit a width of {dim}: heads must "
-                             "divide the width into even parts, and be a multiple of the key-value heads")
+            raise ValueError(f"{num_heads} heads and {kv_heads} key-value heads do not fit a width of {dim}: heads "
+                             "must divide the width into even parts, and be a multiple of the key-value heads")
         head = dim // num_heads
         self.num_heads, self.kv_heads = num_heads, kv_heads
         self.wq = nn.Linear(dim, num_heads * head, bias=False)
@@ -349,8 +349,7 @@ class GroupedAttention(nn.Module):
 
 
 class TerDiTBlock(nn.Module):
-    """As DiT's block, with RMSNorm, rotary attention and SwiGLU. The last two linear layers of each stay unchanged in
-    shape when they become ternary; c (B, condition)."""
+    """As DiT's block, with RMSNorm, rotary attention and SwiGLU. x (B, N, D), c (B, condition), angle (N, D/2h)."""
 
     def __init__(self, dim, condition, num_heads, kv_heads, hidden, eps, qk_norm):
         super().__init__()
@@ -381,8 +380,8 @@ class TerDiT(nn.Module):
         self.x_embedder = PatchEmbed(in_channels, D, patch_size)
         self.t_embedder = TimestepEmbedder(condition)
         self.y_embedder = LabelEmbedder(num_classes, condition, null_class) if num_classes else None
-        self.layers = nn.ModuleList(TerDiTBlock(D, condition, num_heads, kv_heads or num_heads, hidden, norm_eps, qk_norm)
-                                    for _ in range(depth))
+        block = lambda: TerDiTBlock(D, condition, num_heads, kv_heads or num_heads, hidden, norm_eps, qk_norm)
+        self.layers = nn.ModuleList(block() for _ in range(depth))
         self.final_layer = FinalLayer(D, patch_size, in_channels * (2 if learn_sigma else 1), condition)
         self.initialise()
         if ternary:
@@ -419,13 +418,13 @@ class TerDiT(nn.Module):
 
 
 # ============================================================================================================= T-Stitch
-# T-Stitch, 2402.14167: no network, but several trained ones in one trajectory. Denoisers of all sizes agree in the noisy
-# first steps, which set layout and low frequencies; so a small model takes these and a large one the rest.
+# T-Stitch, 2402.14167: no network, but several trained ones in one trajectory. Denoisers of all sizes agree in the
+# noisy first steps, which set layout and low frequencies; so a small model takes these and a large one the rest.
 
 
 class Stitched(nn.Module):
-    """models, the smallest first, in one: model(x, t, y) is the model j whose share of sampling t lies in: the first with
-    progress 1 - t/T <= fractions[0] + ... + fractions[j] (the published rule), the last if there is none.
+    """models, the smallest first, in one: model(x, t, y) is the model in whose share of sampling t lies, the first j
+    with progress 1 - t/T <= fractions[0] + ... + fractions[j] (the published rule), the last if there is none.
 
     A threshold on t gives a model its fraction of the steps on a uniform grid only; for other grids see `stitch_steps`.
     T: what the network is told at the noisiest end. nulls: each model's null label, in place of the first one's.
@@ -434,10 +433,11 @@ class Stitched(nn.Module):
     def __init__(self, models, fractions, T=1000, nulls=None):
         super().__init__()
         if len(fractions) != len(models) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=0.02):
-            raise ValueError(f"stitching {len(models)} models takes as many fractions of the steps, which sum to 1, not "
-                             f"{', '.join(f'{f:g}' for f in fractions)}")
+            raise ValueError(f"stitching {len(models)} models takes as many fractions of the steps, which sum to 1, "
+                             f"not {', '.join(f'{f:g}' for f in fractions)}")
         self.models, self.T, self.nulls = nn.ModuleList(models), T, nulls
         self.cumulative = torch.tensor(fractions).cumsum(0)            # float32 as published, where it decides a tie
+        self.cumulative[self.cumulative == 0] = -math.inf              # no share, no step
 
     def choose(self, t):
         """The index of the model for time t (a number)."""
@@ -483,8 +483,8 @@ for size, (depth, width, heads, experts) in {"s": (12, 384, 6, (8, 16)), "b": (1
                                              "l": (24, 1024, 16, (8,)), "xl": (28, 1152, 16, (8,)),
                                              "g": (40, 1408, 16, (16,))}.items():
     for E in experts:
-        MODELS[f"dit-moe-{size}/2-{E}e2a"] = (DiTMoE, dict(depth=depth, hidden_size=width, num_heads=heads, num_experts=E,
-                                                           qk_norm=size in ("l", "xl", "g")))
+        MODELS[f"dit-moe-{size}/2-{E}e2a"] = (DiTMoE, dict(
+            depth=depth, hidden_size=width, num_heads=heads, num_experts=E, qk_norm=size in ("l", "xl", "g")))
 # 2405.14854: 600M and 4.2B are the paper's, 7b is in its code.
 MODELS["terdit-nano"] = (TerDiT, dict(depth=6, hidden_size=128, num_heads=4, multiple_of=32, qk_norm=True,
                                       patch_size=4))

@@ -64,8 +64,8 @@ def slices(x, weights, ends):
 
 
 class Router(nn.Module):
-    """Tokens (T, D) -> weight (T, K), index (T, K), probs (T, E). p = softmax over all E experts of a linear map without
-    bias; a token takes the K best and weighs each by its p, so that its weights sum to less than 1 (2407.11633, eq. 3).
+    """Tokens (T, D) -> weight (T, K), index (T, K), probs (T, E). p = softmax over all E experts of a linear map
+    without bias; a token takes the K best, each weighed by its p, so that its weights sum to less than 1 (2407.11633).
 
     renormalise: divide the K weights by their sum. Under autocast it keeps the precision of its weights.
     """
@@ -124,15 +124,14 @@ def balance_loss(probs, index):
     of load * mean probability over the experts, is 1 for even loads, E/K if all tokens choose alike. 2407.11633, eq. 4
     (over all tokens of the batch, as the published code counts)."""
     E = probs.shape[1]
-    load = torch.zeros_like(probs[0]).index_add_(0, index.flatten(), torch.ones_like(probs[:, 0]).repeat(index.shape[1]))
-    load = load * (E / index.numel())
+    load = torch.zeros_like(probs[0]).index_add_(0, index.flatten(), probs.new_ones(index.numel())) * E / index.numel()
     return (load * probs.mean(0)).sum(), load
 
 
 def balanced(model, loss, alpha):
     """What training adds for a model with experts: {"loss": loss + alpha * the sum of the layers' balance losses,
-    "balance": their mean (1: even), "load_cv": the mean coefficient of variation of the loads (0: even)}. {} for a model
-    without experts, or after a call in evaluation mode."""
+    "balance": their mean (1: even), "load_cv": the mean coefficient of variation of the loads (0: even)}. {} for a
+    model without experts, or after a call in evaluation mode."""
     layers = [m for m in model.modules() if isinstance(m, MoE) and m.balance is not None]
     if not layers:
         return {}
@@ -154,8 +153,8 @@ def activated_parameters(model):
 
 
 def add_experts(model, num_experts, top_k, blocks=None, shared=2, renormalise=False):
-    """Replace, in place, the feed-forward networks (`layers.Mlp`, `layers.SwiGlu`) of a backbone by fresh `MoE` layers:
-    routed experts of the same hidden width, shared ones of `shared` times the model's width. -> the model.
+    """Replace, in place, the feed-forward networks (`layers.Mlp`, `layers.SwiGlu`) of a backbone by fresh `MoE`
+    layers: routed experts of the same hidden width, shared ones of `shared` times the model's width. -> the model.
 
     blocks: only those, counted from 0 in the order of the network (None: all). Raises ValueError if there are none.
     """
@@ -186,17 +185,17 @@ def upcycle(model, dense):
             own.copy_(given)
         else:
             raise ValueError(f"these weights cannot be upcycled: {name} is {tuple(own.shape)} here and "
-                             f"{'absent' if given is None else tuple(given.shape)} there; upcycling starts from a run of "
-                             "the same model with --model-options num_experts=1,top_k=1")
+                             f"{'absent' if given is None else tuple(given.shape)} there; upcycling starts from a "
+                             "run of the same model with --model-options num_experts=1,top_k=1")
 
 
 # ------------------------------------------------------------------------------------------------------------- analysis
 
 
 class Counter:
-    """Counts which experts a model's layers L choose while it samples: classes (classes, L, E), positions (L, N, E), steps
-    (L, steps, E). The three analyses of 2407.11633, section 4. Only calls with a true label are counted, not those with
-    the null label; set `step` as sampling goes on. `with Counter(...) as c:` listens to the model."""
+    """Counts which experts a model's layers L choose while it samples: classes (classes, L, E), positions (L, N, E),
+    steps (L, steps, E). The three analyses of 2407.11633, section 4. Only calls with a true label are counted, not
+    those with the null label; set `step` as sampling goes on. `with Counter(...) as c:` listens to the model."""
 
     def __init__(self, model, num_classes, steps):
         self.layers = [m for m in model.modules() if isinstance(m, MoE)]

@@ -121,7 +121,8 @@ class Stitch(Diffusion):
 
     def __init__(self, parts, fractions, rule="steps"):
         model = Stitched([part.model for part in parts], fractions, nulls=[part.num_classes for part in parts])
-        super().__init__(model, parts[-1].process, parts[-1].shape, min(p.num_classes for p in parts), 0.0, parts[-1].draw)
+        last = parts[-1]
+        super().__init__(model, last.process, last.shape, parts[0].num_classes, draw=last.draw)
         self.fractions, self.rule = fractions, choose({"steps": "steps", "time": "time"}, rule, "stitching rule")
 
     def trajectory(self, x, y, **draw):

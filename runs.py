@@ -102,7 +102,7 @@ def build(config):
             raise ValueError("--ternary knows linear layers only, not stacks of experts: leave out one of the two")
         layers.ternarize(model)
     if config.get("packed"):
-        layers.pack_ternary(model)
+        layers.replace_ternary(model, layers.PackedLinear)
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
     shape = config["in_channels"], config["image_size"], config["image_size"]
@@ -231,12 +231,12 @@ def open_run(folder, device="cpu", weights="ema"):
 
 
 def open_stitched(folders, fractions, rule="steps", device="cpu", weights="ema"):
-    """As `open_run`, of several runs in one trajectory: the first takes the first share of the sampling steps, and so on;
-    the last run's config and way of sampling hold. fractions: one a run, or one less: the last takes the rest."""
+    """As `open_run`, of several runs in one trajectory: the first takes the first share of the sampling steps, and so
+    on; the last run's config and way of sampling hold. fractions: one a run, or one less: the last takes the rest."""
     configs, parts = zip(*(open_run(folder, device, weights) for folder in folders))
     for key in ("image_size", "in_channels", "learned_variance", "process", "prediction", "shift"):
         if len({config[key] for config in configs}) > 1:
-            raise ValueError(f"runs can be stitched only if their {key} is the same, and it is "
+            raise ValueError(f"runs can be stitched only if they have the same {key}, and it is "
                              + ", ".join(f"{config[key]!r} in {folder}" for config, folder in zip(configs, folders)))
     if len(fractions) == len(folders) - 1:
         fractions = [*fractions, 1 - sum(fractions)]

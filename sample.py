@@ -24,18 +24,18 @@ import runs
 def flags():
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", nargs="*", help="folder of a run, or a checkpoint file in it; several, the smallest model first, "
-                                          "with --stitch")
+    p.add_argument("run", nargs="*", help="folder of a run, or a checkpoint file in it; with --stitch several, "
+                                          "the smallest model first")
     p.add_argument("--n", type=runs.positive, default=64, help="images (default: %(default)s)")
     p.add_argument("--classes",
                    help="class names or numbers, comma separated, drawn in turn (default: all of them in turn)")
     runs.sampling_flags(p)
     p.add_argument("--sampler-options", type=runs.options, default={}, metavar="NAME=VALUE,...",
                    help="the sampler's own options, for example eta=0.5 or order=3")
-    p.add_argument("--stitch", type=runs.floats, metavar="F,...", help="of several runs, the share of the steps that each "
-                   "takes (the last may be left out): 0.4 gives the first 40%% of the steps to the first run (T-Stitch)")
-    p.add_argument("--stitch-rule", choices=["steps", "time"], default="steps", help="whole steps, or a threshold on t as "
-                   "in the published code (default: %(default)s)")
+    p.add_argument("--stitch", type=runs.floats, metavar="F,...", help="the share of the steps that each of several "
+                   "runs takes, the last one's may be left out: 0.4 gives the first 40%% to the first (T-Stitch)")
+    p.add_argument("--stitch-rule", choices=["steps", "time"], default="steps",
+                   help="whole steps, or a threshold on t as in the published code (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument("--batch", type=runs.positive, default=64, help="images drawn at once (default: %(default)s)")
     p.add_argument("--out", help="FILE.png: a grid (default: sample.png in the run's folder); FILE.npz: arr_0 uint8 "
@@ -120,7 +120,8 @@ def sample():
         out = Path(args.out or "sample.png")
     elif args.run:
         if (len(args.run) > 1) != (args.stitch is not None):
-            raise ValueError("several runs go together with --stitch: python sample.py runs/small runs/large --stitch 0.4")
+            raise ValueError("several runs and --stitch go together: "
+                             "python sample.py runs/small runs/large --stitch 0.4")
         config, objective = (runs.open_stitched(args.run, args.stitch, args.stitch_rule, device, args.weights)
                              if args.stitch is not None else runs.open_run(args.run[0], device, args.weights))
         folder = Path(args.run[-1]) if Path(args.run[-1]).is_dir() else Path(args.run[-1]).parent

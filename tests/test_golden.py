@@ -11,12 +11,12 @@ import diffusion
 import moe
 from layers import (
     LabelEmbedder,
-    SwiGlu,
+    PackedLinear,
     TernaryLinear,
     drop_labels,
     pack,
-    pack_ternary,
     position_table,
+    replace_ternary,
     ternary,
     timestep_embedding,
     unpack,
@@ -196,7 +196,8 @@ def check_dit_moe(case):
             with torch.device("meta"):
                 model = create_model("dit-moe-" + name.split(":")[1].lower().replace("_", "/"), 32, 4, 1000,
                                      learn_sigma=True)
-            same(torch.tensor([sum(p.numel() for p in model.parameters()), moe.activated_parameters(model)]), value, name)
+            counts = sum(p.numel() for p in model.parameters()), moe.activated_parameters(model)
+            same(torch.tensor(counts), value, name)
     else:
         model = convert.load_official("dit-moe", case.config, case.state_dict).eval()
         check = (check_moe_stats if "count_step" in case.outputs else check_moe_upcycle if "upcycled" in case.meta else
@@ -307,8 +308,9 @@ def check_moe_upcycle(case, dense):
     x, t, y = (case.inputs[k] for k in "xty")
     c = case.meta["upcycled"]
     model = create_model("dit-moe-nano", c["input_size"], c["in_channels"], c["num_classes"], **{
-        k: c[k] for k in ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma", "num_experts")},
-        top_k=c["num_experts_per_tok"], qk_norm=c["use_flash_attn"], null_class=c["class_dropout_prob"] > 0).eval()
+        k: c[k] for k in ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma",
+                          "num_experts")}, top_k=c["num_experts_per_tok"], qk_norm=c["use_flash_attn"],
+        null_class=c["class_dropout_prob"] > 0).eval()
     moe.upcycle(model, dense.state_dict())
     for k, block in enumerate(model.blocks):
         assert 0.5 < block.mlp.router.weight.std() / 0.02 < 2
@@ -332,11 +334,12 @@ def check_moe_stats(case, model):
     with torch.no_grad(), counter:
         for z, y, noises in zip(case.inputs["z"], case.inputs["y"], case.inputs["noises"]):
             cond, uncond = process.denoiser(model, y[None]), process.denoiser(model, torch.full_like(y[None], null))
-            denoise, pool, x = diffusion.guided(cond, uncond, case.meta["cfg_scale"], channels=3), iter(noises), z[None]
-            counter.step = 0
-            for x in diffusion.SAMPLERS["ddpm"](denoise, x, times, process, lambda shape: next(pool)[None]):
-                counter.step += 1
+            denoise, pool = diffusion.guided(cond, uncond, case.meta["cfg_scale"], channels=3), iter(noises)
+            walk = diffusion.SAMPLERS["ddpm"](denoise, z[None], times, process, lambda shape: next(pool)[None])
+            for counter.step, x in enumerate(walk, start=1):            # noqa: B007
+                pass
             finals.append(x[0])
+            counter.step = 0
     ours = {"count_class": counter.classes[classes], "count_position": counter.positions, "count_step": counter.steps,
             "final": torch.stack(finals)}
     for name, value in case.outputs.items():
@@ -373,8 +376,8 @@ def check_terdit_forward(case, model):
     x, t, y = (case.inputs[k] for k in "xty")
     points = {"patch_tokens": model.x_embedder, "final_tokens": model.final_layer, "layer_last": model.layers[-1]}
     for k, layer in enumerate(model.layers):
-        points |= {f"layer{k}": layer, f"layer{k}.attention": layer.attention, f"layer{k}.adaLN": layer.adaLN_modulation,
-                   f"layer{k}.feed_forward": layer.feed_forward,
+        points |= {f"layer{k}": layer, f"layer{k}.attention": layer.attention,
+                   f"layer{k}.feed_forward": layer.feed_forward, f"layer{k}.adaLN": layer.adaLN_modulation,
                    f"layer{k}.adaLN_before_rms": layer.adaLN_modulation[1]}
     seen = watched(points)
     seen["out"] = model(x, t, y)
@@ -385,7 +388,7 @@ def check_terdit_forward(case, model):
             published = published.replace("forward.down", "forward.w2")
             codes = ternary(m.weight).detach()
             ours |= {f"{published}.ternary": codes, f"packed_uint8:{published}.weight": pack(codes)}
-    ours["out_packed"] = pack_ternary(model)(x, t, y)
+    ours["out_packed"] = replace_ternary(model, PackedLinear)(x, t, y)
     assert torch.equal(ours["out_packed"], ours["out"]), "packing changes nothing, to the last bit"
     # the packed weights, under their published names, make the same model
     packed = {name: ours.get(f"packed_uint8:{name}", value) for name, value in case.state_dict.items()}
@@ -441,8 +444,8 @@ def check_stitch(case):
     with torch.no_grad():
         sampler = diffusion.SAMPLERS[case.meta["solver"]]
         steps = list(sampler(keeping, z, times, process, lambda shape: next(pool), **options))
-    ours = {"model_index": torch.tensor(chosen), "timesteps": times[:-1], "steps": torch.stack(steps), "final": steps[-1],
-            "pred_xstart": torch.stack([d.x0 for d in kept])}
+    ours = {"model_index": torch.tensor(chosen), "timesteps": times[:-1], "steps": torch.stack(steps),
+            "final": steps[-1], "pred_xstart": torch.stack([d.x0 for d in kept])}
     for name, value in case.outputs.items():
         same(ours[name], value, name)
 
@@ -462,7 +465,8 @@ def check_stitch_schedule(case):
         same(ours, value, name)
 
 
-CHECKS = {"dit-moe": check_dit_moe, "terdit": check_terdit, "t-stitch": check_stitch, "dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler}
+CHECKS = {"dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler,
+          "dit-moe": check_dit_moe, "terdit": check_terdit, "t-stitch": check_stitch}
 
 
 def test_golden(golden_file):
