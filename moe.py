@@ -9,6 +9,8 @@
 Letters: B batch, N tokens of an image, T = B N tokens in all, D width, H hidden width, E experts, K experts a token.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,7 +59,8 @@ def slices(x, weights, ends):
     """`products` by ordinary matrix products of slices. On the meta device, where nothing is chosen, loads are even."""
     n, E = len(x), len(weights)
     ends = [n * (e + 1) // E for e in range(E)] if x.is_meta else ends.tolist()
-    return torch.cat([F.linear(x[a:b], w) for a, b, w in zip([0, *ends], ends, weights.unbind())])
+    rows = x.split([b - a for a, b in pairwise([0, *ends])])
+    return torch.cat([F.linear(r, w) for r, w in zip(rows, weights.unbind())])
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -149,7 +152,7 @@ def activated_parameters(model):
     return sum(p.numel() for p in model.parameters()) - unused
 
 
-# ------------------------------------------------------------------------------------------- experts for a dense network
+# ------------------------------------------------------------------------------------------ experts for a dense network
 
 
 def add_experts(model, num_experts, top_k, blocks=None, shared=2, renormalise=False):

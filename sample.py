@@ -1,6 +1,8 @@
 """Draw images:  python sample.py runs/shapes-unet-pico --n 64 --guidance 2
 
-From the run's averaged (EMA) weights, or from a published checkpoint:
+From the run's averaged (EMA) weights, or from two runs in one trajectory, the small model first (T-Stitch):
+    python sample.py runs/small runs/large --stitch 0.4
+or from a file of ternary weights at two bits (`python evaluate.py pack RUN` makes it), or a published checkpoint:
     python sample.py --official dit --checkpoint DiT-XL-2-256x256.pt --decoder sd-vae-ft-ema.safetensors \\
         --classes 207,360 --n 4
 Image i is a function of the seed and i alone, whatever --batch is.

@@ -2,6 +2,7 @@
 
 import copy
 
+import golden
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,6 +184,18 @@ def test_published_files(tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"not a file of weights")
     with pytest.raises(ValueError, match="junk.pt is not a file of weights"):
         read_weights(tmp_path / "junk.pt")
+
+
+@pytest.mark.parametrize("name, arch, guessed", [("dit-moe-qknorm", "dit-moe", {"pretraining_tp"}), (
+    "terdit-base", "terdit", {"input_size", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps"})])
+def test_published_configs_are_read_off_the_shapes(name, arch, guessed):
+    case = golden.load(f"{golden.__file__.removesuffix('golden.py')}{name}.npz")
+    inferred = infer_config(arch, case.state_dict)
+    known = set(case.config) - guessed - {"class_dropout_prob"}
+    assert {k: inferred[k] for k in known} == {k: case.config[k] for k in known}
+    load_official(arch, inferred, case.state_dict)
+    with pytest.raises(ValueError, match=f"not the weights of a published {arch}"):
+        infer_config(arch, {"a": torch.zeros(1)})
 
 
 def test_safetensors(tmp_path):

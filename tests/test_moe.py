@@ -1,5 +1,8 @@
 """Mixtures of experts: both dispatches, the balance loss, experts in any backbone, upcycling, the analysis."""
 
+import statistics
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ import torch.nn.functional as F
 import moe
 import objectives
 from diffusion import create_process
-from models import DiTMoE, create_model
+from models import DiTMoE, cost, create_model
 
 
 def layer(E=5, K=2, D=8, H=12, shared=6, seed=0, **options):
@@ -185,3 +188,60 @@ def test_counts_agree():
     assert (counter.steps.sum(2) == 3 * 4 * 2).all()
     with pytest.raises(ValueError, match="no experts"):
         moe.Counter(create_model("dit-nano"), 10, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------- speed
+
+
+def race(calls, rounds):
+    """Seconds of each call, interleaved: the medians after one round of warming up."""
+    times = {name: [] for name in calls}
+    for k in range(rounds + 1):
+        for name, call in calls.items():
+            clock = time.perf_counter()
+            call()
+            times[name] += [time.perf_counter() - clock] if k else []
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+@pytest.mark.slow
+def test_dispatch_speed():
+    """python -m pytest -m slow -k dispatch_speed -s"""
+    print()
+    for T, E in ((2048, 8), (2048, 16), (2048, 64), (256, 64)):
+        m, x = moe.MoE(384, 1536, E, 2), torch.randn(T, 384, requires_grad=True)
+
+        def step(dispatch, m=m, x=x):
+            m.dispatch = dispatch
+            m(x).sum().backward()
+
+        t = race({"loop": lambda: step(moe.loop), "grouped": lambda: step(moe.grouped)}, 5)
+        print(f"{T} tokens, {E} experts: loop {t['loop']:.3f} s, grouped {t['grouped']:.3f} s, "
+              f"{t['loop'] / t['grouped']:.2f} times as fast")
+
+
+@pytest.mark.slow
+def test_training_step_speed():
+    """DiT-MoE-S/2-8E2A's training step over that of a dense DiT whose MLP has the multiply-accumulates that a token
+    meets: 2 experts of 12 D^2 and the shared one of 6 D^2 are a hidden width of 15 D.
+    python -m pytest -m slow -k training_step_speed -s"""
+    options = dict(image_size=32, in_channels=4, num_classes=1000)
+    models = {"dit-moe-s/2-8e2a": create_model("dit-moe-s/2-8e2a", **options),
+              "dense": create_model("dit-s/2", **options, mlp_ratio=15)}
+    macs = {name: cost(model, (4, 32, 32))[1] for name, model in models.items()}
+    assert macs["dit-moe-s/2-8e2a"] == pytest.approx(macs["dense"], rel=0.01)
+    x, y = torch.randn(8, 4, 32, 32), torch.arange(8)
+    calls = {}
+    for name, model in models.items():
+        objective = objectives.Diffusion(model, create_process("linear"), (4, 32, 32), 1000, balance=0.01)
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+
+        def step(objective=objective, optimiser=optimiser):
+            objective.loss({"x": x, "y": y, "noise": objectives.StepNoise(0, 0, 8)})["loss"].backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+        calls[name] = step
+    t = race(calls, 3)
+    print(f"\nbatch 8: {', '.join(f'{name} {s:.2f} s' for name, s in t.items())}, "
+          f"ratio {t['dit-moe-s/2-8e2a'] / t['dense']:.3f}")
