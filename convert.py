@@ -146,9 +146,14 @@ def infer_dit_moe(state_dict):
 
 class DiTMoEFlow(RectifiedFlow):
     """The rectified flow of the published XL and G: the network is told t itself, 0 to 1, and the second half of its
-    channels, which has no loss, is thrown away."""
+    channels, if it has one (learn_sigma), has no loss and is thrown away."""
+
+    def __init__(self, learn_sigma=True):
+        super().__init__()
+        self.halves = 2 if learn_sigma else 1
+
     def network_time(self, t): return t
-    def split(self, output): return output.chunk(2, 1)[0], None
+    def split(self, output): return output.chunk(self.halves, 1)[0], None
 
 
 # --------------------------------------------------------------------------------------------------------------- terdit

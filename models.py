@@ -409,8 +409,8 @@ class TerDiT(nn.Module):
             c = c + self.y_embedder(y)
         # Positions are one-dimensional: the token's place in row-major order.
         place = torch.arange(x.shape[1], device=x.device, dtype=torch.promote_types(c.dtype, torch.float32))
-        rate = 10000 ** (-torch.arange(0, self.head, 2, device=x.device, dtype=place.dtype) / self.head)
-        angle = place[:, None] * rate                               # (N, D/2h)
+        period = 10000 ** (torch.arange(0, self.head, 2, device=x.device, dtype=place.dtype) / self.head)
+        angle = place[:, None] * (1 / period)                       # (N, D/2h)
         for layer in self.layers:
             x = layer(x, c, angle)                                  # (B, N, D)
         x = self.final_layer(x, c)                                  # (B, N, p*p*C_out)

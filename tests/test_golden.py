@@ -285,7 +285,8 @@ def check_moe_training(case, model):
 
 
 def check_moe_flow(case, model):
-    process, (x0, noise, z, y) = convert.DiTMoEFlow(), (case.inputs[k] for k in ("x0", "noise", "z", "y"))
+    process = convert.DiTMoEFlow(case.config["learn_sigma"])
+    x0, noise, z, y = (case.inputs[k] for k in ("x0", "noise", "z", "y"))
     t = torch.sigmoid(case.inputs["t_logit"])
     ours = {"t": t, "loss_per_sample": process.loss(model, x0, y, t, noise)["loss"]}
     ours["loss"] = ours["loss_per_sample"].mean()[None]
