@@ -25,10 +25,10 @@ from layers import Mlp, SwiGlu
 def loop(x, index, weight, gate, up, down):
     """The definition: one expert after the other, each on the tokens that chose it."""
     y = torch.zeros_like(x)
-    for e in range(len(gate)):
+    for e, (g, u, d) in enumerate(zip(gate, up, down)):
         token, choice = (index == e).nonzero(as_tuple=True)
         rows = x[token]                                                                               # (its tokens, D)
-        rows = F.linear(F.silu(F.linear(rows, gate[e])) * F.linear(rows, up[e]), down[e])
+        rows = F.linear(F.silu(F.linear(rows, g)) * F.linear(rows, u), d)
         y = y.index_add(0, token, (weight[token, choice, None] * rows).to(y.dtype))
     return y
 

@@ -66,7 +66,8 @@ def official(args, device):
     # DiT as published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
     draw = dict(sampler="ddpm", steps=250, guidance=4.0, guide_channels=3, clip=False)
     if config.get("use_flash_attn"):                              # DiT-MoE's XL and G are rectified flows
-        process, draw = convert.DiTMoEFlow(config["learn_sigma"]), dict(sampler="euler", steps=50, guidance=7.0, clip=False)
+        process = convert.DiTMoEFlow(config["learn_sigma"])
+        draw = dict(sampler="euler", steps=50, guidance=7.0, clip=False)
     shape = config["in_channels"], config["input_size"], config["input_size"]
     objective = objectives.Diffusion(model, process, shape, config["num_classes"], draw=draw)
     decoder = convert.load_decoder(args.decoder).to(device) if args.decoder else None
