@@ -214,9 +214,9 @@ class Denoised(NamedTuple):
 PREDICTIONS = {
     "eps": "the noise, 2006.11239", "x0": "the clean image", "v": "alpha eps - sigma x0, 2202.00512",
     "flow": "eps - x0, 2209.03003", "score": "the gradient of the log density, -eps/sigma, 2011.13456",
-    "velocity": "dx/dt along the path, alpha' x0 + sigma' eps, 2401.08740",
-    "edm": "F of EDM's preconditioning, unit variance in and out, 2206.00364, eq. 7",
+    "velocity": "dx/dt, alpha' x0 + sigma' eps, 2401.08740", "edm": "F of EDM's preconditioning, 2206.00364, eq. 7",
 }
+OBJECTIVES = ("hybrid", "rescaled", "vlb", "kl")
 
 class Process:
     """A path x_t = alpha(t) x0 + sigma(t) eps, what the network predicts on it, and how it is trained.
@@ -363,7 +363,7 @@ class Discrete(Process):
     def __init__(self, betas, prediction="eps", learned_variance=False, objective="hybrid", fixed_variance="large",
                  **options):
         super().__init__(prediction, **options)
-        choose(dict.fromkeys(("hybrid", "rescaled", "vlb", "kl")), objective, "objective")
+        choose(OBJECTIVES, objective, "objective")
         if prediction == "velocity" or self.weighting in ("likelihood", "velocity"):
             raise ValueError("a discrete chain has no dx/dt: take a continuous process (for the bound: objective vlb)")
         self.betas, self.T, self.learned_variance = betas, len(betas), learned_variance
