@@ -363,7 +363,7 @@ class Discrete(Process):
     def __init__(self, betas, prediction="eps", learned_variance=False, objective="hybrid", fixed_variance="large",
                  **options):
         super().__init__(prediction, **options)
-        choose(OBJECTIVES, objective, "objective")
+        choose(dict.fromkeys(OBJECTIVES), objective, "objective")
         if prediction == "velocity" or self.weighting in ("likelihood", "velocity"):
             raise ValueError("a discrete chain has no dx/dt: take a continuous process (for the bound: objective vlb)")
         self.betas, self.T, self.learned_variance = betas, len(betas), learned_variance
