@@ -117,10 +117,9 @@ def respaced(T, spec):
 # noise levels is one of the process's own p = sigma/(its ode_scale): s = sigma/alpha, but t itself on a straight path.
 
 def spaced(process, n, kind="spaced", offset=0):
-    T = getattr(process, "T", None)
-    if T is None:
+    if not isinstance(process, Discrete):
         raise ValueError("spaced, leading and trailing grids count the steps of a chain: choose uniform or linspace")
-    if not 0 < n <= T:
+    if not 0 < n <= (T := process.T):
         raise ValueError(f"{n} sampling steps out of a chain of {T}: choose 1 to {T}")
     if kind == "leading":
         return torch.arange(n - 1, -1, -1).double() * (T // n) + offset
@@ -215,9 +214,9 @@ class Denoised(NamedTuple):
 PREDICTIONS = {
     "eps": "the noise, 2006.11239", "x0": "the clean image", "v": "alpha eps - sigma x0, 2202.00512",
     "flow": "eps - x0, 2209.03003", "score": "the gradient of the log density, -eps/sigma, 2011.13456",
-    "velocity": "dx/dt along the path, alpha' x0 + sigma' eps, 2401.08740",
-    "edm": "F of EDM's preconditioning, unit variance in and out, 2206.00364, eq. 7",
+    "velocity": "dx/dt, alpha' x0 + sigma' eps, 2401.08740", "edm": "F of EDM's preconditioning, 2206.00364, eq. 7",
 }
+OBJECTIVES = ("hybrid", "rescaled", "vlb", "kl")
 
 class Process:
     """A path x_t = alpha(t) x0 + sigma(t) eps, what the network predicts on it, and how it is trained.
@@ -364,7 +363,7 @@ class Discrete(Process):
     def __init__(self, betas, prediction="eps", learned_variance=False, objective="hybrid", fixed_variance="large",
                  **options):
         super().__init__(prediction, **options)
-        choose(dict.fromkeys(("hybrid", "rescaled", "vlb", "kl")), objective, "objective")
+        choose(dict.fromkeys(OBJECTIVES), objective, "objective")
         if prediction == "velocity" or self.weighting in ("likelihood", "velocity"):
             raise ValueError("a discrete chain has no dx/dt: take a continuous process (for the bound: objective vlb)")
         self.betas, self.T, self.learned_variance = betas, len(betas), learned_variance
@@ -689,7 +688,7 @@ def exponential_step(x, i, j, nodes, form="x0", eta=0.0, slope="exact", publishe
     DEIS 2204.13902, UniPC 2302.04867, SA-Solver 2309.05019, whose eq. 14 this is; eta = tau^2: 0 ODE, 1 SDE).
     slope: how two nodes extrapolate: "exact" (heun, DEIS), "half" (midpoint, bh2), "linear" (bh1, SA-Solver).
     published: three nodes as in published code, with "half" of the second derivative (which is order 2 only), or, in
-    sde-dpmsolver++, "sign": moreover -1/2 where +1/2 follows."""
+    sde-dpmsolver++, "sign": moreover -1/2 where +1/2 follows ("flip": that alone, as its singlestep form has it)."""
     k, h = 1 + eta, j.lam - i.lam
     if form == "x0":
         keep, scale, rate = j.sigma / i.sigma * (math.exp(-eta * h) if eta else 1.0), k * j.alpha, -k
@@ -706,7 +705,8 @@ def exponential_step(x, i, j, nodes, form="x0", eta=0.0, slope="exact", publishe
             first = {"half": whole, "linear": scale * h}[slope] / 2
             w = [whole - first / u[1], first / u[1]]
         if len(w) == 3 and published:
-            second = -sum(w[n] * u[n] ** 2 for n in (1, 2)) / 2 - (scale / k if published == "sign" else 0)
+            half, flip = {"half": (0.5, 0), "sign": (0.5, 1), "flip": (0, 2)}[published]
+            second = -half * sum(w[n] * u[n] ** 2 for n in (1, 2)) - flip * scale / k
             w = [w[n] + second / math.prod(u[n] - v for v in u if v != u[n]) for n in range(3)]
     x = mix((keep, *w), (x, *outputs))
     return x.add_(z, alpha=up) if up else x

@@ -49,17 +49,19 @@ class StepNoise:
 
 def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
              clip=True, noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
-             **options) -> Iterator[torch.Tensor]:
+             weak=None, **options) -> Iterator[torch.Tensor]:
     """Sample: yields the images after each step, starting from standard normal x (B, C, H, W), without gradients.
 
     y, null: the condition and the null condition that guidance moves away from (both as the model takes them); rule:
-    how, a name in `GUIDANCE`; interval: only at those times. grid, last: see `Process.times`. clip: keep x0 in [-1, 1]
+    how, a name in `GUIDANCE`; interval: only at those times; weak: another objective to move away from instead of the
+    null condition (autoguidance, 2406.02507). grid, last: see `Process.times`. clip: keep x0 in [-1, 1]
     (pixels), quantile: by dynamic thresholding. options go to the sampler.
     """
     draw, make = choose(SAMPLERS, sampler, "sampler"), choose(GUIDANCE, rule, "guidance")
     denoise = process.denoiser(model, y)
-    if guidance != 1 and null is not None:
-        denoise = guided(denoise, process.denoiser(model, null), guidance, guide_channels, process,
+    if guidance != 1 and (weak or null is not None):
+        other = weak.process.denoiser(weak.model, y) if weak else process.denoiser(model, null)
+        denoise = guided(denoise, other, guidance, guide_channels, process,
                          None if rule == "cfg" else make, interval)
     if clip:
         denoise = clipped(denoise, process, quantile=quantile)

@@ -34,6 +34,8 @@ def flags():
     runs.sampling_flags(p)
     p.add_argument("--sampler-options", type=runs.options, default={}, metavar="NAME=VALUE,...",
                    help="the sampler's own options, for example eta=0.5 or order=3")
+    p.add_argument("--weak", metavar="RUN", help="autoguidance: guide away from what this run says (a smaller or less "
+                   "trained model of the same data) instead of from the null label")
     p.add_argument("--stitch", type=runs.floats, metavar="F,...", help="the share of the steps that each of several "
                    "runs takes, the last one's may be left out: 0.4 gives the first 40%% to the first (T-Stitch)")
     p.add_argument("--stitch-rule", choices=["steps", "time"], default="steps",
@@ -138,6 +140,11 @@ def sample():
         raise ValueError(f"--film {args.film}: the name must end in .gif or .webp")
     labels = choose_labels(args.classes, classes, objective.num_classes, args.n)
     options = runs.sampling_options(args) | args.sampler_options
+    if args.weak:
+        weak = runs.open_run(args.weak, device, args.weights)[1]
+        if (weak.shape, weak.num_classes) != (objective.shape, objective.num_classes):
+            raise ValueError(f"--weak {args.weak}: its images or classes are not those of {args.run}")
+        options["weak"] = weak
 
     frames = [] if args.film else None
     batches = runs.draw(objective, labels, args.n, args.seed, args.batch, device, frames=frames, **options)

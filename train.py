@@ -91,6 +91,9 @@ def flags():
            + ", ".join(diffusion.DENSITIES), word),
           ("--shift", 1.0, "multiplies sigma/alpha at every time: above 1 for larger images"),
           ("--learned-variance", False, "learn the variances of a chain's steps too (DiT's hybrid loss)", switch),
+          ("--objective", None, "of a chain: hybrid (the simple loss; with learned variances also the bound's term), "
+           "rescaled (that term times T/1000), vlb (the bound), kl (one term of it) (default: hybrid)",
+           {"choices": list(diffusion.OBJECTIVES)}),
           ("--label-drop", 0.1, "share of labels replaced by the null label, which guidance needs"))
     group("optimisation",
           ("--batch", 32, "images a step, over all GPUs and micro-batches together", whole),
