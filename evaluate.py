@@ -266,7 +266,7 @@ def stitch(args):
         row["frechet_classifier"].append(frechet_distance(features, reference))
         row["class_accuracy"].append((classes == labels).float().mean().item())
     mean, spread = statistics.mean, lambda v: statistics.stdev(v) if len(v) > 1 else 0.0
-    print(f"{args.n} images for each of seeds {', '.join(map(str, args.seeds))}: means, standard deviations, median time\n"
+    print(f"{args.n} images for each of seeds {', '.join(map(str, args.seeds))}: mean, deviation, median time\n"
           f"{args.small}: {macs[0] / 1e6:.1f} MMACs, {args.large}: {macs[1] / 1e6:.1f} MMACs a call and image")
     print(f"fraction{'Frechet distance':>20}{'class accuracy':>20}{'seconds':>10}{'of the first row':>18}{'MACs':>8}")
     full = statistics.median(rows[0]["seconds"])
