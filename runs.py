@@ -96,6 +96,8 @@ def build(config):
     model = create_model(config["model"], config["image_size"], config["in_channels"], config["num_classes"],
                          **({"learn_sigma": True} if config["learned_variance"] else {}), **config["model_options"])
     if config.get("moe"):
+        if len(config["moe"]) != 2:
+            raise ValueError("--moe takes two numbers, the experts and how many of them a token uses: --moe 8,2")
         moe.add_experts(model, *config["moe"])
     if config.get("ternary"):
         if any(isinstance(m, moe.MoE) for m in model.modules()):
