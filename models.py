@@ -585,16 +585,13 @@ class DiMR(nn.Module):
                                         null_class=null_class, **own))
             below = own
 
-    def predictions(self, x, t, y=None):
-        """What each branch says, lowest resolution first: a list of (B, C_out, h, w)."""
-        tau, cascade, outputs = t / 500 - 1, None, []                                # (B,): -1 clean, 1 noise
+    def forward(self, x, t, y=None, every=False):
+        """The last branch's prediction (B, C_out, H, W); every: a list of all, (B, C_out, h, w), lowest first."""
+        tau, cascade, outputs = t / 500 - 1, None, []                               # (B,): -1 clean, 1 noise
         for branch in self.branches:
             output, cascade = branch(x, tau, y, cascade.detach() if self.detach and outputs else cascade)
             outputs.append(output)
-        return outputs
-
-    def forward(self, x, t, y=None):
-        return self.predictions(x, t, y)[-1]
+        return outputs if every else outputs[-1]
 
 
 # ============================================================================================================= Registry

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import diffusion
 import objectives
-from models import create_model
+from models import DiMR, create_model
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
 HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum",
@@ -96,7 +96,8 @@ def build(config):
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
     shape = config["in_channels"], config["image_size"], config["image_size"]
-    return objectives.Diffusion(model, process(config), shape, config["num_classes"], config["label_drop"], draw)
+    objective = objectives.MultiScale if isinstance(model, DiMR) else objectives.Diffusion
+    return objective(model, process(config), shape, config["num_classes"], config["label_drop"], draw)
 
 
 def process(config):
