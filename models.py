@@ -7,6 +7,9 @@
 Contents
     DiT       Scalable Diffusion Models with Transformers, 2212.09748
     U-Net     Denoising Diffusion Probabilistic Models, 2006.11239; ADM, 2105.05233
+    DiCo      Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling, 2505.11196
+    U-ViT     All are Worth Words: A ViT Backbone for Diffusion Models, 2209.12152
+    DiMR      Alleviating Distortion in Image Generation via Multi-Resolution Diffusion Models, 2406.09416
     Registry  names, presets, create_model
 """
 
@@ -39,18 +42,28 @@ from layers import (
 # 3.2). The gates start at zero, so that every block starts as the identity. N = (H/p)(W/p) tokens, width D.
 
 
-class DiTBlock(nn.Module):
-    """Attention and MLP, each between adaLN modulation and a gate. Figure 3, "DiT Block with adaLN-Zero"."""
+def dit_norm(dim, norm):
+    """The norm that adaLN modulates, or a time-dependent one."""
+    if norm not in ("adaln", "td-ln", "td-rms"):
+        raise ValueError(f"norm {norm!r}: choose adaln, td-ln or td-rms")
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) if norm == "adaln" else TDLN(dim, norm == "td-rms")
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0):
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each between adaLN modulation and a gate. Figure 3, "DiT Block with adaLN-Zero". norm "td-ln" or
+    "td-rms": plain residual branches behind DiMR's time-dependent norms, and c is tau."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, norm="adaln"):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm1, self.norm2 = dit_norm(dim, norm), dit_norm(dim, norm)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if norm == "adaln" else None
 
     def forward(self, x, c):
+        if self.adaLN_modulation is None:
+            x = x + self.attn(self.norm1(x, c))
+            return x + self.mlp(self.norm2(x, c))
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
         x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
         return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
@@ -59,31 +72,34 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """adaLN, then the linear read-out of each token's patch: (B, N, D) -> (B, N, p*p*C_out)."""
 
-    def __init__(self, dim, patch_size, out_channels):
+    def __init__(self, dim, patch_size, out_channels, norm="adaln"):
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm_final = dit_norm(dim, norm)
         self.linear = nn.Linear(dim, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim)) if norm == "adaln" else None
 
     def forward(self, x, c):
+        if self.adaLN_modulation is None:
+            return self.linear(self.norm_final(x, c))
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class DiT(nn.Module):
     """Diffusion transformer. image_size: int or (H, W), divisible by patch_size. num_classes 0: no labels.
-    learn_sigma: 2C output channels, the second half the variance's v. null_class: a table row for the null label."""
+    learn_sigma: 2C output channels, the second half the variance's v. null_class: a table row for the null label.
+    norm: "adaln", or DiMR's "td-ln" or "td-rms" in its place, where the class comes as a token, as in DiMR."""
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, num_classes=1000, learn_sigma=False, null_class=True):
+                 mlp_ratio=4.0, num_classes=1000, learn_sigma=False, null_class=True, norm="adaln"):
         super().__init__()
         self.patch_size, self.grid = patch_size, patch_grid(image_size, patch_size)
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size) if norm == "adaln" else None
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class) if num_classes else None
         self.pos_embed = nn.Parameter(position_table(hidden_size, *self.grid)[None], requires_grad=False)    # (1, N, D)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, norm) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1), norm)
         self.initialise()
 
     def initialise(self):
@@ -94,22 +110,25 @@ class DiT(nn.Module):
                 nn.init.zeros_(m.bias)
         # Embeddings of timestep and label start small.
         tables = [self.y_embedder.embedding_table] if self.y_embedder else []
-        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *tables):
+        for m in (*(self.t_embedder.mlp[::2] if self.t_embedder else []), *tables):
             nn.init.normal_(m.weight, std=0.02)
         # Zero: gates closed (identity blocks), no modulation, output 0.
-        modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
+        layers = (*self.blocks, self.final_layer)
+        modulations = [layer.adaLN_modulation[1] for layer in layers if layer.adaLN_modulation]
         for m in (*modulations, self.final_layer.linear):
             nn.init.zeros_(m.weight)
             nn.init.zeros_(m.bias)
 
     def forward(self, x, t, y=None):
         x = self.x_embedder(x) + self.pos_embed                     # (B, N, D)
-        c = self.t_embedder(t)                                      # (B, D)
-        if self.y_embedder is not None:
+        c = self.t_embedder(t) if self.t_embedder else t / 500 - 1  # (B, D), or tau (B,)
+        if self.y_embedder is not None and self.t_embedder is not None:
             c = c + self.y_embedder(y)                              # (B, D)
+        elif self.y_embedder is not None:
+            x = torch.cat([self.y_embedder(y)[:, None], x], 1)      # (B, 1 + N, D)
         for block in self.blocks:
             x = block(x, c)                                         # (B, N, D)
-        x = self.final_layer(x, c)                                  # (B, N, p*p*C_out)
+        x = self.final_layer(x[:, -self.pos_embed.shape[1]:], c)    # (B, N, p*p*C_out)
         return unpatchify(x, self.grid, self.patch_size)            # (B, C_out, H, W)
 
 
@@ -610,6 +629,25 @@ MODELS["unet-nano"] = (UNet, dict(channels=48, multipliers=(1, 2, 2), blocks=1, 
 # 2006.11239, appendix B: 35.7 M parameters without classes.
 MODELS["unet-cifar"] = (UNet, dict(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), head_channels=256,
                                    dropout=0.1, scale_shift=False, resblock_updown=False))
+# 2505.11196, table 7.
+MODELS["dico-nano"] = (DiCo, dict(hidden_size=32, depth=(1, 1, 1, 1, 1)))
+for size, (width, depth, ratio) in {"s": (128, (5, 4, 4, 4, 4), 2), "b": (256, (5, 4, 4, 4, 4), 2),
+                                    "l": (352, (9, 8, 9, 8, 9), 2), "xl": (416, (9, 9, 10, 9, 9), 2),
+                                    "h": (416, (14, 12, 10, 12, 14), 4)}.items():
+    MODELS[f"dico-{size}"] = (DiCo, dict(hidden_size=width, depth=depth, mlp_ratio=ratio))
+# 2209.12152, table 4; its H has no last convolution.
+MODELS["uvit-nano"] = (UViT, dict(hidden_size=128, depth=6, num_heads=4, patch_size=4))
+for size, patches, (width, depth, heads) in (("s", (2, 4), (512, 12, 8)), ("m", (4,), (768, 16, 12)),
+                                             ("l", (2, 4), (1024, 20, 16)), ("h", (2, 4), (1152, 28, 16))):
+    for patch in patches:
+        MODELS[f"uvit-{size}/{patch}"] = (UViT, dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch,
+                                                     conv=size != "h"))
+# 2406.09416: the 2R sizes as in the published code; the 3R sizes follow its rule and match the published parameters.
+MODELS["dimr-nano"] = (DiMR, dict(hidden_size=96, depth=5, num_heads=4, patch_sizes=(2, 1)))
+for size, branches, (width, depth, heads) in (("m", 3, (768, 15, 12)), ("l", 3, (768, 33, 12)), ("xl", 2, (960, 39, 16)),
+                                              ("xl", 3, (960, 39, 16)), ("g", 2, (1152, 57, 16))):
+    MODELS[f"dimr-{size}/{branches}r"] = (DiMR, dict(hidden_size=width, depth=depth, num_heads=heads,
+                                                     patch_sizes=(4, 2, 1)[-branches:]))
 
 
 def create_model(name, image_size=32, in_channels=3, num_classes=10, **overrides):
