@@ -534,7 +534,7 @@ class Branch(nn.Module):
     def __init__(self, grid, channels, out_channels, dim, blocks, patch_size=1, num_heads=None, num_classes=0, cascade=None,
                  hidden=None, kernel_size=7, final_kernel=3, image_ratio=1, rms=True, null_class=True):
         super().__init__()
-        self.grid, self.image_ratio, self.num_heads = grid, image_ratio, num_heads
+        self.grid, self.image_ratio, self.reduction, self.num_heads = grid, image_ratio, image_ratio * patch_size, num_heads
         self.x_embedder = nn.Conv2d(channels, dim, patch_size, patch_size)
         self.pos_embed = nn.Parameter(torch.empty(*grid, dim))
         self.y_embedder = LabelEmbedder(num_classes, dim, null_class) if num_heads and num_classes else None
@@ -606,6 +606,9 @@ class DiMR(nn.Module):
 
     def forward(self, x, t, y=None, every=False):
         """The last branch's prediction (B, C_out, H, W); every: a list of all, (B, C_out, h, w), lowest first."""
+        (H, W), (h, w), r = x.shape[2:], self.branches[0].grid, self.branches[0].reduction
+        if H > h * r or W > w * r or H % r or W % r:
+            raise ValueError(f"an image of {H}x{W} pixels: this DiMR takes up to {h * r}x{w * r}, divisible by {r}")
         tau, cascade, outputs = t / 500 - 1, None, []                               # (B,): -1 clean, 1 noise
         for branch in self.branches:
             output, cascade = branch(x, tau, y, cascade.detach() if self.detach and outputs else cascade)
