@@ -106,7 +106,8 @@ def process(config):
     own = "flow" if config["process"] == "flow" else None
     weighting = {"own": own, "none": None}.get(config["weighting"], config["weighting"])
     return diffusion.create_process(config["process"], prediction, config["shift"], weighting=weighting,
-                                    density=config["density"], learned_variance=config["learned_variance"] or None)
+                                    density=config["density"], learned_variance=config["learned_variance"] or None,
+                                    objective=config.get("objective"))
 
 
 SAMPLING = {"sampler": diffusion.SAMPLERS, "grid": diffusion.GRIDS, "guidance_rule": diffusion.GUIDANCE}
@@ -115,7 +116,7 @@ SAMPLING = {"sampler": diffusion.SAMPLERS, "grid": diffusion.GRIDS, "guidance_ru
 def sampling_options(args):
     """The flags of sample.py and evaluate.py that overrule a run's own way of sampling, as options of `generate`."""
     given = {"sampler": args.sampler, "steps": args.steps, "grid": args.grid, "guidance": args.guidance,
-             "rule": args.guidance_rule, "interval": args.interval}
+             "rule": args.guidance_rule, "interval": args.interval, "quantile": args.threshold}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -128,6 +129,8 @@ def sampling_flags(parser):
     add("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
     add("--guidance-rule", help="how it is applied (default: the run's own); " + ", ".join(diffusion.GUIDANCE))
     add("--interval", type=floats, metavar="LOW,HIGH", help="guide only between these times of the process")
+    add("--threshold", type=float, metavar="Q",
+        help="dynamic thresholding: clip at this quantile of |x0|, for example 0.995, and rescale (default: clip at 1)")
 
 
 def check(flag, value, choices):

@@ -84,6 +84,9 @@ def flags():
            + ", ".join(diffusion.DENSITIES), word),
           ("--shift", 1.0, "multiplies sigma/alpha at every time: above 1 for larger images"),
           ("--learned-variance", False, "learn the variances of a chain's steps too (DiT's hybrid loss)", switch),
+          ("--objective", None, "of a chain: hybrid (the simple loss; with learned variances also the bound's term), "
+           "rescaled (that term times T/1000), vlb (the bound), kl (one term of it) (default: hybrid)",
+           {"choices": list(diffusion.OBJECTIVES)}),
           ("--label-drop", 0.1, "share of labels replaced by the null label, which guidance needs"))
     group("optimisation",
           ("--batch", 32, "images a step, over all GPUs and micro-batches together", whole),
@@ -113,6 +116,12 @@ def flags():
     return p
 
 
+def one_line(entry):
+    """What `--list` prints for a registry's entry: its line, or the first sentence of a function's docstring."""
+    text = entry.__doc__ if callable(entry) else entry if isinstance(entry, str) else entry[-1]
+    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
 def print_list():
     """Everything there is to choose from, one line each."""
     print("models (parameters and multiply-accumulates at 32x32x3 with 10 classes)")
@@ -121,14 +130,13 @@ def print_list():
             model = create_model(name)
         parameters, macs = cost(model, (3, 32, 32))
         print(f"  {name:18} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs")
-    line = lambda v: v if isinstance(v, str) else diffusion.one_line(v) if callable(v) else v[-1]
     for title, entries in {"datasets": data.DATASETS, "processes": diffusion.PROCESSES,
                            "predictions": diffusion.PREDICTIONS, "weightings": diffusion.WEIGHTINGS,
                            "densities of the training times": diffusion.DENSITIES, "samplers": diffusion.SAMPLERS,
                            "grids of sampling times": diffusion.GRIDS, "guidance rules": diffusion.GUIDANCE}.items():
         print(title)
         for name, entry in entries.items():
-            print(f"  {name:18} {line(entry)}")
+            print(f"  {name:18} {one_line(entry)}")
 
 
 def parse():
