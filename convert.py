@@ -133,10 +133,11 @@ DICO = [(r"^x_embedder\.proj", "x_embedder"), (r"^t_embedder_(\d)", lambda m: f"
 
 def dico(config, state_dict):
     """shallowdream204/DiCo. config["part"], as in the golden cases: "cca" and "block" are parts of the model."""
-    c = dict(in_channels=4, hidden_size=1152, depth=[2, 5, 8, 5, 2], mlp_ratio=4, class_dropout_prob=0.1, num_classes=1000,
-             learn_sigma=True, part=None) | config
+    c = dict(in_channels=4, hidden_size=1152, depth=[2, 5, 8, 5, 2], mlp_ratio=4, class_dropout_prob=0.1,
+             num_classes=1000, learn_sigma=True, part=None) | config
     if c["part"] == "cca":
-        return fill(CompactChannelAttention(c["hidden_size"]), translated([(r"^1\.", "conv.")], state_dict), "this gate")
+        gate = CompactChannelAttention(c["hidden_size"])
+        return fill(gate, translated([(r"^1\.", "conv.")], state_dict), "this gate")
     if c["part"] == "block":
         return fill(DiCoBlock(c["hidden_size"], c["mlp_ratio"]), translated(DICO, state_dict), "this DiCo block")
     own = {k: c[k] for k in ("in_channels", "hidden_size", "depth", "mlp_ratio", "num_classes", "learn_sigma")}
@@ -159,14 +160,16 @@ UVIT = [(r"^patch_embed", "x_embedder"), (r"^time_embed", "t_embedder"), (r"^con
 
 def uvit(config, state_dict):
     """baofff/U-ViT, with labels or, given clip_dim, with text. Its num_classes counts the null label; -1 is none."""
-    c = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, qkv_bias=False,
-             mlp_time_embed=False, num_classes=-1, conv=True, skip=True, part=None, num_clip_token=77) | config
+    c = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
+             qkv_bias=False, mlp_time_embed=False, num_classes=-1, conv=True, skip=True, part=None,
+             num_clip_token=77) | config
     if c["part"] == "block":
         block = UViTBlock(c["dim"], c["num_heads"], c["mlp_ratio"], c["qkv_bias"], c["skip"])
         return fill(block, state_dict, "this U-ViT block")
-    model = UViT(c["img_size"], c["patch_size"], c["in_chans"], c["embed_dim"], c["depth"], c["num_heads"], c["mlp_ratio"],
-                 max(0, c["num_classes"] - 1), null_class=True, qkv_bias=c["qkv_bias"], time_mlp=c["mlp_time_embed"],
-                 conv=c["conv"], skip=c["skip"], text=(c["num_clip_token"], c["clip_dim"]) if "clip_dim" in c else None)
+    model = UViT(c["img_size"], c["patch_size"], c["in_chans"], c["embed_dim"], c["depth"], c["num_heads"],
+                 c["mlp_ratio"], max(0, c["num_classes"] - 1), null_class=True, qkv_bias=c["qkv_bias"],
+                 time_mlp=c["mlp_time_embed"], conv=c["conv"],
+                 skip=c["skip"], text_width=c.get("clip_dim", 0), text_length=c["num_clip_token"])
     return fill(model, translated(UVIT, state_dict), "this U-ViT")
 
 
@@ -204,8 +207,8 @@ def dimr(config, state_dict):
     common = dict(num_classes=max(0, (config.get("num_classes") or 0) - 1))
 
     def branch(s):
-        return dict(grid=(s["max_height"], s["max_width"]), dim=s["dim"], hidden=s["hidden_dim"], blocks=s["num_blocks"],
-                    image_ratio=s["image_input_ratio"], patch_size=s["input_feature_ratio"],
+        return dict(grid=(s["max_height"], s["max_width"]), dim=s["dim"], hidden=s["hidden_dim"],
+                    blocks=s["num_blocks"], image_ratio=s["image_input_ratio"], patch_size=s["input_feature_ratio"],
                     num_heads=s["num_attention_heads"] if s["block_type"] == "TransformerBlock" else None,
                     kernel_size=s.get("kernel_size", 7), final_kernel=s["final_kernel_size"])
 

@@ -106,13 +106,13 @@ def gated(x, gate, branch):
     return torch.addcmul(x, gate[:, None], branch)
 
 
-# ------------------------------------------------------------------------------------------ time-dependent normalisation
+# ----------------------------------------------------------------------------------------- time-dependent normalisation
 
 
 class TimeDependent(nn.Module):
-    """A vector that slides from p1 to p0 as time goes by: tau (B,) -> g p0 + (1 - g) p1, (B, D), g = sigmoid(tau (a + 1)
-    + b) for each channel. It starts constant; the slope's 1 is what lets p0 and p1 part. As in the code published with
-    2406.09416, the gates a and b are spared weight decay."""
+    """A vector that slides from p1 to p0 as noise grows: tau (B,) -> g p0 + (1 - g) p1, (B, D), with a gate for each
+    channel, g = sigmoid(tau (a + 1) + b). It starts constant; the 1 is what lets p0 and p1 part. As in the code
+    published with 2406.09416, a and b are spared weight decay."""
 
     def __init__(self, dim, value):
         super().__init__()
@@ -128,8 +128,9 @@ class TDLN(nn.Module):
     """Time-dependent layer normalisation, TD-LN: x (B, ..., D), tau (B,) -> gain(tau) LN(x) + bias(tau). It tells the
     time in a few vectors where adaLN takes a large linear map. rms: gain(tau) x / (rms(x) + 1e-8), TD-RMS, no bias.
 
-    tau = t/500 - 1, -1 for clean images and 1 for noise. Alleviating Distortion in Image Generation via Multi-Resolution
-    Diffusion Models, 2406.09416, section 3.3, with the gates of its code: one a channel, gain and bias apart.
+    tau = t/500 - 1, from -1 for clean images to 1 for noise. Alleviating Distortion in Image Generation via
+    Multi-Resolution Diffusion Models, 2406.09416, section 3.3, with the gates of its code: one a channel, those of gain
+    and bias apart.
     """
 
     def __init__(self, dim, rms=False):
@@ -147,8 +148,8 @@ class TDLN(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head softmax self-attention (B, N, D) -> (B, N, D), scale (D/h)^-1/2, projections with bias (that of q, k, v
-    is optional). 1706.03762."""
+    """Multi-head softmax self-attention (B, N, D) -> (B, N, D), scale (D/h)^-1/2, projections with bias (that of q, k
+    and v is optional). 1706.03762."""
 
     def __init__(self, dim, num_heads, qkv_bias=True):
         super().__init__()

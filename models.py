@@ -50,8 +50,8 @@ def dit_norm(dim, norm):
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each between adaLN modulation and a gate. Figure 3, "DiT Block with adaLN-Zero". norm "td-ln" or
-    "td-rms": plain residual branches behind DiMR's time-dependent norms, and c is tau."""
+    """Attention and MLP, each between adaLN modulation and a gate. Figure 3, "DiT Block with adaLN-Zero". norm "td-ln"
+    or "td-rms": plain residual branches behind DiMR's time-dependent norms, and c is tau."""
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0, norm="adaln"):
         super().__init__()
@@ -294,10 +294,10 @@ class UNet(nn.Module):
 
 
 # ================================================================================================================= DiCo
-# DiCo: Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling, 2505.11196. Attention, whose maps in trained
-# DiTs are local, gives way to 1x1 and depthwise 3x3 convolutions; what that loses, because channels go idle, compact
-# channel attention gives back. The blocks stand in a U of three levels, widths D, 2D, 4D, adaLN-Zero as in DiT. No
-# position table: any size that 4 divides.
+# DiCo: Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling, 2505.11196. Attention, whose maps in a
+# trained DiT are local, gives way to 1x1 and depthwise 3x3 convolutions; what that loses, because channels go idle,
+# compact channel attention gives back. The blocks stand in a U of three levels, of widths D, 2D, 4D, with adaLN-Zero as
+# in DiT. No position table: any size that 4 divides.
 
 
 class CompactChannelAttention(nn.Module):
@@ -357,8 +357,8 @@ class DiCo(nn.Module):
     condition: most of the compute is there. One skip a level.
     """
 
-    def __init__(self, image_size=32, in_channels=4, num_classes=1000, hidden_size=128, depth=(5, 4, 4, 4, 4), mlp_ratio=2,
-                 learn_sigma=False, null_class=True):
+    def __init__(self, image_size=32, in_channels=4, num_classes=1000, hidden_size=128, depth=(5, 4, 4, 4, 4),
+                 mlp_ratio=2, learn_sigma=False, null_class=True):
         super().__init__()
         patch_grid(image_size, 4, "the coarsest level's")
         D = hidden_size
@@ -438,21 +438,23 @@ class UViTBlock(nn.Module):
 
 
 class UViT(nn.Module):
-    """depth // 2 blocks, one in the middle, depth // 2 that take the skips in. text: (L, width) of the text's tokens,
-    for y a tensor (B, L, width) or layers.Text, in place of labels. time_mlp: the time token through Linear, SiLU,
-    Linear. conv: the last 3x3 convolution. skip: the long skips. The others as in DiT."""
+    """depth // 2 blocks, one in the middle, depth // 2 that take the skips in. text_width: of text instead of labels; y
+    is a Text, or its tokens (B, L, text_width), L at most text_length; what is missing is zeros. time_mlp: the time
+    token through Linear, SiLU, Linear. conv: the last 3x3 convolution. skip: the long skips. The others as in DiT."""
 
-    def __init__(self, image_size=32, patch_size=2, in_channels=3, hidden_size=512, depth=12, num_heads=8, mlp_ratio=4.0,
-                 num_classes=0, learn_sigma=False, null_class=True, qkv_bias=False, time_mlp=False, conv=True, skip=True,
-                 text=None):
+    def __init__(self, image_size=32, patch_size=2, in_channels=3, hidden_size=512, depth=12, num_heads=8,
+                 mlp_ratio=4.0, num_classes=0, learn_sigma=False, null_class=True, qkv_bias=False, time_mlp=False,
+                 conv=True, skip=True, text_width=0, text_length=77):
         super().__init__()
         D, out_channels = hidden_size, in_channels * (2 if learn_sigma else 1)
         self.patch_size, self.grid, self.width = patch_size, patch_grid(image_size, patch_size), D
         self.x_embedder = PatchEmbed(in_channels, D, patch_size)
-        self.t_embedder = nn.Sequential(nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D)) if time_mlp else nn.Identity()
-        self.y_embedder = LabelEmbedder(num_classes, D, null_class) if num_classes and not text else None
-        self.text_embedder = nn.Linear(text[1], D) if text else None
-        self.extras = 1 + (text[0] if text else int(num_classes > 0))               # tokens that are not patches
+        self.t_embedder = nn.Sequential(
+            nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D)) if time_mlp else nn.Identity()
+        self.y_embedder = LabelEmbedder(num_classes, D, null_class) if num_classes and not text_width else None
+        self.text_embedder, self.text_width = nn.Linear(text_width, D) if text_width else None, text_width
+        self.text_length = text_length if text_width else 0
+        self.extras = 1 + self.text_length + (self.y_embedder is not None)          # tokens that are not patches
         self.pos_embed = nn.Parameter(torch.empty(1, self.extras + self.grid[0] * self.grid[1], D))
         block = lambda skip: UViTBlock(D, num_heads, mlp_ratio, qkv_bias, skip)
         self.in_blocks = nn.ModuleList(block(False) for _ in range(depth // 2))
@@ -463,16 +465,17 @@ class UViT(nn.Module):
         self.final_layer = nn.Conv2d(out_channels, out_channels, 3, padding=1) if conv else nn.Identity()
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.normal_(m.weight, std=0.02)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
 
     def forward(self, x, t, y=None):
         x = self.x_embedder(x)                                                      # (B, N, D)
         tokens = [self.t_embedder(timestep_embedding(t, self.width).to(x.dtype))[:, None], x]
         if self.text_embedder is not None:                                          # time, text, patches
-            tokens.insert(1, self.text_embedder(y[0] if isinstance(y, tuple) else y))
+            y = y if isinstance(y, torch.Tensor) else y.tokens * y.mask[..., None]
+            tokens.insert(1, self.text_embedder(F.pad(y, (0, 0, 0, self.text_length - y.shape[1]))))
         elif self.y_embedder is not None:                                           # label, time, patches
             tokens.insert(0, self.y_embedder(y)[:, None])
         x, skips = torch.cat(tokens, 1) + self.pos_embed, []                        # (B, extras + N, D)
@@ -487,9 +490,9 @@ class UViT(nn.Module):
 
 # ================================================================================================================= DiMR
 # Alleviating Distortion in Image Generation via Multi-Resolution Diffusion Models, 2406.09416. Several branches see the
-# same noisy image, each at its own resolution: transformer blocks at the lowest, ConvNeXt blocks above. Each predicts at
-# its resolution (objectives.MultiScale trains them all) and hands its features up, the cascade. Time enters through the
-# norms alone (layers.TDLN). Blocks and long skips as in U-ViT. Everything in here is channels-last: (B, h, w, D).
+# same noisy image, each at its own resolution: transformer blocks at the lowest, ConvNeXt blocks above. Each predicts
+# at its resolution (objectives.MultiScale trains them all) and hands its features up, the cascade. Time enters through
+# the norms alone (layers.TDLN). Long skips as in U-ViT. Everything in here is channels-last: (B, h, w, D).
 
 
 class GEGLU(nn.Module):
@@ -527,14 +530,16 @@ class Branch(nn.Module):
     """One resolution: x (B, C, H, W), cascade (B, h/k, w/k, L) of the branch below or None
     -> prediction (B, C_out, h, w), cascade (B, h, w, dim (2 (blocks // 2) + 2)): the states of all blocks.
 
-    grid: the largest (h, w). image_ratio, patch_size: area downsampling of the image, then patches, so h = H/(image_ratio
-    patch_size). cascade: its (L, k) or None. blocks: an even number gets one more. num_heads: None for ConvNeXt blocks.
+    grid: the largest (h, w). image_ratio, patch_size: area downsampling of the image, then patches, so that h is
+    H/(image_ratio patch_size). cascade: its (L, k) or None. blocks: an even number gets one more. num_heads: None for
+    ConvNeXt blocks.
     """
 
-    def __init__(self, grid, channels, out_channels, dim, blocks, patch_size=1, num_heads=None, num_classes=0, cascade=None,
-                 hidden=None, kernel_size=7, final_kernel=3, image_ratio=1, rms=True, null_class=True):
+    def __init__(self, grid, channels, out_channels, dim, blocks, patch_size=1, num_heads=None, num_classes=0,
+                 cascade=None, hidden=None, kernel_size=7, final_kernel=3, image_ratio=1, rms=True, null_class=True):
         super().__init__()
-        self.grid, self.image_ratio, self.reduction, self.num_heads = grid, image_ratio, image_ratio * patch_size, num_heads
+        self.grid, self.image_ratio, self.num_heads = grid, image_ratio, num_heads
+        self.reduction = image_ratio * patch_size
         self.x_embedder = nn.Conv2d(channels, dim, patch_size, patch_size)
         self.pos_embed = nn.Parameter(torch.empty(*grid, dim))
         self.y_embedder = LabelEmbedder(num_classes, dim, null_class) if num_heads and num_classes else None
@@ -547,12 +552,11 @@ class Branch(nn.Module):
         self.norm = TDLN(dim)
         self.head = nn.Conv2d(dim, out_channels, final_kernel, padding=final_kernel // 2)
         for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=0.02)
+                if getattr(m, "bias", None) is not None:
                     nn.init.zeros_(m.bias)
-        for table in (self.pos_embed, *(self.y_embedder.parameters() if self.y_embedder else [])):
-            nn.init.trunc_normal_(table, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
 
     def forward(self, x, tau, y=None, cascade=None):
         x = self.x_embedder(F.avg_pool2d(x, self.image_ratio)).permute(0, 2, 3, 1)              # (B, h, w, D)
@@ -640,17 +644,17 @@ for size, (width, depth, ratio) in {"s": (128, (5, 4, 4, 4, 4), 2), "b": (256, (
     MODELS[f"dico-{size}"] = (DiCo, dict(hidden_size=width, depth=depth, mlp_ratio=ratio))
 # 2209.12152, table 4; its H has no last convolution.
 MODELS["uvit-nano"] = (UViT, dict(hidden_size=128, depth=6, num_heads=4, patch_size=4))
-for size, patches, (width, depth, heads) in (("s", (2, 4), (512, 12, 8)), ("m", (4,), (768, 16, 12)),
-                                             ("l", (2, 4), (1024, 20, 16)), ("h", (2, 4), (1152, 28, 16))):
-    for patch in patches:
-        MODELS[f"uvit-{size}/{patch}"] = (UViT, dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch,
+for size, (depth, width, heads) in {"s": (12, 512, 8), "m": (16, 768, 12),
+                                    "l": (20, 1024, 16), "h": (28, 1152, 16)}.items():
+    for patch in (2, 4):
+        MODELS[f"uvit-{size}/{patch}"] = (UViT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch,
                                                      conv=size != "h"))
 # 2406.09416: the 2R sizes as in the published code; the 3R sizes follow its rule and match the published parameters.
 MODELS["dimr-nano"] = (DiMR, dict(hidden_size=96, depth=5, num_heads=4, patch_sizes=(2, 1)))
-for size, branches, (width, depth, heads) in (("m", 3, (768, 15, 12)), ("l", 3, (768, 33, 12)), ("xl", 2, (960, 39, 16)),
-                                              ("xl", 3, (960, 39, 16)), ("g", 2, (1152, 57, 16))):
-    MODELS[f"dimr-{size}/{branches}r"] = (DiMR, dict(hidden_size=width, depth=depth, num_heads=heads,
-                                                     patch_sizes=(4, 2, 1)[-branches:]))
+for size, (depth, width, heads) in {"m/3r": (15, 768, 12), "l/3r": (33, 768, 12), "xl/2r": (39, 960, 16),
+                                    "xl/3r": (39, 960, 16), "g/2r": (57, 1152, 16)}.items():
+    MODELS[f"dimr-{size}"] = (DiMR, dict(depth=depth, hidden_size=width, num_heads=heads,
+                                         patch_sizes=(4, 2, 1) if size.endswith("3r") else (2, 1)))
 
 
 def create_model(name, image_size=32, in_channels=3, num_classes=10, **overrides):

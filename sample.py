@@ -43,7 +43,7 @@ def flags():
                    help="averaged or last weights (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     g = p.add_argument_group("published checkpoints")
-    g.add_argument("--official", choices=list(convert.OFFICIAL), help="architecture of the published checkpoint")
+    g.add_argument("--official", choices=["dit", "dico"], help="architecture of the published checkpoint")
     g.add_argument("--checkpoint", help="its file (.pt, .bin or .safetensors)")
     g.add_argument("--decoder", help="Stable Diffusion's autoencoder file, to turn latents into images")
     return p
@@ -57,8 +57,9 @@ def official(args, device):
     config = convert.infer_config(args.official, state)
     model = convert.load_official(args.official, config, state)
     process = diffusion.Discrete(diffusion.linear_betas(), learned_variance=config["learn_sigma"])
-    # DiT as published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
-    draw = dict(sampler="ddpm", steps=250, guidance=4.0, guide_channels=3, clip=False)
+    # As published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
+    draw = dict(sampler="ddpm", steps=250, guidance={"dit": 4.0, "dico": 1.4}[args.official], guide_channels=3,
+                clip=False)
     shape = config["in_channels"], config["input_size"], config["input_size"]
     objective = objectives.Diffusion(model, process, shape, config["num_classes"], draw=draw)
     decoder = convert.load_decoder(args.decoder).to(device) if args.decoder else None

@@ -1,6 +1,8 @@
 """Every golden case, numbers recorded from the published implementations, against our computation. A case of an unknown
 architecture fails and is named. `pytest tests/test_golden.py --golden FOLDER` runs a folder of other cases."""
 
+from pathlib import Path
+
 import golden
 import pytest
 import torch
@@ -189,7 +191,8 @@ def backward_of_mse(case, out, ours):
 
 
 def check_dico(case):
-    model, i, part = convert.load_official("dico", case.config, case.state_dict).eval(), case.inputs, case.config.get("part")
+    model, i = convert.load_official("dico", case.config, case.state_dict).eval(), case.inputs
+    part = case.config.get("part")
     if part == "cca":
         gate = watched(model.conv, lambda args, output: output.sigmoid().flatten(1))
         return compare(case, {"out": model(i["x"]), "gate": gate})
@@ -255,16 +258,18 @@ def check_dimr(case):
             ours |= {f"target_{k}": objectives.area_target(i["noise"], p.shape[-1]), f"mse_{k}": e}
         return compare(case, ours)
     model, planes = convert.load_official("dimr", case.config, case.state_dict).eval(), lambda x: x.permute(0, 3, 1, 2)
+
+    def entry(branch):                                                       # patches with their positions
+        return watched(branch.x_embedder, lambda args, out: out + planes(
+            branch.pos_embed[None, :out.shape[2], :out.shape[3]]))
+
     if part == "branch":
-        cascade = i["cascade"].permute(0, 2, 3, 1) if "cascade" in i else None
-        embedded = watched(model.x_embedder, lambda args, out: out + planes(model.pos_embed[None, :out.shape[2], :out.shape[3]]))
+        cascade, embedded = i["cascade"].permute(0, 2, 3, 1) if "cascade" in i else None, entry(model)
         out, cascade = model(i["x"], i["t"] / 500 - 1, i.get("y"), cascade)
         return compare(case, {"input_layer": embedded, "out": out, "cascade": planes(cascade)})
     ours = {}
     for k, branch in enumerate(model.branches):
-        def entered(args, out, branch=branch):
-            return out + planes(branch.pos_embed[None, :out.shape[2], :out.shape[3]])
-        ours |= {f"branch{k}_input": watched(branch.x_embedder, entered), f"branch{k}_block0": watched(branch.blocks[0])}
+        ours |= {f"branch{k}_input": entry(branch), f"branch{k}_block0": watched(branch.blocks[0])}
     outputs = model(i["x"], i["t"], i.get("y"), every=True)
     ours |= {f"out_{k}": out for k, out in enumerate(outputs)} | {"out": model(i["x"], i["t"], i.get("y"))}
     if "noise" in i:
@@ -275,7 +280,20 @@ def check_dimr(case):
     compare(case, ours, model, convert.DIMR)
 
 
-CHECKS = {"dico": check_dico, "uvit": check_uvit, "td-ln": check_td_ln, "dimr": check_dimr, "dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler}
+@pytest.mark.parametrize("name", ["dico-model", "dico-pixel", "uvit-cond", "uvit-uncond", "dimr-2r", "dimr-3r"])
+def test_sizes_are_read_off_the_weights(name):
+    case = golden.load(Path(__file__).parent / "golden" / f"{name}.npz")
+    read, unknown = convert.infer_config(case.arch, case.state_dict), {"num_attention_heads", "num_heads", "dropout_prob"}
+    stages = read.pop("stage_configs", [])
+    for k, stage in enumerate(stages):
+        theirs = case.config["stage_configs"][k]
+        wrong = [key for key in theirs if key not in unknown and theirs[key] != stage[key]]
+        assert wrong in ([], ["num_blocks"]) and theirs["num_blocks"] // 2 == stage["num_blocks"] // 2
+    assert [key for key in read if key in case.config and key not in unknown and read[key] != case.config[key]] == []
+
+
+CHECKS = {"dico": check_dico, "uvit": check_uvit, "td-ln": check_td_ln, "dimr": check_dimr, "dit": check_dit,
+          "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler}
 
 
 def test_golden(golden_file):

@@ -419,12 +419,14 @@ def test_uvit_sees_order_through_positions_alone():
 
 
 def test_uvit_takes_text():
-    model = randomised(UViT(16, 4, 3, hidden_size=32, depth=2, num_heads=2, text=(5, 7)))
+    model = randomised(UViT(16, 4, 3, hidden_size=32, depth=2, num_heads=2, text_width=7, text_length=5))
     x, t, _ = inputs(size=(16, 16))
     text = torch.randn(3, 5, 7)
     out = model(x, t, text)
     assert model.pos_embed.shape[1] == 1 + 5 + 16 and out.shape == x.shape
     assert not torch.allclose(model(x, t, text.flip(0)), out, atol=1e-3)
+    padded = torch.cat([text[:, :3], torch.zeros(3, 2, 7)], 1)
+    assert torch.equal(model(x, t, text[:, :3]), model(x, t, padded))
 
 
 # ----------------------------------------------------------------------------------------------------------------- DiMR
@@ -449,7 +451,8 @@ def test_time_dependent_norm(rms):
     formula = slide(norm.gain) * plain + (0 if rms else slide(norm.bias))
     torch.testing.assert_close(norm(x, tau), formula, rtol=1e-11, atol=1e-11)
     weights = [x, *norm.parameters()]
-    for ours, theirs in zip(*(torch.autograd.grad((o * x.detach().cos()).sum(), weights) for o in (norm(x, tau), formula))):
+    gradients = (torch.autograd.grad((o * x.detach().cos()).sum(), weights) for o in (norm(x, tau), formula))
+    for ours, theirs in zip(*gradients):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
     for end, p in ((60, norm.gain.p0), (-60, norm.gain.p1)):
         norm.gain.b.data.fill_(end)
