@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from diffusion import GUIDANCE, SAMPLERS, choose, clipped, ddim_inversion, guided
@@ -92,9 +93,12 @@ class Diffusion(nn.Module):
         x, y, noise = batch["x"], batch["y"], batch["noise"]
         t = self.process.training_times(noise.uniform())
         y = torch.where(noise.uniform() < self.label_drop, self.num_classes, y) if self.num_classes else None
-        parts = self.process.loss(self.model, x, y, t, noise.normal(x.shape))
-        losses = {name: value.mean() for name, value in parts.items()}
+        losses = {name: value.mean() for name, value in self.parts(x, y, t, noise.normal(x.shape)).items()}
         return losses | balanced(self.model, losses["loss"], self.balance)
+
+    def parts(self, x, y, t, noise):
+        """The losses of each sample: {"loss": (B,), ...}."""
+        return self.process.loss(self.model, x, y, t, noise)
 
     forward = loss                                 # DistributedDataParallel calls the module itself
 
@@ -136,3 +140,41 @@ class Stitch(Diffusion):
             ends = torch.stack([(plan <= j).sum() for j in range(len(self.fractions))])
             self.model.cumulative = (progress[ends] + progress[ends + 1]).float() / 2    # half-way to the next step
         yield from super().trajectory(x, y, **draw)
+
+
+class MultiScale(Diffusion):
+    """DiMR's objective: each branch of the model predicts, at its own resolution, what the process asks for, and only
+    the last one draws. Weights from 1/4 of the lowest branch to 1 of the last. 2406.09416, section 3.2."""
+
+    def parts(self, x, y, t, noise):
+        outputs = []
+
+        def last(*inputs):
+            outputs[:] = self.model(*inputs, every=True)
+            return outputs[-1]
+
+        parts = self.process.loss(last, x, y, t, noise)
+        below = [self.process.split(output)[0].to(x.dtype) for output in outputs[:-1]]
+        errors = multi_scale_errors(below, self.process.target(x, noise, t))
+        for k, mse in enumerate(errors):
+            share = self.process.weight(t).to(mse) * 4 ** (k / len(errors) - 1)
+            parts |= {"loss": parts["loss"] + share * mse, f"mse_{below[k].shape[-1]}": mse}
+        return parts
+
+
+def multi_scale_errors(predictions, target):
+    """Mean squared error (B,) of each prediction (B, C, h, w) against the target (B, C, H, W) at its resolution."""
+    return [(p - area_target(target, p.shape[-1])).square().flatten(1).mean(1) for p in predictions]
+
+
+def area_target(target, width):
+    """(B, C, H, W) -> (B, C, H/R, W/R = width): sums over R x R blocks divided by R, so that white noise keeps variance
+    1. Odd sizes, as published: windows of R + 1 that overlap, ((H - 1)/R + 1, (W - 1)/R + 1); variance 1 but at borders
+    and for the overlap's correlation."""
+    W = target.shape[-1]
+    if width == W:
+        return target
+    R, rest = divmod(W - W % 2, width - W % 2)
+    if rest:
+        raise ValueError(f"a prediction {width} pixels wide is no whole fraction of a target of {W}")
+    return F.avg_pool2d(target, R + W % 2, R, padding=(W % 2) * (R // 2)) * (R + W % 2)

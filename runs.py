@@ -27,7 +27,7 @@ import diffusion
 import layers
 import moe
 import objectives
-from models import create_model
+from models import DiMR, create_model
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
 HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum",
@@ -108,8 +108,9 @@ def build(config):
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
     shape = config["in_channels"], config["image_size"], config["image_size"]
-    return objectives.Diffusion(model, process(config), shape, config["num_classes"], config["label_drop"], draw,
-                                config.get("balance", 0.0))
+    objective = objectives.MultiScale if isinstance(model, DiMR) else objectives.Diffusion
+    return objective(model, process(config), shape, config["num_classes"], config["label_drop"], draw,
+                     config.get("balance", 0.0))
 
 
 def process(config):
