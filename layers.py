@@ -249,12 +249,13 @@ class PackedLinear(nn.Module):
 
 
 def ternarize(model, eps=1e-5):
-    """Make every linear layer inside the blocks of a backbone (whatever lies in an nn.ModuleList) ternary, in place,
-    and put an RMSNorm over all its outputs behind each block's adaLN projection, without which ternary modulation is
-    huge (2405.14854). Embeddings and read-out stay as they are. -> the model. Raises ValueError if no such layer is
-    there."""
-    lists = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
-    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and name.startswith(lists)]
+    """Make every linear layer inside the blocks of a backbone (what lies in an nn.ModuleList or is called a block)
+    ternary, in place, and put an RMSNorm over all its outputs behind each block's adaLN projection, without which
+    ternary modulation is huge (2405.14854). Embeddings and read-out stay as they are. -> the model. Raises ValueError
+    if no such layer is there."""
+    blocks = tuple(f"{name}." for name, m in model.named_modules()
+                   if isinstance(m, nn.ModuleList) or name.endswith("block"))
+    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and name.startswith(blocks)]
     if not names:
         raise ValueError(f"{type(model).__name__} has no linear layers in its blocks that could become ternary")
     for name in names:
