@@ -531,6 +531,11 @@ def test_what_cannot_be_stitched():
         Stitched([torch.nn.Identity()] * 2, [0.4, 0.4])
     with pytest.raises(ValueError, match="as many fractions"):
         Stitched([torch.nn.Identity()] * 3, [0.5, 0.5])
+    one, other = (objectives.Diffusion(create_model("dit-nano", 8, learn_sigma=learned),
+                                       create_process("linear", learned_variance=learned), (3, 8, 8), 10)
+                  for learned in (True, False))
+    with pytest.raises(ValueError, match="with learned variances or without"):
+        objectives.Stitch([one, other], [0.5, 0.5])
     assert [stitch_steps(5, [r / 10, 1 - r / 10]).count(0) for r in range(11)] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
