@@ -283,7 +283,8 @@ def check_dimr(case):
 @pytest.mark.parametrize("name", ["dico-model", "dico-pixel", "uvit-cond", "uvit-uncond", "dimr-2r", "dimr-3r"])
 def test_sizes_are_read_off_the_weights(name):
     case = golden.load(Path(__file__).parent / "golden" / f"{name}.npz")
-    read, unknown = convert.infer_config(case.arch, case.state_dict), {"num_attention_heads", "num_heads", "dropout_prob"}
+    read = convert.infer_config(case.arch, case.state_dict)
+    unknown = {"num_attention_heads", "num_heads", "dropout_prob"}
     stages = read.pop("stage_configs", [])
     for k, stage in enumerate(stages):
         theirs = case.config["stage_configs"][k]
