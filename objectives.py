@@ -4,6 +4,7 @@ An objective is a module with two methods: `loss(batch) -> scalars by name, "los
 `preview(n, generator) -> images`. Training and sampling know nothing else of it.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import GUIDANCE, SAMPLERS, choose, clipped, ddim_inversion, guided
+from models import Stitched, stitch_steps
+from moe import balanced
 
 
 def seeded(*numbers, device="cpu"):
@@ -76,11 +79,12 @@ class Diffusion(nn.Module):
 
     model: the backbone, model(x, t, y). num_classes: 0 for an unconditional model. label_drop: the share of samples
     whose label becomes the null label (= num_classes) in training, which is what guidance needs. draw: options of
-    `generate`.
+    `generate`. balance: weight of the balance loss of a model with experts.
     """
 
-    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None):
+    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None, balance=0.0):
         super().__init__()
+        self.balance = balance
         self.model, self.process, self.shape = model, process, shape
         self.num_classes, self.label_drop, self.draw = num_classes, label_drop, draw or {}
 
@@ -89,8 +93,8 @@ class Diffusion(nn.Module):
         x, y, noise = batch["x"], batch["y"], batch["noise"]
         t = self.process.training_times(noise.uniform())
         y = torch.where(noise.uniform() < self.label_drop, self.num_classes, y) if self.num_classes else None
-        parts = self.parts(x, y, t, noise.normal(x.shape))
-        return {name: value.mean() for name, value in parts.items()}
+        losses = {name: value.mean() for name, value in self.parts(x, y, t, noise.normal(x.shape)).items()}
+        return losses | balanced(self.model, losses["loss"], self.balance)
 
     def parts(self, x, y, t, noise):
         """The losses of each sample: {"loss": (B,), ...}."""
@@ -114,6 +118,28 @@ class Diffusion(nn.Module):
         for x in self.trajectory(noise((n, *self.shape)), self.labels(n, device), noise=noise):  # noqa: B007
             pass
         return x.clamp(-1, 1)
+
+
+class Stitch(Diffusion):
+    """T-Stitch, 2402.14167: trained objectives of one process, the smallest model first, each for its fraction of the
+    sampling steps. rule: "steps", the paper's, whole numbers of steps on any grid of times; or "time", the published
+    code's, a threshold on t."""
+
+    def __init__(self, parts, fractions, rule="steps"):
+        model = Stitched([part.model for part in parts], fractions, nulls=[part.num_classes for part in parts])
+        last = parts[-1]
+        super().__init__(model, last.process, last.shape, parts[0].num_classes, draw=last.draw)
+        self.fractions, self.rule = fractions, choose({"steps": "steps", "time": "time"}, rule, "stitching rule")
+
+    def trajectory(self, x, y, **draw):
+        draw = {**self.draw, **draw}
+        if self.rule == "steps":
+            told = self.process.network_time(self.process.times(draw["steps"], draw.get("grid"))[:-1])
+            plan = torch.tensor(stitch_steps(len(told), self.fractions))
+            progress = torch.cat([told.new_tensor([-math.inf]), 1 - told / self.model.T, told.new_tensor([math.inf])])
+            ends = torch.stack([(plan <= j).sum() for j in range(len(self.fractions))])
+            self.model.cumulative = (progress[ends] + progress[ends + 1]).float() / 2    # half-way to the next step
+        yield from super().trajectory(x, y, **draw)
 
 
 class MultiScale(Diffusion):
