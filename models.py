@@ -1,7 +1,8 @@
 """Every denoising backbone, one section each: model(x, t, y) -> prediction.
 
     x (B, C, H, W)   noisy image            t (B,)   what the process tells the network, about 0 .. 1000
-    y (B,) int64     labels 0 .. num_classes, the last being the null label; None for a model without classes
+    y (B,) int64     labels 0 .. num_classes, the last being the null label; None for a model without classes;
+                     a layers.Text for a model of text
     returns (B, C, H, W), or (B, 2C, H, W) with learned variance
 
 Contents
@@ -23,6 +24,7 @@ from layers import (
     LabelEmbedder,
     Mlp,
     PatchEmbed,
+    Text,
     TimestepEmbedder,
     gated,
     modulate,
@@ -294,7 +296,8 @@ MODELS["unet-cifar"] = (UNet, dict(channels=128, multipliers=(1, 2, 2, 2), block
 def create_model(name, image_size=32, in_channels=3, num_classes=10, **overrides):
     """A model of the registry by name, with freshly initialised weights.
 
-    image_size: int or (H, W); num_classes: 0 for none; overrides: any argument of the model's class.
+    image_size: int or (H, W); num_classes: 0 for none (models of text have none anyway); overrides: any argument of the
+    model's class.
     Raises ValueError: unknown name (with the nearest ones), unknown override, a size that the patches do not divide.
     """
     if name not in MODELS:
@@ -305,7 +308,8 @@ def create_model(name, image_size=32, in_channels=3, num_classes=10, **overrides
     known = model.__init__.__code__.co_varnames[1:model.__init__.__code__.co_argcount]
     if unknown := [k for k in overrides if k not in known]:
         raise ValueError(f"{name} has no option {unknown[0]!r}: choose from {', '.join(known)}")
-    return model(image_size=image_size, in_channels=in_channels, num_classes=num_classes, **{**preset, **overrides})
+    classes = {"num_classes": num_classes} if "num_classes" in known else {}
+    return model(image_size=image_size, in_channels=in_channels, **classes, **{**preset, **overrides})
 
 
 def cost(model, shape):
@@ -313,7 +317,10 @@ def cost(model, shape):
     own FLOP counter says, which counts a multiply and an add apart; papers on transformers print this number as
     "GFLOPs". Nothing is computed: the count runs on the meta device."""
     model = copy.deepcopy(model).to("meta").eval()
+    y = torch.empty(1, dtype=torch.long, device="meta")
+    if width := getattr(model, "text_width", 0):
+        length = model.text_length
+        y = Text(torch.empty(1, length, width, device="meta"), torch.empty(1, length, dtype=torch.bool, device="meta"))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"),
-              torch.empty(1, dtype=torch.long, device="meta"))
+        model(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"), y)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
