@@ -110,6 +110,6 @@ class Diffusion(nn.Module):
         """n images (n, C, H, W) in [-1, 1]; all randomness comes from `generator` (on the CPU)."""
         device = next(self.model.parameters()).device
         noise = lambda shape: torch.randn(shape, generator=generator).to(device)
-        for x in self.trajectory(noise((n, *self.shape)), self.labels(n, device), noise=noise):
+        for x in self.trajectory(noise((n, *self.shape)), self.labels(n, device), noise=noise):  # noqa: B007
             pass
         return x.clamp(-1, 1)
