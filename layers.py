@@ -60,15 +60,16 @@ def drop_labels(y, drop, null):
     return torch.where(drop, null, y)
 
 
-def position_table(dim, height, width):
+def position_table(dim, height, width, spacing=(1.0, 1.0)):
     """Fixed 2-D sinusoids (height * width, dim), rows in row-major order, for dim divisible by 4.
 
     With e(q) = [sin(q w) | cos(q w)], w_i = 10000^(-i / (dim/4)), a patch in row r and column c gets [e(c) | e(r)]: the
-    column comes first, as in the published DiT and MAE code.
+    column comes first, as in the published DiT and MAE code. spacing: of rows and of columns, 1 for neighbours.
     """
     w = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     row, column = (q.flatten()[:, None] * w for q in torch.meshgrid(
-        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"))
+        torch.arange(height, dtype=torch.float64) * spacing[0], torch.arange(width, dtype=torch.float64) * spacing[1],
+        indexing="ij"))
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1).float()
 
 

@@ -1,14 +1,15 @@
 """Token mixers whose cost grows linearly with the number of tokens, each twice: the plain form is the definition, as
 slow as the paper writes it; the fast form computes the same numbers and gradients in O(N) time and memory.
 
-    selective_scan      Mamba, 2312.00752        selective_scan_plain     the recurrence, token by token
-    bi_wkv              Vision-RWKV, 2403.02308   bi_wkv_plain             the weighted mean over all tokens, (B, T, T, C)
+    selective_scan      Mamba, 2312.00752         selective_scan_plain     the recurrence, token by token
+    bi_wkv              Vision-RWKV, 2403.02308   bi_wkv_plain             the mean over all tokens, T x T weights
     linear_attention    LiT, 2501.12976           linear_attention_plain   the N x N matrix of weights
 
 The fast forms rest on one routine, `recur`. Nowhere is anything divided by a cumulative decay: that underflows. States
 and sums are kept in float32 at least, also under autocast; the output has the type of the first argument.
 """
 
+import contextlib
 import math
 
 import torch
@@ -61,7 +62,7 @@ def wide(x, *others):
 
 def exact(x):
     """Switches autocast off: sums of many tokens do not survive half precision."""
-    return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 # ------------------------------------------------------------------------------------------------------- selective scan
