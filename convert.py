@@ -100,7 +100,7 @@ def infer_dit(state_dict):
                 learn_sigma=state_dict["final_layer.linear.bias"].numel() == 2 * C * p * p)
 
 
-# ---------------------------------------------------------------------------------------------- drwkv, dimba, mamba, lit
+# --------------------------------------------------------------------------------------------- drwkv, dimba, mamba, lit
 # Parameters carry the published names here too. A config may name a `part` of the model; the part is returned.
 
 

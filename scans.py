@@ -62,7 +62,7 @@ def wide(x, *others):
 
 def exact(x):
     """Switches autocast off: sums of many tokens do not survive half precision."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(x.device.type, enabled=False)
 
 
 # ------------------------------------------------------------------------------------------------------- selective scan
@@ -93,6 +93,8 @@ def selective_scan_plain(u, delta, A, B, C, D=None, z=None, delta_bias=None, del
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, state=None):
     """`selective_scan_plain` in segments of tokens whose states fit the processor's cache; the backward pass computes
     the states of a segment again from the one at its start."""
+    if u.is_meta:                                                           # shapes only: models.cost
+        return torch.empty_like(u), u.new_empty(len(u), *A.shape)
     dtype = u.dtype
     u, delta, A, B, C, D, z, delta_bias, state = wide(u, delta, A, B, C, D, z, delta_bias, state)
     with exact(u):
@@ -182,6 +184,8 @@ def bi_wkv_plain(w, u, k, v):
 def bi_wkv(w, u, k, v):
     """`bi_wkv_plain` by a sweep from the left and one from the right. Both carry the sums relative to their largest
     term, so that no exponential exceeds 1. Channels go in groups that fit the processor's cache."""
+    if v.is_meta:
+        return torch.empty_like(v)
     dtype = v.dtype
     w, u, k, v = wide(w, u, k, v)
     group = max(16, (2**24 if v.is_cuda else 2**17) // (len(v) * v.shape[1]))
@@ -289,7 +293,7 @@ def linear_attention(q, k, v, eps=1e-6):
     """`linear_attention_plain` with the sums over j done first: S = sum_j phi(k_j)^T v_j (d, d), s = sum_j phi(k_j)."""
     dtype = v.dtype
     q, k, v = wide(q, k, v)
-    with exact(v):
+    with contextlib.nullcontext() if v.is_meta else exact(v):
         q, k = q.relu() + eps, k.relu() + eps
         S, s = k.transpose(-1, -2) @ v, k.sum(-2)[..., None]                                # (B, h, d, d), (B, h, d, 1)
         return (q @ S / (q @ s + k.shape[-2] * eps)).to(dtype)
