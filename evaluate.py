@@ -2,10 +2,17 @@
 
     python evaluate.py score runs/shapes-unet-pico      how good a run's samples are, beside real images
     python evaluate.py samplers runs/shapes-unet-pico   what each sampler makes of 5, 10, 20, 50 steps
+    python evaluate.py likelihood runs/my-run           bits per dimension of held-out images
+    python evaluate.py experts runs/shapes-dit-moe-nano what its experts specialise in: class, position, step
+    python evaluate.py stitch runs/small runs/large     quality and time of two runs in one trajectory
+    python evaluate.py pack runs/shapes-terdit-nano     ternary weights at two bits: a file, its size and its speed
     python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
+    python evaluate.py speed dico-s dit-s/2 --fair      the same at equal MACs, each at its best batch
 """
 
 import argparse
+import contextlib
+import copy
 import json
 import math
 import statistics
@@ -19,6 +26,8 @@ from tqdm import tqdm
 import data
 import diffusion
 import figures
+import layers
+import moe
 import objectives
 import runs
 from metrics import Classifier, frechet_distance
@@ -155,6 +164,162 @@ def samplers(args):
     print(f"picture: {path}")
 
 
+# ----------------------------------------------------------------------------------------------------------- likelihood
+
+
+def likelihood(args):
+    """Bits per dimension of held-out images: of a chain the variational bound, else the probability-flow ODE."""
+    device = runs.device(args.device)
+    config, objective = runs.open_run(args.run, device, args.weights)
+    held_out, process, generator = load_data(config, "test", device), objective.process, objectives.seeded(args.seed)
+    noise = lambda shape: torch.randn(shape, generator=generator).to(device)
+    chain, bits = isinstance(process, diffusion.Discrete), []
+    for rows in tqdm(torch.arange(min(args.n, len(held_out))).split(args.batch), desc="images", unit=" batches"):
+        x, y = held_out.gather(rows)
+        denoise = process.denoiser(objective.model, y if config["num_classes"] else None)
+        if chain:
+            with torch.no_grad():
+                times = process.times(args.steps) if args.steps else None
+                bits.append(process.bits_per_dim(denoise, x, noise, times)["total"])
+        else:
+            level = ((x + 1) * 127.5).round() + torch.rand(x.shape, generator=generator).to(device)   # dequantised
+            signs = noise(x.shape).sign()
+            log_p, _ = diffusion.log_likelihood(process, denoise, level / 128 - 1, signs, args.tolerance,
+                                                args.tolerance)
+            bits.append(7 - log_p / (x[0].numel() * math.log(2)))
+    bits = torch.cat(bits)
+    print(f"{bits.mean():.3f} bits per dimension (+- {bits.std() / len(bits) ** 0.5:.3f}) on {len(bits)} held-out "
+          f"images: {'the variational bound' if chain else 'the ODE, with a random estimate of its divergence'}")
+
+
+# -------------------------------------------------------------------------------------------------------------- experts
+
+
+def dependence(counts):
+    """Mutual information, in bits, of the expert and the row of a matrix of counts (rows, E): 0 if the choice of the
+    expert says nothing about the row."""
+    p = counts.double() / counts.sum()
+    independent = p.sum(0) * p.sum(1, keepdim=True)
+    return (p * (p / independent).log2().nan_to_num()).sum().item()
+
+
+def experts(args):
+    """2407.11633, section 4: how often each expert is chosen, by class, position and denoising step."""
+    device = runs.device(args.device)
+    config, objective = runs.open_run(args.run, device, args.weights)
+    classes, options = config["num_classes"], runs.sampling_options(args)
+    if not classes:
+        raise ValueError(f"{args.run} is unconditional: the analysis by class needs a run with classes")
+    steps = options.get("steps", config["sample_steps"])
+    with moe.Counter(objective.model, classes, steps) as counter:
+        for k in tqdm(range(0, args.n * classes, args.batch), desc="counting", unit=" batches"):
+            indices = range(k, min(k + args.batch, args.n * classes))
+            noise = objectives.ImageNoise(args.seed, indices, device)
+            y = torch.tensor(indices, device=device) % classes
+            counter.step = 0
+            for _ in objective.trajectory(noise((len(y), *objective.shape)), y, noise=noise, **options):
+                counter.step += 1
+    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    # Maps of an analysis: (layers, rows, E). Of more than 100 classes every so many is drawn.
+    maps = {"class": counter.classes.transpose(0, 1), "position": counter.positions, "step": counter.steps}
+    for name, counts in maps.items():
+        drawn = counts[:, ::max(1, counts.shape[1] // 100)] if name == "class" else counts
+        title = f"{args.run}: experts across, {name} down"
+        figures.save(figures.heat_maps(drawn, [f"layer {k}" for k in range(len(drawn))], title),
+                     folder / f"experts-{name}.png")
+    load = counter.classes.sum(0).double()
+    load = load / load.mean(1, keepdim=True)
+    rows = [{"load": load[k].tolist(), "load_cv": load[k].std(correction=0).item(),
+             **{name: dependence(counts[k]) for name, counts in maps.items()}} for k in range(len(load))]
+    result = {"run": str(args.run), "images_per_class": args.n, "seed": args.seed, "layers": rows,
+              "counts": {name: counts.tolist() for name, counts in maps.items()}}
+    runs.write(folder / "experts.json", lambda path: path.write_text(json.dumps(result) + "\n"))
+    print(f"{args.n} images of each of {classes} classes, {steps} steps. Bits that an expert tells of (0: nothing)")
+    print("layer   class  position    step   load: least, most, coefficient of variation")
+    for k, row in enumerate(rows):
+        print(f"{k:5}{row['class']:8.4f}{row['position']:10.4f}{row['step']:8.4f}"
+              f"{min(row['load']):14.2f}{max(row['load']):6.2f}{row['load_cv']:7.2f}")
+    print(f"of at most {math.log2(load.shape[1]):.1f} bits; counts: {folder / 'experts.json'}, pictures: "
+          f"{folder}/experts-class.png, -position.png, -step.png")
+
+
+# --------------------------------------------------------------------------------------------------------------- stitch
+
+
+def stitch(args):
+    """2402.14167, figure 1: quality and time over the fraction of the steps that the smaller model takes."""
+    device, options, folders = runs.device(args.device), runs.sampling_options(args), (args.small, args.large)
+    parts = [runs.open_run(folder, device, args.weights)[1] for folder in folders]
+    config, _ = runs.open_stitched(folders, [0.5])                     # refuses what cannot be stitched
+    network = classifier(config, device, args.classifier_steps)
+    held_out = load_data(config, "test")
+    reference, _ = read(network, (held_out.gather(r)[0] for r in torch.arange(len(held_out)).split(256)), device)
+    labels, rows = torch.arange(args.n) % config["num_classes"], []
+    macs = [cost(part.model, part.shape)[1] for part in parts]
+    for fraction in args.fractions:
+        objective = objectives.Stitch(parts, [fraction, 1 - fraction], args.stitch_rule).eval()
+        rows.append({"fraction": fraction, "macs": fraction * macs[0] + (1 - fraction) * macs[1],
+                     "frechet_classifier": [], "class_accuracy": [], "seconds": []})
+        for seed in tqdm(args.seeds, desc=f"fraction {fraction:g}", unit=" seeds", leave=False):
+            clock = time.perf_counter()
+            images = list(runs.draw(objective, labels, args.n, seed, args.batch, device, **options))
+            rows[-1]["seconds"].append(time.perf_counter() - clock)
+            features, classes = read(network, images, device)
+            rows[-1]["frechet_classifier"].append(frechet_distance(features, reference))
+            rows[-1]["class_accuracy"].append((classes == labels).float().mean().item())
+    mean, spread = statistics.mean, lambda v: statistics.stdev(v) if len(v) > 1 else 0.0
+    print(f"{args.n} images for each of seeds {', '.join(map(str, args.seeds))}: mean and standard deviation over the "
+          f"seeds\n{args.small}: {macs[0] / 1e6:.1f} MMACs, {args.large}: {macs[1] / 1e6:.1f} MMACs a call and image")
+    print(f"fraction{'Frechet distance':>20}{'class accuracy':>20}{'seconds':>10}{'of the first row':>18}{'MACs':>8}")
+    for row in rows:
+        f, a, s = row["frechet_classifier"], row["class_accuracy"], min(row["seconds"])
+        print(f"{row['fraction']:8.2f}{mean(f):12.3f} +- {spread(f):4.3f}{mean(a):12.4f} +- {spread(a):4.3f}{s:10.1f}"
+              f"{s / min(rows[0]['seconds']):18.3f}{row['macs'] / rows[0]['macs']:8.3f}")
+    folder = Path(args.large) if Path(args.large).is_dir() else Path(args.large).parent
+    runs.write(folder / "stitch.json", lambda path: path.write_text(json.dumps(rows, indent=2) + "\n"))
+    lines = {f"_seed {seed}": (args.fractions, [row["frechet_classifier"][k] for row in rows])
+             for k, seed in enumerate(args.seeds)}
+    lines["mean of the seeds"] = args.fractions, [mean(row["frechet_classifier"]) for row in rows]
+    picture = figures.curves(lines, f"{args.small} first, then {args.large}", "fraction of the steps by the first",
+                             "Frechet distance")
+    figures.save(picture, folder / "stitch.png")
+    print(f"numbers: {folder / 'stitch.json'}, picture: {folder / 'stitch.png'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- pack
+
+
+def pack(args):
+    """2405.14854, table 4: the averaged weights at two bits as a file that sample.py draws from; size and speed beside
+    the same weights in ordinary layers, and beside ternary layers as they are trained."""
+    device = runs.device(args.device)
+    config, objective = runs.open_run(args.run, device)
+    if config.get("packed") or not any(isinstance(m, layers.TernaryLinear) for m in objective.modules()):
+        raise ValueError(f"{args.run} has no ternary weights to pack: train a terdit, or another model by --ternary")
+    forms = {name: copy.deepcopy(objective) for name in ("ordinary", "as trained", "packed")}
+    layers.replace_ternary(forms["ordinary"].model, layers.dense)
+    layers.replace_ternary(forms["packed"].model, layers.PackedLinear)
+    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    state, path = forms["packed"].state_dict(), folder / "packed.pt"
+    checkpoint = {"config": config | {"packed": True}, "step": 0, "model": state, "ema": state, "optimiser": {}}
+    runs.write(path, lambda partial: torch.save(checkpoint, partial))
+
+    labels = torch.arange(args.n) % config["num_classes"] if config["num_classes"] else None
+    times, images = {name: [] for name in forms}, {}
+    for _ in tqdm(range(args.rounds), desc="drawing, all forms in turn", leave=False):
+        for name, form in forms.items():
+            clock = time.perf_counter()
+            images[name] = torch.cat(list(runs.draw(form, labels, args.n, 0, args.n, device)))
+            times[name].append(time.perf_counter() - clock)
+    print(f"{args.n} images, {config['sample_steps']} steps, medians of {args.rounds} interleaved rounds")
+    print(f"{'weights':14}{'MB':>8}{'seconds':>10}{'difference of images':>22}")
+    for name, form in forms.items():
+        size = sum(v.numel() * v.element_size() for v in form.state_dict().values()) / 1e6
+        difference = (images[name] - images["ordinary"]).abs().max().item()
+        print(f"{name:14}{size:8.2f}{statistics.median(times[name]):10.2f}{difference:22.1e}")
+    print(f"the file: {path}, {path.stat().st_size / 1e6:.2f} MB; python sample.py {path} draws from it")
+
+
 # ---------------------------------------------------------------------------------------------------------------- speed
 
 
@@ -187,41 +352,118 @@ def seconds(device, call):
     return time.perf_counter() - clock
 
 
+def matched(name, given, image_size, macs):
+    """The options that bring a model to `macs` multiply-accumulates, within 3 % if it can be: another width (heads stay
+    whole) and, where depth is a number, another depth, as near the preset as may be."""
+    preset = MODELS[name][1] | given
+    key = next(k for k in ("hidden_size", "channels") if k in preset)
+    step, depth = 4 * preset.get("num_heads", 1), preset.get("depth")
+
+    def count(**change):
+        with torch.device("meta"):
+            return cost(create_model(name, image_size, **given, **change), (3, image_size, image_size))[1]
+
+    middle = preset[key] * (macs / count()) ** 0.5 / step               # MACs grow with about the square of the width
+    found = {}
+    for width in {max(1, math.floor(middle) + k) * step for k in (-1, 0, 1, 2)}:
+        with contextlib.suppress(ValueError):                           # a width that the model refuses
+            found[width, depth] = count(**{key: width})
+            if isinstance(depth, int) and (d := max(1, round(depth * macs / found[width, depth]))) != depth:
+                found[width, d] = count(**{key: width, "depth": d})
+    width, depth = min(found, key=lambda k: (
+        max(0.03, abs(math.log(found[k] / macs))),
+        abs(math.log(k[0] / preset[key])) + (abs(math.log(k[1] / depth)) if isinstance(depth, int) else 0)))
+    return given | {key: width} | ({"depth": depth} if isinstance(depth, int) else {})
+
+
+def timed_calls(model, batch, shape, device, args):
+    """(forward, training step) of a batch, each sample with a time and a label of its own."""
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    x = torch.randn(batch, *shape, device=device).contiguous(memory_format=layout)
+    t, y = torch.rand(batch, device=device) * 1000, torch.randint(10, (batch,), device=device)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    half = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    def forward():
+        with torch.no_grad(), half():
+            model(x, t, y)
+
+    def step():
+        with half():
+            loss = model(x, t, y).float().pow(2).mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return forward, step
+
+
+def best_batch(device, make, largest):
+    """The batch, of 1, 2, 4, ... up to `largest`, at which make(batch) handles most images a second; the search ends
+    when twice the batch is clearly slower, or memory is out."""
+    rates, batch = {}, 1
+    while batch <= largest:
+        try:
+            call = make(batch)
+            call()
+            rates[batch] = batch / min(seconds(device, call) for _ in range(3))
+        except torch.OutOfMemoryError:
+            break
+        if rates[batch] < 0.9 * max(rates.values()):
+            break
+        batch *= 2
+    return max(rates, key=rates.get)
+
+
 def speed(args):
     device = runs.device(args.device)
-    shape, calls, rows = (3, args.image_size, args.image_size), {}, {}
-    for name in args.models:
-        model = create_model(name, args.image_size).to(device)
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        x, t = torch.randn(args.batch, *shape, device=device), torch.full((args.batch,), 500.0, device=device)
-        y = torch.zeros(args.batch, dtype=torch.long, device=device)
-
-        def forward(model=model, x=x, t=t, y=y):
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                model(x, t, y)
-
-        def step(model=model, optimiser=optimiser, x=x, t=t, y=y):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                loss = model(x, t, y).float().pow(2).mean()
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-
-        rows[name] = [*cost(model, shape), peak_memory(device, step)]
-        calls[name] = forward, step
-    times = {name: ([], []) for name in args.models}
+    shape, rows, calls = (3, args.image_size, args.image_size), {}, {}
+    for text in tqdm(args.models, desc="preparing", delay=2, leave=False):
+        name, _, options = text.partition(":")
+        try:
+            options = runs.options(options)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(error) from None
+        if args.fair and rows:
+            options = matched(name, options, args.image_size, next(iter(rows.values()))[1])
+            text = f"{name}:" + ",".join(f"{k}={v}" for k, v in options.items())
+        model = create_model(name, args.image_size, **options).to(device)
+        counts = cost(model, shape)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if args.compile:
+            model.compile()
+        make = lambda batch: timed_calls(model, batch, shape, device, args)
+        batches = [best_batch(device, lambda b: make(b)[k], args.batch) if args.fair else args.batch for k in (0, 1)]
+        calls[text] = [make(batch)[k] for k, batch in enumerate(batches)]
+        clean = device.type == "cuda" or not args.fair                  # a CPU's memory is only known the first time
+        rows[text] = *counts, batches, peak_memory(device, calls[text][1]) if clean else math.nan
+        calls[text][0]()
+    times = {text: ([], []) for text in rows}
     for _ in tqdm(range(args.rounds), desc="timing, all models in turn", delay=2, leave=False):
-        for name in args.models:
-            for call, kept in zip(calls[name], times[name]):
+        for text in rows:
+            for call, kept in zip(calls[text], times[text]):
                 kept.append(seconds(device, call))
-    print(f"{args.image_size}x{args.image_size}, batch {args.batch}, {device.type}, {torch.get_num_threads()} threads, "
-          f"{args.precision}; medians of {args.rounds} interleaved rounds")
-    print(f"{'model':20}{'parameters':>12}{'GMACs':>9}{'forward ms':>12}{'step ms':>10}"
+    batch = f"each at its best batch up to {args.batch}" if args.fair else f"batch {args.batch}"
+    print(f"{args.image_size}x{args.image_size}, {device.type}, {torch.get_num_threads()} threads, {args.precision}"
+          f"{', channels-last' * args.channels_last}{', compiled' * args.compile}; medians of {args.rounds} "
+          f"interleaved rounds; {batch}")
+    wide = max(20, *(len(text) + 2 for text in rows))
+    print(f"{'model':{wide}}{'parameters':>12}{'GMACs':>9}{'forward ms':>12}{'images/s':>10}{'step ms':>10}"
           f"{'images/s':>10}{'peak MiB':>10}")
-    for name, (parameters, macs, memory) in rows.items():
-        forward, step = (statistics.median(t) for t in times[name])
-        print(f"{name:20}{parameters / 1e6:10.2f} M{macs / 1e9:9.3f}{forward * 1e3:12.1f}{step * 1e3:10.1f}"
-              f"{args.batch / step:10.1f}{memory / 2**20:10.0f}")
+    rates = {}
+    for text, (parameters, macs, batches, memory) in rows.items():
+        medians = [statistics.median(t) for t in times[text]]
+        rates[text] = [batch / median for batch, median in zip(batches, medians)]
+        print(f"{text:{wide}}{parameters / 1e6:10.2f} M{macs / 1e9:9.3f}{medians[0] * 1e3:12.1f}{rates[text][0]:10.1f}"
+              f"{medians[1] * 1e3:10.1f}{rates[text][1]:10.1f}{memory / 2**20:10.0f}")
+    if args.fair:
+        first, *others = rows
+        for text in others:
+            table = zip(("forward", "training"), rates[first], rates[text], rows[first][2], rows[text][2])
+            print(f"{first} over {text}: " + ", ".join(
+                f"{what} {ours / theirs:.2f} times the images/s (batches {a} and {b})"
+                for what, ours, theirs, a, b in table) + f", at {rows[first][1] / rows[text][1]:.3f} times the MACs")
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -260,9 +502,48 @@ def flags():
     s.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
     drawing_flags(s)
 
+    s = commands.add_parser("likelihood", help="bits per dimension of held-out images: a chain's bound, or by the ODE")
+    s.set_defaults(function=likelihood)
+    s.add_argument("run", help="folder of a run, or a checkpoint file in it")
+    s.add_argument("--n", type=runs.positive, default=64, help="images (default: %(default)s)")
+    s.add_argument("--steps", type=runs.positive, help="of a chain: a sub-grid of so many steps (default: all)")
+    s.add_argument("--tolerance", type=float, default=1e-3, help="of the adaptive solver (default: %(default)s)")
+    drawing_flags(s)
+
+    s = commands.add_parser("experts", help="which experts a run's tokens choose, by class, position and step")
+    s.set_defaults(function=experts)
+    s.add_argument("run", help="folder of a run of a model with experts")
+    s.add_argument("--n", type=runs.positive, default=50, help="images of each class (default: %(default)s)")
+    runs.sampling_flags(s)
+    drawing_flags(s)
+
+    s = commands.add_parser("stitch", help="quality and time of two runs in one trajectory, as a table and a picture")
+    s.set_defaults(function=stitch)
+    s.add_argument("small", help="folder of the run of the smaller model, which takes the first steps")
+    s.add_argument("large", help="folder of the run of the larger model")
+    s.add_argument("--n", type=runs.positive, default=256, help="images for each entry (default: %(default)s)")
+    s.add_argument("--fractions", type=runs.floats, default=[k / 10 for k in range(11)], metavar="F,...",
+                   help="of the steps that the smaller model takes (default: 0,0.1,...,1)")
+    s.add_argument("--seeds", type=runs.wholes, default=[1, 2, 3], metavar="N,...", help="default: 1,2,3")
+    s.add_argument("--stitch-rule", choices=["steps", "time"], default="steps", help="see sample.py --help")
+    runs.sampling_flags(s)
+    drawing_flags(s)
+
+    s = commands.add_parser("pack", help="a ternary run's weights at two bits: a file, its size and its speed")
+    s.set_defaults(function=pack)
+    s.add_argument("run", help="folder of a run with ternary weights")
+    s.add_argument("--n", type=runs.positive, default=16, help="images to draw (default: %(default)s)")
+    s.add_argument("--rounds", type=runs.positive, default=3, help="timed rounds (default: %(default)s)")
+    s.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+
     s = commands.add_parser("speed", help="parameters, MACs, time of forward and training step, peak memory")
     s.set_defaults(function=speed)
-    s.add_argument("models", nargs="+", help=f"names out of {', '.join(MODELS)}")
+    s.add_argument("models", nargs="+", metavar="MODEL",
+                   help=f"NAME or NAME:OPTION=VALUE,...; names are {', '.join(MODELS)}")
+    s.add_argument("--fair", action="store_true", help="bring every model to the first one's MACs, by its width and "
+                   "depth, and let each have the batch that suits it best, of 1, 2, 4, ... up to --batch")
+    s.add_argument("--channels-last", action="store_true", help="weights and images in this layout")
+    s.add_argument("--compile", action="store_true", help="torch.compile every model")
     s.add_argument("--image-size", type=runs.positive, default=32, help="default: %(default)s")
     s.add_argument("--batch", type=runs.positive, default=16, help="default: %(default)s")
     s.add_argument("--rounds", type=runs.positive, default=5, help="timed rounds (default: %(default)s)")

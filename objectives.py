@@ -1,17 +1,21 @@
-"""What `train.py` trains: objectives, and the random numbers that they are given.
+"""What `train.py` trains: objectives; how they draw images; the random numbers that both are given.
 
 An objective is a module with two methods: `loss(batch) -> scalars by name, "loss" among them`, and
 `preview(n, generator) -> images`. Training and sampling know nothing else of it.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from diffusion import generate
+from diffusion import GUIDANCE, SAMPLERS, choose, clipped, ddim_inversion, guided
 from layers import Text
+from models import Stitched, stitch_steps
+from moe import balanced
 
 
 def seeded(*numbers, device="cpu"):
@@ -45,21 +49,48 @@ class StepNoise:
         return torch.randn(self.total, *shape[1:], generator=self.generator, device=self.device)[self.rows]
 
 
+def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
+             clip=True, noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
+             weak=None, **options) -> Iterator[torch.Tensor]:
+    """Sample: yields the images after each step, starting from standard normal x (B, C, H, W), without gradients.
+
+    y, null: the condition and the null condition that guidance moves away from (both as the model takes them); rule:
+    how, a name in `GUIDANCE`; interval: only at those times; weak: another objective to move away from instead of the
+    null condition (autoguidance, 2406.02507). grid, last: see `Process.times`. clip: keep x0 in [-1, 1]
+    (pixels), quantile: by dynamic thresholding. options go to the sampler.
+    """
+    draw, make = choose(SAMPLERS, sampler, "sampler"), choose(GUIDANCE, rule, "guidance")
+    denoise = process.denoiser(model, y)
+    if guidance != 1 and (weak or null is not None):
+        other = weak.process.denoiser(weak.model, y) if weak else process.denoiser(model, null)
+        denoise = guided(denoise, other, guidance, guide_channels, process,
+                         None if rule == "cfg" else make, interval)
+    if clip:
+        denoise = clipped(denoise, process, quantile=quantile)
+    times = process.times(steps, grid, last)
+    if process.exploding and draw is not ddim_inversion:
+        x = x * process.sigma(times[:1]).item()
+    with torch.no_grad():
+        yield from draw(denoise, x, times, process, noise, **options)
+
+
 class Diffusion(nn.Module):
     """The training objective of a denoising backbone: `loss(batch)` and `preview(n, generator)` are all that training
     knows.
 
     model: the backbone, model(x, t, y). num_classes: 0 for a model without labels. label_drop: the share of samples
     whose condition becomes the null condition in training, which is what guidance needs. draw: options of `generate`.
+    balance: weight of the balance loss of a model with experts.
 
     A condition is labels (B,) (null: num_classes), byte tokens (B, L), which `encoder` turns into a Text (null: the
     empty caption), or a Text of precomputed embeddings (null: the model's `null_text`). examples: the conditions of
     previews, by default the labels in turn.
     """
 
-    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None, encoder=None, examples=None):
+    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None, balance=0.0, encoder=None,
+                 examples=None):
         super().__init__()
-        self.encoder, self.examples = encoder, examples
+        self.balance, self.encoder, self.examples = balance, encoder, examples
         self.conditional = num_classes or getattr(model, "text_width", 0)
         self.model, self.process, self.shape = model, process, shape
         self.num_classes, self.label_drop, self.draw = num_classes, label_drop, draw or {}
@@ -69,8 +100,12 @@ class Diffusion(nn.Module):
         x, y, noise = batch["x"], batch["y"], batch["noise"]
         t = self.process.training_times(noise.uniform())
         y = self.encode(self.dropped(y, noise.uniform() < self.label_drop)) if self.conditional else None
-        parts = self.process.loss(self.model, x, y, t, noise.normal(x.shape))
-        return {name: value.mean() for name, value in parts.items()}
+        losses = {name: value.mean() for name, value in self.parts(x, y, t, noise.normal(x.shape)).items()}
+        return losses | balanced(self.model, losses["loss"], self.balance)
+
+    def parts(self, x, y, t, noise):
+        """The losses of each sample: {"loss": (B,), ...}."""
+        return self.process.loss(self.model, x, y, t, noise)
 
     forward = loss                                 # DistributedDataParallel calls the module itself
 
@@ -113,3 +148,63 @@ class Diffusion(nn.Module):
         for x in self.trajectory(noise((n, *self.shape)), self.labels(n, device), noise=noise):  # noqa: B007
             pass
         return x.clamp(-1, 1)
+
+
+class Stitch(Diffusion):
+    """T-Stitch, 2402.14167: trained objectives of one process, the smallest model first, each for its fraction of the
+    sampling steps. rule: "steps", the paper's, whole numbers of steps on any grid of times; or "time", the published
+    code's, a threshold on t."""
+
+    def __init__(self, parts, fractions, rule="steps"):
+        model = Stitched([part.model for part in parts], fractions, nulls=[part.num_classes for part in parts])
+        last = parts[-1]
+        super().__init__(model, last.process, last.shape, parts[0].num_classes, draw=last.draw)
+        self.fractions, self.rule = fractions, choose({"steps": "steps", "time": "time"}, rule, "stitching rule")
+
+    def trajectory(self, x, y, **draw):
+        draw = {**self.draw, **draw}
+        if self.rule == "steps":
+            told = self.process.network_time(self.process.times(draw["steps"], draw.get("grid"))[:-1])
+            plan = torch.tensor(stitch_steps(len(told), self.fractions))
+            progress = torch.cat([told.new_tensor([-math.inf]), 1 - told / self.model.T, told.new_tensor([math.inf])])
+            ends = torch.stack([(plan <= j).sum() for j in range(len(self.fractions))])
+            self.model.cumulative = (progress[ends] + progress[ends + 1]).float() / 2    # half-way to the next step
+        yield from super().trajectory(x, y, **draw)
+
+
+class MultiScale(Diffusion):
+    """DiMR's objective: each branch of the model predicts, at its own resolution, what the process asks for, and only
+    the last one draws. Weights from 1/4 of the lowest branch to 1 of the last. 2406.09416, section 3.2."""
+
+    def parts(self, x, y, t, noise):
+        outputs = []
+
+        def last(*inputs):
+            outputs[:] = self.model(*inputs, every=True)
+            return outputs[-1]
+
+        parts = self.process.loss(last, x, y, t, noise)
+        below = [self.process.split(output)[0].to(x.dtype) for output in outputs[:-1]]
+        errors = multi_scale_errors(below, self.process.target(x, noise, t))
+        for k, mse in enumerate(errors):
+            share = self.process.weight(t).to(mse) * 4 ** (k / len(errors) - 1)
+            parts |= {"loss": parts["loss"] + share * mse, f"mse_{below[k].shape[-1]}": mse}
+        return parts
+
+
+def multi_scale_errors(predictions, target):
+    """Mean squared error (B,) of each prediction (B, C, h, w) against the target (B, C, H, W) at its resolution."""
+    return [(p - area_target(target, p.shape[-1])).square().flatten(1).mean(1) for p in predictions]
+
+
+def area_target(target, width):
+    """(B, C, H, W) -> (B, C, H/R, W/R = width): sums over R x R blocks divided by R, so that white noise keeps variance
+    1. Odd sizes, as published: windows of R + 1 that overlap, ((H - 1)/R + 1, (W - 1)/R + 1); variance 1 but at borders
+    and for the overlap's correlation."""
+    W = target.shape[-1]
+    if width == W:
+        return target
+    R, rest = divmod(W - W % 2, width - W % 2)
+    if rest:
+        raise ValueError(f"a prediction {width} pixels wide is no whole fraction of a target of {W}")
+    return F.avg_pool2d(target, R + W % 2, R, padding=(W % 2) * (R // 2)) * (R + W % 2)

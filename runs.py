@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 import data
 import diffusion
+import layers
+import moe
 import objectives
-from layers import TextEncoder
-from models import MODELS, create_model
+from models import MODELS, DiMR, create_model
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
 HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum",
@@ -107,15 +108,24 @@ def build(config):
     """The training objective that a config describes, with freshly initialised weights. A model of text gets a
     TextEncoder of byte tokens beside it, unless its text is precomputed (config["text"] is "npz")."""
     model = build_model(config)
+    if config.get("moe"):
+        moe.add_experts(model, *config["moe"])
+    if config.get("ternary"):
+        if any(isinstance(m, moe.MoE) for m in model.modules()):
+            raise ValueError("--ternary knows linear layers only, not stacks of experts: leave out one of the two")
+        layers.ternarize(model)
+    if config.get("packed"):
+        layers.replace_ternary(model, layers.PackedLinear)
     encoder = examples = None
     if takes_text(config) and config["text"] == "bytes":
-        encoder = TextEncoder(model.text_width)
+        encoder = layers.TextEncoder(model.text_width)
         examples = data.byte_tokens(config["prompts"], model.text_length)
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
     shape = config["in_channels"], config["image_size"], config["image_size"]
-    return objectives.Diffusion(model, process(config), shape, config["num_classes"], config["label_drop"], draw,
-                                encoder, examples)
+    objective = objectives.MultiScale if isinstance(model, DiMR) else objectives.Diffusion
+    return objective(model, process(config), shape, config["num_classes"], config["label_drop"], draw,
+                     config.get("balance", 0.0), encoder, examples)
 
 
 def process(config):
@@ -124,7 +134,8 @@ def process(config):
     own = "flow" if config["process"] == "flow" else None
     weighting = {"own": own, "none": None}.get(config["weighting"], config["weighting"])
     return diffusion.create_process(config["process"], prediction, config["shift"], weighting=weighting,
-                                    density=config["density"], learned_variance=config["learned_variance"] or None)
+                                    density=config["density"], learned_variance=config["learned_variance"] or None,
+                                    objective=config.get("objective"))
 
 
 def add_text(config, dataset):
@@ -148,7 +159,7 @@ SAMPLING = {"sampler": diffusion.SAMPLERS, "grid": diffusion.GRIDS, "guidance_ru
 def sampling_options(args):
     """The flags of sample.py and evaluate.py that overrule a run's own way of sampling, as options of `generate`."""
     given = {"sampler": args.sampler, "steps": args.steps, "grid": args.grid, "guidance": args.guidance,
-             "rule": args.guidance_rule, "interval": args.interval}
+             "rule": args.guidance_rule, "interval": args.interval, "quantile": args.threshold}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -161,6 +172,8 @@ def sampling_flags(parser):
     add("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
     add("--guidance-rule", help="how it is applied (default: the run's own); " + ", ".join(diffusion.GUIDANCE))
     add("--interval", type=floats, metavar="LOW,HIGH", help="guide only between these times of the process")
+    add("--threshold", type=float, metavar="Q",
+        help="dynamic thresholding: clip at this quantile of |x0|, for example 0.995, and rescale (default: clip at 1)")
 
 
 def check(flag, value, choices):
@@ -251,6 +264,19 @@ def open_run(folder, device="cpu", weights="ema"):
     objective = build(checkpoint["config"])
     load_weights(objective, checkpoint[weights], path)
     return checkpoint["config"], objective.to(device).eval()
+
+
+def open_stitched(folders, fractions, rule="steps", device="cpu", weights="ema"):
+    """As `open_run`, of several runs in one trajectory: the first takes the first share of the sampling steps, and so
+    on; the last run's config and way of sampling hold. fractions: one a run, or one less: the last takes the rest."""
+    configs, parts = zip(*(open_run(folder, device, weights) for folder in folders))
+    for key in ("image_size", "in_channels", "learned_variance", "process", "prediction", "shift"):
+        if len({config[key] for config in configs}) > 1:
+            raise ValueError(f"runs can be stitched only if they have the same {key}, and it is "
+                             + ", ".join(f"{config[key]!r} in {folder}" for config, folder in zip(configs, folders)))
+    if len(fractions) == len(folders) - 1:
+        fractions = [*fractions, 1 - sum(fractions)]
+    return configs[-1], objectives.Stitch(parts, fractions, rule).eval()
 
 
 def draw(objective, labels, n, seed, batch, device, first=0, frames=None, **options):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import figures
+import moe
 import objectives
 import runs
 from models import MODELS, cost, create_model
@@ -77,7 +78,13 @@ def flags():
     group("model",
           ("--model", "unet-pico", "name of a model, see --list", word),
           ("--model-options", {}, "change its preset, for example depth=4,hidden_size=96",
-           {"type": runs.options, "metavar": "NAME=VALUE,..."}))
+           {"type": runs.options, "metavar": "NAME=VALUE,..."}),
+          ("--moe", None, "replace every feed-forward network of a transformer by E experts, K of them for each token",
+           {"type": runs.wholes, "metavar": "E,K"}),
+          ("--balance", 0.01, "weight of the loss that keeps experts equally busy"),
+          ("--upcycle", None, "start a model with experts from the run of the same model with one expert "
+           "(--model-options num_experts=1,top_k=1) in FOLDER", folder),
+          ("--ternary", False, "weights of -a, 0 or a in all linear layers of the blocks, as in TerDiT", switch))
     group("diffusion",
           ("--process", "flow", "path from data to noise: " + ", ".join(diffusion.PROCESSES), word),
           ("--prediction", "x0", "what the network predicts: " + ", ".join(diffusion.PREDICTIONS)
@@ -88,6 +95,9 @@ def flags():
            + ", ".join(diffusion.DENSITIES), word),
           ("--shift", 1.0, "multiplies sigma/alpha at every time: above 1 for larger images"),
           ("--learned-variance", False, "learn the variances of a chain's steps too (DiT's hybrid loss)", switch),
+          ("--objective", None, "of a chain: hybrid (the simple loss; with learned variances also the bound's term), "
+           "rescaled (that term times T/1000), vlb (the bound), kl (one term of it) (default: hybrid)",
+           {"choices": list(diffusion.OBJECTIVES)}),
           ("--label-drop", 0.1, "share of labels or captions replaced by the null one, which guidance needs"))
     group("optimisation",
           ("--batch", 32, "images a step, over all GPUs and micro-batches together", whole),
@@ -117,6 +127,12 @@ def flags():
     return p
 
 
+def one_line(entry):
+    """What `--list` prints for a registry's entry: its line, or the first sentence of a function's docstring."""
+    text = entry.__doc__ if callable(entry) else entry if isinstance(entry, str) else entry[-1]
+    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
 def print_list():
     """Everything there is to choose from, one line each."""
     print("models (parameters and multiply-accumulates at 32x32x3 with 10 classes)")
@@ -124,15 +140,16 @@ def print_list():
         with torch.device("meta"):
             model = create_model(name)
         parameters, macs = cost(model, (3, 32, 32))
-        print(f"  {name:18} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs")
-    line = lambda v: v if isinstance(v, str) else diffusion.one_line(v) if callable(v) else v[-1]
+        active = moe.activated_parameters(model)
+        note = f", {active / 1e6:.2f} M activated" if active < parameters else ""
+        print(f"  {name:18} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs{note}")
     for title, entries in {"datasets": data.DATASETS, "processes": diffusion.PROCESSES,
                            "predictions": diffusion.PREDICTIONS, "weightings": diffusion.WEIGHTINGS,
                            "densities of the training times": diffusion.DENSITIES, "samplers": diffusion.SAMPLERS,
                            "grids of sampling times": diffusion.GRIDS, "guidance rules": diffusion.GUIDANCE}.items():
         print(title)
         for name, entry in entries.items():
-            print(f"  {name:18} {line(entry)}")
+            print(f"  {name:18} {one_line(entry)}")
 
 
 def parse():
@@ -225,13 +242,17 @@ def train():
     # Model, averaged weights, optimiser: all that a checkpoint holds.
     torch.manual_seed(config["seed"])
     objective = runs.build(config).to(device)
+    if config["upcycle"] and not checkpoint:
+        moe.upcycle(objective.model, runs.open_run(config["upcycle"], device)[1].model.state_dict())
     if config["text"] == "npz" and text:
         objective.examples = dataset.condition(torch.arange(min(8, len(dataset)))).to("cpu")
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     weights = [p for p in objective.parameters() if p.requires_grad]
     averages = [e for e, p in zip(ema.parameters(), objective.parameters()) if p.requires_grad]
-    optimiser = torch.optim.AdamW(weights, config["lr"], tuple(config["betas"]), weight_decay=config["weight_decay"],
-                                  fused=True)
+    groups = [{"params": [p for p in weights if not hasattr(p, "no_decay")]},
+              {"params": [p for p in weights if hasattr(p, "no_decay")], "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW([g for g in groups if g["params"]], config["lr"], tuple(config["betas"]),
+                                  weight_decay=config["weight_decay"], fused=True)
     first = 0
     if checkpoint:
         runs.check_resumable(checkpoint["config"], config)

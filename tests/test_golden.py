@@ -1,16 +1,33 @@
 """Every golden case, numbers recorded from the published implementations, against our computation. A case of an unknown
 architecture fails and is named. `pytest tests/test_golden.py --golden FOLDER` runs a folder of other cases."""
 
+from pathlib import Path
+
 import golden
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_core import check_loss, check_sampler, check_schedule
 
 import convert
 import diffusion
+import moe
+import objectives
 import scans
-from layers import LabelEmbedder, Text, drop_labels, position_table, timestep_embedding
-from models import DRWKVBlock, create_model, q_shift
+from layers import (
+    LabelEmbedder,
+    PackedLinear,
+    TernaryLinear,
+    Text,
+    drop_labels,
+    pack,
+    position_table,
+    replace_ternary,
+    ternary,
+    timestep_embedding,
+    unpack,
+)
+from models import DRWKVBlock, Stitched, channel_norm, create_model, q_shift, stitch_steps
 
 
 def same(ours, theirs, what, tolerance=1e-5):
@@ -156,6 +173,422 @@ def check_dit_tables(case):
         else:
             raise AssertionError(f"nothing here computes {name}")
         same(ours, value, name)
+
+
+# -------------------------------------------------------------------------------------------------------------- dit-moe
+
+
+def watched(modules):
+    """name -> what each module puts out, filled in whenever it is called."""
+    seen = {}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda m, args, output, name=name: seen.__setitem__(name, output))
+    return seen
+
+
+def stacked(name, grads):
+    """The value of a published parameter's name out of {our name: value}: single experts are rows of a stack."""
+    (ours, value), = convert.moe_names({name: torch.zeros(())}).items()
+    if ".experts." in name or name.startswith("experts."):
+        return grads[ours][int(name.split("experts.")[1].split(".")[0])]
+    return grads[ours]
+
+
+def check_dit_moe(case):
+    if "embed_dim" in case.config:
+        check_moe_layer(case)
+    elif not case.state_dict:
+        for name, value in case.outputs.items():
+            with torch.device("meta"):
+                model = create_model("dit-moe-" + name.split(":")[1].lower().replace("_", "/"), 32, 4, 1000,
+                                     learn_sigma=True)
+            counts = sum(p.numel() for p in model.parameters()), moe.activated_parameters(model)
+            same(torch.tensor(counts), value, name)
+    else:
+        model = convert.load_official("dit-moe", case.config, case.state_dict).eval()
+        check = (check_moe_stats if "count_step" in case.outputs else check_moe_upcycle if "upcycled" in case.meta else
+                 check_moe_flow if "t_logit" in case.inputs else check_moe_training if "x0" in case.inputs else
+                 check_moe_forward)
+        check(case, model)
+
+
+def routing(router_output, prefix):
+    """The recorded forms of what a router says."""
+    weight, index, probs = router_output
+    combine = torch.zeros_like(probs).scatter(1, index, weight)
+    return {f"{prefix}router_probs": probs, f"{prefix}router_combine": combine,
+            f"{prefix}router_index_sorted": index.sort(1)[0]}
+
+
+def check_moe_forward(case, model):
+    points = {"final_tokens": model.final_layer, "block_last": model.blocks[-1]}
+    for k, block in enumerate(model.blocks):
+        points |= {f"block{k}.attn": block.attn, f"block{k}.moe": block.mlp, f"block{k}": block,
+                   f"block{k}.moe.shared": block.mlp.shared, f"block{k}.": block.mlp.router}
+        block.mlp.register_forward_pre_hook(lambda m, args, k=k: seen.__setitem__(f"block{k}.moe.input", args[0]))
+    seen = watched(points)
+    seen["out"] = model(*(case.inputs[k] for k in "xty"))
+    for k in range(len(model.blocks)):
+        seen |= routing(seen[f"block{k}."], f"block{k}.")
+    for name, value in case.outputs.items():
+        same(seen[name], value, name)
+
+
+def check_moe_layer(case):
+    c, alpha = case.config, case.meta["aux_loss_alpha"]
+    D = c["embed_dim"]
+    layer = moe.MoE(D, c["mlp_ratio"] * D, c["num_experts"], c["num_experts_per_tok"],
+                    case.meta["n_shared_experts"] * D)
+    state = {name.removeprefix("mlp."): value for name, value in
+             convert.moe_names({f"moe.{name}": value for name, value in case.state_dict.items()}).items()}
+    convert.fill(layer, state, "this layer")
+    for dispatch in (moe.loop, moe.grouped):
+        layer.dispatch = dispatch
+        x, g, router = case.inputs["x"].requires_grad_(), case.inputs["g"], watched({"router": layer.router})
+        ours = {"y_eval": layer.eval()(x), "shared_only": layer.shared(x)} | routing(router["router"], "")
+        ours["routed_only"] = ours["y_eval"] - ours["shared_only"]
+        rows = x.flatten(0, 1)
+        ours["expert_outputs"] = torch.stack([torch.nn.functional.linear(
+            torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T), down)
+            for gate, up, down in zip(layer.gate, layer.up, layer.down)], 1)
+        weights = {"x": x} | {"moe." + name: p for name, p in layer.named_parameters()}
+        aux = alpha * moe.balanced(layer.train(), 0, 1)["loss"] if layer.train()(x) is not None else None
+        y = layer(x)
+        task = (y * g).sum()
+        total = moe.balanced(layer, task, alpha)["loss"]
+        ours |= {"y_train": y, "aux_loss": aux[None]}
+        for kind, loss in {"aux": aux, "task_only": task, "train": total, "zero_task": 0 * task + aux}.items():
+            grads = torch.autograd.grad(loss, list(weights.values()), retain_graph=True, allow_unused=True)
+            grads = {name.replace("moe.", "mlp."): v for (name, v) in zip(weights, grads) if v is not None}
+            ours |= {f"{kind}_grad:x": grads["x"], f"{kind}_grad:gate.weight": grads["mlp.router.weight"]}
+            for name in case.state_dict:
+                if kind in ("task_only", "train"):
+                    value = stacked(f"moe.{name}", grads)
+                    ours |= {f"{kind}_grad:{name}": value, f"{kind}_grad_norm:{name}": value.norm()}
+        for name, value in case.outputs.items():
+            same(ours[name], value, f"{dispatch.__name__}: {name}")
+
+
+def check_moe_training(case, model):
+    process = chain({"learn_sigma": case.config["learn_sigma"], **case.meta.get("diffusion", {})})
+    x0, t, y, noise = (case.inputs[k] for k in ("x0", "t", "y", "noise"))
+    ours = {"mse_eval_mode": process.loss(model, x0, y, t, noise)["mse"]}
+    ours |= process.loss(model.train(), x0, y, t, noise)
+    alpha, task = case.meta["aux_loss_alpha"], ours["loss"].mean()
+    ours["aux_losses"] = torch.stack([alpha * block.mlp.balance[0] for block in model.blocks])
+    total = moe.balanced(model, task, alpha)["loss"]
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # What is recorded as task only is the total less the gradient of all balance losses, taken through the published
+    # trick: there the last layer's loss, on its way up, calls forth the losses of all other layers a second time.
+    for kind, loss in {"_task_only": task - ours["aux_losses"][:-1].sum(), "": total}.items():
+        grads = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), retain_graph=True)))
+        for name in case.state_dict:
+            if name != "pos_embed":
+                grad = stacked(name, grads)
+                ours |= {f"grad{kind}:{name}": grad, f"grad_norm{kind}:{name}": grad.norm()}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_moe_flow(case, model):
+    process = convert.DiTMoEFlow(case.config["learn_sigma"])
+    x0, noise, z, y = (case.inputs[k] for k in ("x0", "noise", "z", "y"))
+    t = torch.sigmoid(case.inputs["t_logit"])
+    ours = {"t": t, "loss_per_sample": process.loss(model, x0, y, t, noise)["loss"]}
+    ours["loss"] = ours["loss_per_sample"].mean()[None]
+    null, kept = torch.full_like(y, case.config["num_classes"]), []
+    denoise = diffusion.guided(process.denoiser(model, y), process.denoiser(model, null), case.meta["cfg_scale"])
+
+    def keeping(x, t):
+        kept.append(denoise(x, t))
+        return kept[-1]
+
+    with torch.no_grad():
+        walk = diffusion.SAMPLERS["euler"](keeping, z, process.times(case.meta["sample_steps"]), process, None)
+        ours["trajectory"] = torch.stack([z, *walk])
+    ours |= {"x0_predictions": torch.stack([d.x0 for d in kept]), "final": ours["trajectory"][-1]}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_moe_upcycle(case, dense):
+    x, t, y = (case.inputs[k] for k in "xty")
+    c = case.meta["upcycled"]
+    model = create_model("dit-moe-nano", c["input_size"], c["in_channels"], c["num_classes"], **{
+        k: c[k] for k in ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma",
+                          "num_experts")}, top_k=c["num_experts_per_tok"], qk_norm=c["use_flash_attn"],
+        null_class=c["class_dropout_prob"] > 0).eval()
+    moe.upcycle(model, dense.state_dict())
+    for k, block in enumerate(model.blocks):
+        assert 0.5 < block.mlp.router.weight.std() / 0.02 < 2
+        block.mlp.router.weight.data = case.inputs[f"gate:blocks.{k}.moe.gate.weight"]
+    seen = watched({f"block{k}.gate_sum": block.mlp.router for k, block in enumerate(model.blocks)})
+    ours = {"out_dense": dense(x, t, y), "out_upcycled": model(x, t, y)}
+    ours |= {name: output[0].sum(1) for name, output in seen.items()}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+    for block in model.blocks:                          # our own form keeps the dense model's function
+        block.mlp.router.renormalise = True
+    same(model(x, t, y), ours["out_dense"], "the output, upcycled with renormalised weights")
+
+
+def check_moe_stats(case, model):
+    process = chain({"learn_sigma": case.config["learn_sigma"], **case.meta.get("diffusion", {})})
+    kept = diffusion.respaced(process.T, case.meta["respacing"])
+    times = torch.tensor([*reversed(kept), -1], dtype=torch.float64)
+    classes, null = case.meta["classes"], case.config["num_classes"]
+    counter, finals = moe.Counter(model, null, len(kept)), []
+    with torch.no_grad(), counter:
+        for z, y, noises in zip(case.inputs["z"], case.inputs["y"], case.inputs["noises"]):
+            cond, uncond = process.denoiser(model, y[None]), process.denoiser(model, torch.full_like(y[None], null))
+            denoise, pool = diffusion.guided(cond, uncond, case.meta["cfg_scale"], channels=3), iter(noises)
+            walk = diffusion.SAMPLERS["ddpm"](denoise, z[None], times, process, lambda shape: next(pool)[None])
+            for counter.step, x in enumerate(walk, start=1):            # noqa: B007
+                pass
+            finals.append(x[0])
+            counter.step = 0
+    ours = {"count_class": counter.classes[classes], "count_position": counter.positions, "count_step": counter.steps,
+            "final": torch.stack(finals)}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+# --------------------------------------------------------------------------------------------------------------- terdit
+
+
+def check_terdit(case):
+    if "in_features" in case.config:
+        check_terdit_linear(case)
+        return
+    model = convert.load_official("terdit", case.config, case.state_dict).eval()
+    (check_terdit_training if "x0" in case.inputs else check_terdit_forward)(case, model)
+
+
+def check_terdit_linear(case):
+    c, (x, g) = case.config, (case.inputs.get(k) for k in "xg")
+    layer = TernaryLinear(torch.nn.Linear(c["in_features"], c["out_features"], c["bias"]))
+    convert.fill(layer, case.state_dict, "this layer")
+    y, q = layer(x.requires_grad_()), ternary(layer.weight)
+    (y * g).sum().backward()
+    ours = {"y": y, "ternary": q.detach().round(), "gamma": layer.weight.abs().mean()[None], "grad:x": x.grad,
+            "fraction_zero": (q == 0).float().mean()[None], "packed_uint8": pack(q.detach()),
+            "unpacked_minus1": unpack(pack(q.detach())).float()}
+    ours |= {f"grad:{name}": p.grad for name, p in layer.named_parameters()}
+    ours |= {name: ternary(value) for name, value in case.inputs.items() if name.startswith("edge_")}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_terdit_forward(case, model):
+    x, t, y = (case.inputs[k] for k in "xty")
+    points = {"patch_tokens": model.x_embedder, "final_tokens": model.final_layer, "layer_last": model.layers[-1]}
+    for k, layer in enumerate(model.layers):
+        points |= {f"layer{k}": layer, f"layer{k}.attention": layer.attention,
+                   f"layer{k}.feed_forward": layer.feed_forward, f"layer{k}.adaLN": layer.adaLN_modulation,
+                   f"layer{k}.adaLN_before_rms": layer.adaLN_modulation[1]}
+    seen = watched(points)
+    seen["out"] = model(x, t, y)
+    ours = dict(seen)
+    for name, m in model.named_modules():
+        if isinstance(m, TernaryLinear):
+            published = name.replace("forward.gate", "forward.w1").replace("forward.up", "forward.w3")
+            published = published.replace("forward.down", "forward.w2")
+            codes = ternary(m.weight).detach()
+            ours |= {f"{published}.ternary": codes, f"packed_uint8:{published}.weight": pack(codes)}
+    ours["out_packed"] = replace_ternary(model, PackedLinear)(x, t, y)
+    assert torch.equal(ours["out_packed"], ours["out"]), "packing changes nothing, to the last bit"
+    # the packed weights, under their published names, make the same model
+    packed = {name: ours.get(f"packed_uint8:{name}", value) for name, value in case.state_dict.items()}
+    again = convert.load_official("terdit", case.config, packed).eval()
+    assert torch.equal(again(x, t, y), ours["out_packed"])
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_terdit_training(case, model):
+    process = chain({"learn_sigma": case.config["learn_sigma"], **case.meta.get("diffusion", {})})
+    ours = process.loss(model, *(case.inputs[k] for k in ("x0", "y", "t", "noise")))
+    ours["loss"].mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    for name in case.state_dict:
+        grad = grads[convert.terdit_name(name)]
+        ours |= {f"grad:{name}": grad.view_as(case.state_dict[name]), f"grad_norm:{name}": grad.norm()}
+    for name, value in case.outputs.items():
+        tolerance = 1e-5
+        if name.endswith(("wq.alphas", "wk.alphas")) and case.config["qk_norm"]:
+            # the norm behind it undoes any scale: a sum of terms that cancel, known no better than its terms
+            layer = model.get_submodule(name.split(":")[1].removesuffix(".alphas"))
+            terms = (layer.weight.grad / layer.alphas * ternary(layer.weight)).norm()
+            tolerance *= max(1.0, (terms / value.norm()).item())
+        same(ours[name], value, name, tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------------- t-stitch
+
+
+def check_stitch(case):
+    if not case.state_dict:
+        check_stitch_schedule(case)
+        return
+    model = convert.load_official("t-stitch", case.config, case.state_dict).eval()
+    configs = case.config["denoisers"]
+    process = chain({"learn_sigma": configs[0]["learn_sigma"], **case.meta.get("diffusion", {})})
+    z, y, noises, scale = *(case.inputs[k] for k in ("z", "y", "noises")), case.meta["cfg_scale"]
+    times, chosen, kept = process.times(case.meta["steps"]), [], []
+    denoise = process.denoiser(model, y)
+    if scale is not None:
+        null = torch.full_like(y, configs[0]["num_classes"])
+        denoise = diffusion.guided(denoise, process.denoiser(model, null), scale, channels=3)
+    if case.meta["clip_denoised"]:
+        denoise = diffusion.clipped(denoise, process)
+
+    def keeping(x, t):
+        chosen.append(model.choose(t))
+        kept.append(denoise(x, t))
+        return kept[-1]
+
+    pool, options = iter(noises), {"eta": case.meta["eta"]} if case.meta["solver"] == "ddim" else {}
+    with torch.no_grad():
+        sampler = diffusion.SAMPLERS[case.meta["solver"]]
+        steps = list(sampler(keeping, z, times, process, lambda shape: next(pool), **options))
+    ours = {"model_index": torch.tensor(chosen), "timesteps": times[:-1], "steps": torch.stack(steps),
+            "final": steps[-1], "pred_xstart": torch.stack([d.x0 for d in kept])}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_stitch_schedule(case):
+    for name, value in case.outputs.items():
+        kind, S = name.split(":")
+        times = [float(t) for t in reversed(diffusion.respaced(1000, S))]
+        if kind == "timesteps":
+            ours = torch.tensor(times)
+        else:
+            rows = [[r, 1 - r] for r in case.config["ratios"]] if kind == "two" else case.config["fractions"]
+            models = [torch.nn.Identity()] * len(rows[0])
+            ours = torch.tensor([[Stitched(models, row).choose(t) for t in times] for row in rows])
+            if int(S) >= 10 and kind == "two":              # where the fractions are whole numbers of steps, both agree
+                same(torch.tensor([stitch_steps(int(S), row) for row in rows]), value, f"{name}, by steps")
+        same(ours, value, name)
+
+
+# --------------------------------------------------------------------------------------------- dico, uvit, dimr, td-ln
+
+
+def captured(module, take=lambda args, output: output):
+    """A dict that holds, after the module's next call, take(its arguments, its output) under "value"."""
+    seen = {}
+    module.register_forward_hook(lambda m, args, output: seen.__setitem__("value", take(args, output)))
+    return seen
+
+
+def compare(case, ours, model=None, rules=(), skip=()):
+    """Every recorded output with ours, by name. Points of `watched` are opened; gradients are the model's."""
+    names = {name: p for name, p in model.named_parameters()} if model else {}
+    for name, value in case.outputs.items():
+        kind, _, parameter = name.partition(":")
+        if kind in ("grad", "grad_norm") and name not in ours:
+            p = names[convert.renamed(rules, parameter)]
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            same(grad.norm() if kind == "grad_norm" else grad.reshape(value.shape), value, name)
+        elif name not in skip:
+            same(ours[name]["value"] if isinstance(ours[name], dict) else ours[name], value, name)
+
+
+def backward_of_mse(case, out, ours):
+    if "target" in case.inputs:
+        ours["loss"] = (out - case.inputs["target"]).square().mean()
+        ours["loss"].backward()
+
+
+def check_dico(case):
+    model, i = convert.load_official("dico", case.config, case.state_dict).eval(), case.inputs
+    part = case.config.get("part")
+    if part == "cca":
+        gate = captured(model.conv, lambda args, output: output.sigmoid().flatten(1))
+        return compare(case, {"out": model(i["x"]), "gate": gate})
+    if part == "block":
+        x, c = i["x"].requires_grad_(), i["c"].requires_grad_()
+        ours = {"norm1": channel_norm(x), "modulation": captured(model.adaLN_modulation),
+                "cca_gate": captured(model.cca.conv, lambda args, output: output.sigmoid().flatten(1)),
+                **{name: captured(getattr(model, name)) for name in ("conv1", "conv2", "conv3")}, "out": model(x, c)}
+        (ours["out"] * i["probe"]).mean().backward()
+        return compare(case, ours | {"grad:x": x.grad, "grad:c": c.grad}, model, convert.DICO)
+    if part == "train_loss":
+        process = chain({"learn_sigma": case.config["learn_sigma"]})
+        x0 = i.get("x0", i.get("x"))
+        ours = process.loss(model, x0, i["y"], i["t"], i["noise"]) | {"x_t": process.noised(x0, i["noise"], i["t"])}
+        ours["loss"].mean().backward()
+        return compare(case, ours, model, convert.DICO)
+    if part == "cfg":
+        process = chain({"learn_sigma": case.config["learn_sigma"]})
+        null = torch.full_like(i["y"], case.config["num_classes"])
+        cond, uncond = (process.denoiser(model, y) for y in (i["y"], null))
+        d = diffusion.guided(cond, uncond, case.config["cfg_scale"], channels=3)(i["x"], i["t"])
+        guided = torch.cat([d.eps] + ([] if d.variance is None else [2 * d.variance - 1]), 1)
+        return compare(case, {"guided_3ch": guided, "cond": model(i["x"], i["t"], i["y"]),
+                              "uncond": model(i["x"], i["t"], null)})
+    ours = {"x_embed": captured(model.x_embedder), "t_embed_1": captured(model.t_embedder[0]),
+            "enc_1": captured(model.encoder1[-1]), "down_1": captured(model.encoder2[0], lambda args, output: args[0]),
+            "enc_2": captured(model.encoder2[-1]), "latent": captured(model.middle[-1]),
+            "up_2": captured(model.up2, lambda args, output: F.pixel_shuffle(output, 2)),
+            "dec_2": captured(model.decoder2[-1]), "dec_1": captured(model.decoder1[-1])}
+    ours["out"] = model(i["x"], i["t"], i.get("y"))
+    backward_of_mse(case, ours["out"], ours)
+    compare(case, ours, model, convert.DICO)
+
+
+def check_uvit(case):
+    model, i = convert.load_official("uvit", case.config, case.state_dict).eval(), case.inputs
+    if case.config.get("part") == "block":
+        return compare(case, {"out": model(i["x"], i.get("skip")), "attn": model.attn(i["x"])})
+    ours = {"patch_embed": captured(model.x_embedder), "time_token": captured(model.t_embedder),
+            "in_block0": captured(model.in_blocks[0]), "mid_block": captured(model.mid_block),
+            "out_block0": captured(model.out_blocks[0]), "decoder_pred": captured(model.decoder_pred)}
+    ours["out"] = model(i["x"], i["t"], i.get("y", i.get("context")))
+    backward_of_mse(case, ours["out"], ours)
+    compare(case, ours, model, convert.UVIT)
+
+
+def check_td_ln(case):
+    model, tau = convert.load_official("td-ln", case.config, case.state_dict), case.inputs["log_snr"] / 4
+    same(case.inputs["t"] / 500 - 1, tau, "tau")
+    gain, out = model.gain(tau), model(case.inputs["x"], tau)
+    (out * case.inputs["probe"]).mean().backward()
+    ours = {"current:weight": gain, "current:scale": gain, "current:bias": model.bias and model.bias(tau), "out": out}
+    compare(case, ours, model, convert.TD_LN)
+
+
+def check_dimr(case):
+    i, part = case.inputs, case.config.get("part")
+    if part == "loss":
+        predictions = [i[f"pred_{k}"] for k in range(len(case.config["loss_coeffs"]))]
+        errors = objectives.multi_scale_errors(predictions, i["noise"])
+        ours = {"loss": sum(w * e for w, e in zip(case.config["loss_coeffs"], errors))}
+        for k, (p, e) in enumerate(zip(predictions, errors)):
+            ours |= {f"target_{k}": objectives.area_target(i["noise"], p.shape[-1]), f"mse_{k}": e}
+        return compare(case, ours)
+    model, planes = convert.load_official("dimr", case.config, case.state_dict).eval(), lambda x: x.permute(0, 3, 1, 2)
+
+    def entry(branch):                                                       # patches with their positions
+        return captured(branch.x_embedder, lambda args, out: out + planes(
+            branch.pos_embed[None, :out.shape[2], :out.shape[3]]))
+
+    if part == "branch":
+        cascade, embedded = i["cascade"].permute(0, 2, 3, 1) if "cascade" in i else None, entry(model)
+        out, cascade = model(i["x"], i["t"] / 500 - 1, i.get("y"), cascade)
+        return compare(case, {"input_layer": embedded, "out": out, "cascade": planes(cascade)})
+    ours = {}
+    for k, branch in enumerate(model.branches):
+        ours |= {f"branch{k}_input": entry(branch), f"branch{k}_block0": captured(branch.blocks[0])}
+    outputs = model(i["x"], i["t"], i.get("y"), every=True)
+    ours |= {f"out_{k}": out for k, out in enumerate(outputs)} | {"out": model(i["x"], i["t"], i.get("y"))}
+    if "noise" in i:
+        n = len(outputs) - 1
+        errors = objectives.multi_scale_errors(outputs, i["noise"])
+        ours["loss"] = sum(e * 4 ** (k / max(1, n) - 1 + (n == 0)) for k, e in enumerate(errors))
+        ours["loss"].mean().backward()
+    compare(case, ours, model, convert.DIMR)
 
 
 # ------------------------------------------------------------------------------------- scans, drwkv, mamba, dimba, lit
@@ -307,9 +740,24 @@ def check_lit(case):
     check_module(case, model, call, seen)
 
 
+@pytest.mark.parametrize("name", ["dico-model", "dico-pixel", "uvit-cond", "uvit-uncond", "dimr-2r", "dimr-3r"])
+def test_sizes_are_read_off_the_weights(name):
+    case = golden.load(Path(__file__).parent / "golden" / f"{name}.npz")
+    unknown = {"num_attention_heads", "num_heads", "dropout_prob"}
+    read = convert.infer_config(case.arch, case.state_dict)
+    stages = read.pop("stage_configs", [])
+    for k, stage in enumerate(stages):
+        theirs = case.config["stage_configs"][k]
+        wrong = [key for key in theirs if key not in unknown and theirs[key] != stage[key]]
+        assert wrong in ([], ["num_blocks"]) and theirs["num_blocks"] // 2 == stage["num_blocks"] // 2
+    assert [key for key in read if key in case.config and key not in unknown and read[key] != case.config[key]] == []
+
+
 CHECKS = {"bi-wkv": check_scan, "selective-scan": check_scan, "linear-attention": check_lit, "drwkv": check_drwkv,
           "mamba-block": check_mamba, "dimba": check_dimba,
-          "dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler}
+          "dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler,
+          "dit-moe": check_dit_moe, "terdit": check_terdit, "t-stitch": check_stitch,
+          "dico": check_dico, "uvit": check_uvit, "td-ln": check_td_ln, "dimr": check_dimr}
 
 
 def test_golden(golden_file):
