@@ -4,6 +4,7 @@ Letters: B batch, C channels, H W pixels, N tokens, D width, h heads, p patch si
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -59,15 +60,16 @@ def drop_labels(y, drop, null):
     return torch.where(drop, null, y)
 
 
-def position_table(dim, height, width):
+def position_table(dim, height, width, spacing=(1.0, 1.0)):
     """Fixed 2-D sinusoids (height * width, dim), rows in row-major order, for dim divisible by 4.
 
     With e(q) = [sin(q w) | cos(q w)], w_i = 10000^(-i / (dim/4)), a patch in row r and column c gets [e(c) | e(r)]: the
-    column comes first, as in the published DiT and MAE code.
+    column comes first, as in the published DiT and MAE code. spacing: of rows and of columns, 1 for neighbours.
     """
     w = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     row, column = (q.flatten()[:, None] * w for q in torch.meshgrid(
-        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"))
+        torch.arange(height, dtype=torch.float64) * spacing[0], torch.arange(width, dtype=torch.float64) * spacing[1],
+        indexing="ij"))
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1).float()
 
 
@@ -161,11 +163,13 @@ class Attention(nn.Module):
         norm = lambda: nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.q_norm, self.k_norm = norm(), norm()
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
+        """mask (B, N) bool: only these tokens are attended to."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)                # (B, h, N, D/h)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+        mask = None if mask is None else mask[:, None, None]
+        return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B, N, D))
 
 
 class Mlp(nn.Module):
@@ -285,3 +289,53 @@ def dense(m):
     state = {"weight": m.alphas * ternary(m.weight), "bias": m.bias}
     linear.load_state_dict({name: value for name, value in state.items() if value is not None})
     return linear
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+# A model of text has two attributes, `text_width` and `text_length`: it is called as model(x, t, Text) with tokens of
+# that width, and captions are cut to that length. Its preset names text_width. Optional: `null_text` (text_length,
+# text_width), the null caption where the text is precomputed.
+
+
+@dataclass
+class Text:
+    """Captions inside a model: tokens (B, L, D) and mask (B, L) bool, False at padding. Indexing takes rows."""
+    tokens: torch.Tensor
+    mask: torch.Tensor
+
+    def __len__(self):
+        return len(self.mask)
+
+    def __getitem__(self, rows):
+        return Text(self.tokens[rows], self.mask[rows])
+
+    def to(self, device):
+        return Text(self.tokens.to(device), self.mask.to(device))
+
+
+class TextEncoder(nn.Module):
+    """Byte tokens (B, L) int64 (see `data.byte_tokens`; 0 is padding) -> Text of width `width`, a token for every four
+    bytes. A small bidirectional transformer, trained together with the denoiser, on local convolutions that read
+    letters and join four to a token, as in CANINE, 2103.06874. Padding changes nothing."""
+
+    def __init__(self, width, depth=2, inner=96, num_heads=4):
+        super().__init__()
+        self.embed = nn.Embedding(256, 32)
+        self.spell = nn.Conv1d(32, inner, 5, padding=2)
+        self.join = nn.Conv1d(inner, inner, 4, stride=4)
+        self.norms = nn.ModuleList(nn.LayerNorm(inner) for _ in range(2 * depth + 1))
+        self.attns = nn.ModuleList(Attention(inner, num_heads) for _ in range(depth))
+        self.mlps = nn.ModuleList(Mlp(inner, 4 * inner) for _ in range(depth))
+        self.out = nn.Linear(inner, width)
+
+    def forward(self, y):
+        y = F.pad(y, (0, -y.shape[1] % 4))                                                            # (B, 4 M)
+        seen = (y != 0)[:, None]
+        x = F.gelu(self.spell(self.embed(y).transpose(1, 2) * seen)) * seen                           # (B, inner, 4 M)
+        x = self.join(x).transpose(1, 2)                                                              # (B, M, inner)
+        mask = seen.view(len(y), -1, 4).any(2)                                                        # (B, M)
+        x = x + timestep_embedding(torch.arange(x.shape[1], device=x.device), x.shape[2])
+        for attn, mlp, norm1, norm2 in zip(self.attns, self.mlps, self.norms[::2], self.norms[1::2]):
+            x = x + attn(norm1(x), mask)
+            x = x + mlp(norm2(x))
+        return Text(self.out(self.norms[-1](x)), mask)

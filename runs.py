@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import data
 import diffusion
 import layers
 import moe
 import objectives
-from models import DiMR, create_model
+from models import MODELS, DiMR, create_model
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
 HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum",
@@ -91,10 +92,22 @@ def device(name="auto"):
     return torch.device(name)
 
 
+def takes_text(config):
+    """Whether the model of a config is one of text: its preset, or its options, name the width of the text."""
+    return bool((MODELS[config["model"]][1] | config["model_options"]).get("text_width"))
+
+
+def build_model(config):
+    """The backbone that a config describes, with freshly initialised weights."""
+    learned = {"learn_sigma": True} if config["learned_variance"] else {}
+    return create_model(config["model"], config["image_size"], config["in_channels"], config["num_classes"],
+                        **learned, **config["model_options"])
+
+
 def build(config):
-    """The training objective that a config describes, with freshly initialised weights."""
-    model = create_model(config["model"], config["image_size"], config["in_channels"], config["num_classes"],
-                         **({"learn_sigma": True} if config["learned_variance"] else {}), **config["model_options"])
+    """The training objective that a config describes, with freshly initialised weights. A model of text gets a
+    TextEncoder of byte tokens beside it, unless its text is precomputed (config["text"] is "npz")."""
+    model = build_model(config)
     if config.get("moe"):
         if len(config["moe"]) != 2:
             raise ValueError("--moe takes two numbers, the experts and how many of them a token uses: --moe 8,2")
@@ -105,12 +118,16 @@ def build(config):
         layers.ternarize(model)
     if config.get("packed"):
         layers.replace_ternary(model, layers.PackedLinear)
+    encoder = examples = None
+    if takes_text(config) and config["text"] == "bytes":
+        encoder = layers.TextEncoder(model.text_width)
+        examples = data.byte_tokens(config["prompts"], model.text_length)
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
     shape = config["in_channels"], config["image_size"], config["image_size"]
     objective = objectives.MultiScale if isinstance(model, DiMR) else objectives.Diffusion
     return objective(model, process(config), shape, config["num_classes"], config["label_drop"], draw,
-                     config.get("balance", 0.0))
+                     config.get("balance", 0.0), encoder, examples)
 
 
 def process(config):
@@ -121,6 +138,21 @@ def process(config):
     return diffusion.create_process(config["process"], prediction, config["shift"], weighting=weighting,
                                     density=config["density"], learned_variance=config["learned_variance"] or None,
                                     objective=config.get("objective"))
+
+
+def add_text(config, dataset):
+    """Give the dataset the text that a config's model reads, and write into the config what `build` has to know of it:
+    the width of precomputed embeddings, or the captions of the previews."""
+    with torch.device("meta"):
+        length = build_model(config).text_length
+    if config["unconditional"]:
+        dataset.captions = [""] * len(dataset)
+    dataset.with_text(config["text"], length)
+    if config["text"] == "npz":
+        config["model_options"] = config["model_options"] | {"text_width": dataset.condition(
+            torch.arange(1)).tokens.shape[-1]}
+    else:
+        config["prompts"] = list(dict.fromkeys(dataset.captions))[:8]
 
 
 SAMPLING = {"sampler": diffusion.SAMPLERS, "grid": diffusion.GRIDS, "guidance_rule": diffusion.GUIDANCE}
@@ -250,8 +282,8 @@ def open_stitched(folders, fractions, rule="steps", device="cpu", weights="ema")
 
 
 def draw(objective, labels, n, seed, batch, device, first=0, frames=None, **options):
-    """Images first .. first + n - 1 of `seed`, batch by batch: yields (b, C, H, W), with labels (n,) or None. frames, a
-    list, collects the first batch's trajectory. options override the objective's own way of sampling."""
+    """Images first .. first + n - 1 of `seed`, batch by batch: yields (b, C, H, W), with n labels, texts or None.
+    frames, a list, collects the first batch's trajectory. options override the objective's own way of sampling."""
     for begin in tqdm(range(0, n, batch), desc="drawing", unit=" batches", leave=False, delay=2, disable=n <= batch):
         indices = range(begin, min(begin + batch, n))
         noise = objectives.ImageNoise(seed, [first + i for i in indices], device)
