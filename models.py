@@ -1044,6 +1044,7 @@ class Mamba(nn.Module):
             setattr(self, f"dt_proj{b}", nn.Linear(self.rank, D))
             setattr(self, f"A{b}_log", nn.Parameter(torch.arange(1, d_state + 1.0).log().repeat(D, 1)))
             setattr(self, f"D{b}", nn.Parameter(torch.ones(D)))
+            getattr(self, f"A{b}_log").no_decay = getattr(self, f"D{b}").no_decay = True
         self.initialise_steps()
 
     def initialise_steps(self):
