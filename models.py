@@ -1231,7 +1231,7 @@ class LinearAttention(nn.Module):
         heads = lambda z: z.view(B, N, self.num_heads, -1).transpose(1, 2)                          # (B, h, N, d)
         q, (k, v) = heads(self.q(x)), map(heads, self.kv(x).chunk(2, -1))
         image = v.transpose(2, 3).reshape(B * self.num_heads, -1, *self.grid)                       # (B h, d, H, W)
-        local = self.dwc(image).view(B, D, N).transpose(1, 2)                                       # (B, N, D)
+        local = self.dwc(image).reshape(B, D, N).transpose(1, 2)                                    # (B, N, D)
         return self.proj(linear_attention(q, k, v).transpose(1, 2).reshape(B, N, D) + local)
 
 

@@ -15,6 +15,7 @@ from layers import (
     PackedLinear,
     PatchEmbed,
     TernaryLinear,
+    Text,
     dense,
     pack,
     replace_ternary,
@@ -43,10 +44,13 @@ from objectives import MultiScale, StepNoise, area_target
 NANO = [name for name in MODELS if name.endswith(("-nano", "-pico"))]
 
 
-def inputs(batch=3, size=(32, 32), channels=3, classes=10):
+def inputs(batch=3, size=(32, 32), channels=3, classes=10, model=None):
+    """x, t, y; y is a Text with padding if the model is one of text."""
     g = torch.Generator().manual_seed(0)
-    return (torch.randn(batch, channels, *size, generator=g), torch.tensor([0.0, 321.5, 999.0])[:batch],
-            torch.tensor([0, classes - 1, classes])[:batch])
+    x, y = torch.randn(batch, channels, *size, generator=g), torch.tensor([0, classes - 1, classes])
+    if width := getattr(model, "text_width", 0):
+        y = Text(torch.randn(3, 5, width, generator=g), torch.arange(5) < torch.tensor([[5], [2], [3]]))
+    return x, torch.tensor([0.0, 321.5, 999.0])[:batch], y[:batch]
 
 
 def randomised(model):
@@ -63,7 +67,7 @@ def randomised(model):
 def test_starts_at_zero_and_trains(name):
     torch.manual_seed(0)
     model = create_model(name, 16)
-    x, t, y = inputs(size=(16, 16))
+    x, t, y = inputs(size=(16, 16), model=model)
     zero = (model(x, t, y) == 0).all()
     assert zero or name.startswith(("uvit", "dimr")), "the output is zero at initialisation, where the paper has it so"
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
@@ -83,10 +87,10 @@ def test_starts_at_zero_and_trains(name):
 @pytest.mark.parametrize("name", NANO)
 def test_samples_do_not_mix_and_weights_survive_a_file(name, tmp_path):
     model = randomised(create_model(name))
-    x, t, y = inputs()
+    x, t, y = inputs(model=model)
     whole = model(x, t, y)
     torch.testing.assert_close(model(x[1:2], t[1:2], y[1:2]), whole[1:2], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(model(x, t, y.flip(0)), whole, atol=1e-3), "the label matters"
+    assert not torch.allclose(model(x, t, y[torch.tensor([2, 1, 0])]), whole, atol=1e-3), "the label matters"
     assert not torch.allclose(model(x, t.flip(0), y), whole, atol=1e-3), "the time matters"
     torch.save(model.state_dict(), tmp_path / "w.pt")
     other = create_model(name)
@@ -101,8 +105,9 @@ def test_shapes(name, options):
     model = randomised(create_model(name, **options))
     size = options.get("image_size", 32)
     size = (size, size) if isinstance(size, int) else size
-    x, t, y = inputs(size=size, channels=options.get("in_channels", 3))
-    out = model(x, t, None if options.get("num_classes") == 0 else y)
+    x, t, y = inputs(size=size, channels=options.get("in_channels", 3), model=model)
+    labels = isinstance(y, torch.Tensor)
+    out = model(x, t, None if labels and options.get("num_classes") == 0 else y)
     assert out.shape == (3, x.shape[1] * (2 if options.get("learn_sigma") else 1), *size) and out.isfinite().all()
 
 
@@ -114,14 +119,14 @@ def test_odd_sizes_work_or_are_refused(name, size):
     except ValueError as error:
         assert f"{size}x{size} is not divisible by" in str(error)
         return
-    x, t, y = inputs(1, (size, size))
+    x, t, y = inputs(1, (size, size), model=model)
     assert model(x, t, y).shape == x.shape
 
 
 @pytest.mark.parametrize("name", NANO)
 def test_channels_last_is_the_same(name):
     model = randomised(create_model(name, 16))
-    x, t, y = inputs(size=(16, 16))
+    x, t, y = inputs(size=(16, 16), model=model)
     out = model(x, t, y)
     last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t, y)
     torch.testing.assert_close(last, out, rtol=1e-4, atol=1e-5 * out.abs().max().item())
@@ -130,7 +135,7 @@ def test_channels_last_is_the_same(name):
 @pytest.mark.parametrize("name", NANO)
 def test_half_precision_is_close(name):
     model = randomised(create_model(name))
-    x, t, y = inputs()
+    x, t, y = inputs(model=model)
     with torch.autocast("cpu", torch.bfloat16):
         low = model(x, t, y).float()
     assert (low - model(x, t, y)).norm() / model(x, t, y).norm() < 0.03
