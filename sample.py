@@ -55,7 +55,7 @@ def flags():
                    help="averaged or last weights (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     g = p.add_argument_group("published checkpoints")
-    g.add_argument("--official", choices=["dit", "dit-moe", "terdit", "dico"],
+    g.add_argument("--official", choices=["dit", "dit-moe", "terdit", "dico", "drwkv", "lit"],
                    help="architecture of the published checkpoint")
     g.add_argument("--checkpoint", help="its file (.pt, .bin or .safetensors)")
     g.add_argument("--decoder", help="Stable Diffusion's autoencoder file, to turn latents into images")
@@ -69,9 +69,12 @@ def official(args, device):
     state = convert.read_weights(args.checkpoint)
     config = convert.infer_config(args.official, state)
     model = convert.load_official(args.official, config, state)
+    if args.official == "drwkv":
+        config |= {"input_size": config["img_size"], "in_channels": config["channels"],
+                   "num_classes": max(0, config["num_classes"])}
     process = diffusion.Discrete(diffusion.linear_betas(), learned_variance=config["learn_sigma"])
     # As published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
-    scale = 1.4 if args.official == "dico" else 4.0
+    scale = {"dico": 1.4, "drwkv": 1.5, "lit": 1.5}.get(args.official, 4.0)
     draw = dict(sampler="ddpm", steps=250, guidance=scale, guide_channels=3, clip=False)
     if config.get("use_flash_attn"):                              # DiT-MoE's XL and G are rectified flows
         process = convert.DiTMoEFlow(config["learn_sigma"])
