@@ -1031,11 +1031,11 @@ class Mamba(nn.Module):
     """Mamba, 2312.00752: in_proj to x | z, causal convolution, selective scan gated by z, out_proj. (B, N, D) likewise.
 
     bidirectional: a second convolution and scan run on the reversed tokens, and both results are added (Vision Mamba,
-    2401.09417, "v2"). d_inner = expand D channels of d_state states, step sizes of rank ceil(D / 16)."""
+    2401.09417, "v2"). d_inner = expand D channels of d_state states, step sizes of rank dt_rank (ceil(D / 16))."""
 
-    def __init__(self, dim, d_state=16, d_conv=4, expand=2, bidirectional=False):
+    def __init__(self, dim, d_state=16, d_conv=4, expand=2, bidirectional=False, dt_rank=None):
         super().__init__()
-        D, self.rank, self.d_state, self.d_conv = expand * dim, -(-dim // 16), d_state, d_conv
+        D, self.rank, self.d_state, self.d_conv = int(expand * dim), dt_rank or -(-dim // 16), d_state, d_conv
         self.in_proj, self.out_proj = nn.Linear(dim, 2 * D, bias=False), nn.Linear(D, dim, bias=False)
         self.branches = ["", "_b"] if bidirectional else [""]
         for b in self.branches:
