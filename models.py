@@ -1141,15 +1141,16 @@ class Dimba(nn.Module):
 
     def initialise(self):
         """As published, but for the step sizes of Mamba, which the published pass over all layers overwrites by
-        accident (softplus(0) = 0.69 in place of 0.001 .. 0.1): here they keep Mamba's own."""
+        accident (softplus(0) = 0.69 in place of 0.001 .. 0.1): here they keep Mamba's own. Of a narrower text than the
+        published 4096 the projection is drawn larger, so that what it puts out has the same size."""
         for m in self.modules():
             if isinstance(m, nn.Linear) or m is self.x_embedder.proj:
                 nn.init.xavier_uniform_(m.weight.flatten(1))
                 if m.bias is not None and m is not self.x_embedder.proj:
                     nn.init.zeros_(m.bias)
-        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1], self.y_embedder.y_proj.fc1,
-                  self.y_embedder.y_proj.fc2):
+        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1], self.y_embedder.y_proj.fc2):
             nn.init.normal_(m.weight, std=0.02)
+        nn.init.normal_(self.y_embedder.y_proj.fc1.weight, std=0.02 * (4096 / self.text_width) ** 0.5)
         for name, p in self.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):
                 nn.init.kaiming_uniform_(p, a=math.sqrt(5))
