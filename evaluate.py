@@ -251,6 +251,8 @@ def stitch(args):
     device, options, folders = runs.device(args.device), runs.sampling_options(args), (args.small, args.large)
     parts = [runs.open_run(folder, device, args.weights)[1] for folder in folders]
     config, _ = runs.open_stitched(folders, [0.5])                     # refuses what cannot be stitched
+    if not config["num_classes"]:
+        raise ValueError(f"{args.large} has no classes: class accuracy needs runs with classes")
     network = classifier(config, device, args.classifier_steps)
     held_out = load_data(config, "test")
     reference, _ = read(network, (held_out.gather(r)[0] for r in torch.arange(len(held_out)).split(256)), device)

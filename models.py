@@ -456,15 +456,15 @@ class Stitched(nn.Module):
     with progress 1 - t/T <= fractions[0] + ... + fractions[j] (the published rule), the last if there is none.
 
     A threshold on t gives a model its fraction of the steps on a uniform grid only; for other grids see `stitch_steps`.
-    T: what the network is told at the noisiest end. nulls: each model's null label, in place of the first one's.
+    T: what the network is told at the noisiest end. y: a condition for all, or a tuple of one for each.
     """
 
-    def __init__(self, models, fractions, T=1000, nulls=None):
+    def __init__(self, models, fractions, T=1000):
         super().__init__()
         if len(fractions) != len(models) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=0.02):
             raise ValueError(f"stitching {len(models)} models takes as many fractions of the steps, which sum to 1, "
                              f"not {', '.join(f'{f:g}' for f in fractions)}")
-        self.models, self.T, self.nulls = nn.ModuleList(models), T, nulls
+        self.models, self.T = nn.ModuleList(models), T
         self.cumulative = torch.tensor(fractions).cumsum(0)            # float32 as published, where it decides a tie
         self.cumulative[self.cumulative == 0] = -math.inf              # no share, no step
 
@@ -475,9 +475,7 @@ class Stitched(nn.Module):
 
     def forward(self, x, t, y=None):
         j = self.choose(t[0])
-        if self.nulls is not None and y is not None:
-            y = torch.where(y == self.nulls[0], self.nulls[j], y)
-        return self.models[j](x, t, y)
+        return self.models[j](x, t, y[j] if isinstance(y, tuple) else y)
 
 
 def stitch_steps(steps, fractions):

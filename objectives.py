@@ -159,20 +159,25 @@ class Stitch(Diffusion):
         if len({(p.shape, type(p.process), p.process.prediction, p.process.learned_variance) for p in parts}) > 1:
             raise ValueError("only models of one process can be stitched, whose images have the same shape, and which "
                              "predict the same, with learned variances or without")
-        model = Stitched([part.model for part in parts], fractions, nulls=[part.num_classes for part in parts])
-        last = parts[-1]
-        super().__init__(model, last.process, last.shape, parts[0].num_classes, draw=last.draw)
-        self.fractions, self.rule = fractions, choose({"steps": "steps", "time": "time"}, rule, "stitching rule")
+        model, last = Stitched([part.model for part in parts], fractions), parts[-1]
+        super().__init__(model, last.process, last.shape, last.num_classes, draw=last.draw, examples=last.examples)
+        self.runs, self.fractions, self.rule = list(parts), fractions, rule
 
     def trajectory(self, x, y, **draw):
         draw = {**self.draw, **draw}
+        if draw.get("weak"):
+            raise ValueError("stitched models cannot be guided by a weak one: leave out --weak or --stitch")
         if self.rule == "steps":
             told = self.process.network_time(self.process.times(draw["steps"], draw.get("grid"))[:-1])
             plan = torch.tensor(stitch_steps(len(told), self.fractions))
             progress = torch.cat([told.new_tensor([-math.inf]), 1 - told / self.model.T, told.new_tensor([math.inf])])
             ends = torch.stack([(plan <= j).sum() for j in range(len(self.fractions))])
             self.model.cumulative = (progress[ends] + progress[ends + 1]).float() / 2    # half-way to the next step
-        yield from super().trajectory(x, y, **draw)
+        null = None
+        if y is not None:                              # each model's own null label or captions
+            with torch.no_grad():
+                y, null = zip(*((run.encode(y), run.encode(run.null(y))) for run in self.runs))
+        yield from generate(self.process, self.model, x, y, null, **draw)
 
 
 class MultiScale(Diffusion):

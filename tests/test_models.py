@@ -529,9 +529,16 @@ def test_stitching_counts_steps_on_any_grid(process, grid):
 def test_stitched_models_keep_their_own_null_label_and_patches():
     models = [randomised(create_model("dit-nano", 8, hidden_size=16, depth=1, num_classes=n, patch_size=p))
               for n, p in ((10, 4), (12, 2))]
-    both, (x, t, y) = Stitched(models, [0.5, 0.5], nulls=[10, 12]), inputs(size=(8, 8))
-    assert torch.equal(both(x, t * 0 + 900, y), models[0](x, t * 0 + 900, y))
-    assert torch.equal(both(x, t * 0 + 100, y), models[1](x, t * 0 + 100, torch.where(y == 10, 12, y)))
+    parts = [objectives.Diffusion(m, create_process("flow"), (3, 8, 8), n) for m, n in zip(models, (10, 12))]
+    calls = []
+    for m in models:
+        m.register_forward_hook(lambda m, args, output: calls.append((models.index(m), args[2].tolist())))
+    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), steps=2))
+    assert calls == [(0, [1, 2]), (1, [1, 2])]
+    calls.clear()
+    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), steps=2,
+                                                         guidance=2.0))
+    assert calls == [(0, [1, 2]), (0, [10, 10]), (1, [1, 2]), (1, [12, 12])]
 
 
 def test_what_cannot_be_stitched():
