@@ -6,6 +6,8 @@
     python evaluate.py experts runs/shapes-dit-moe-nano what its experts specialise in: class, position, step
     python evaluate.py stitch runs/small runs/large     quality and time of two runs in one trajectory
     python evaluate.py pack runs/shapes-terdit-nano     ternary weights at two bits: a file, its size and its speed
+    python evaluate.py prompts runs/shapes-dimba-nano   does what was drawn agree with the captions?
+    python evaluate.py speed --tokens 16384             time and memory of the token mixers
     python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
     python evaluate.py speed dico-s dit-s/2 --fair      the same at equal MACs, each at its best batch
 """
@@ -13,6 +15,7 @@
 import argparse
 import contextlib
 import copy
+import ctypes
 import json
 import math
 import statistics
@@ -30,21 +33,22 @@ import layers
 import moe
 import objectives
 import runs
+import scans
 from metrics import Classifier, frechet_distance
 from models import MODELS, cost, create_model
 
 # ---------------------------------------------------------------------------------------------------------------- score
 
 
-def classifier(config, device, steps):
-    """A `Classifier` of the run's dataset, trained once and kept beside the runs: (network, its file)."""
+def classifier(config, device, steps, dataset=None):
+    """A `Classifier` of the run's dataset, or of the labels of another, trained once and kept beside the runs."""
     name = f"{config['data']}-{config['image_size']}-{config['data_size']}-{config['num_classes']}"
     path = Path("runs/classifiers") / f"{name}.pt"
     network = Classifier(config["num_classes"], config["in_channels"]).to(device)
     if path.exists():
         network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return network.eval()
-    dataset = load_data(config, "train", device)
+    dataset = dataset or load_data(config, "train", device)
     dataset.flip = config["flip"]
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, steps)
@@ -62,6 +66,44 @@ def classifier(config, device, steps):
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write(path, lambda partial: torch.save(network.state_dict(), partial))
     return network.eval()
+
+
+def word(captions, words):
+    """Which of the words each caption holds first: int64 (n,); ValueError where there is none."""
+    at = torch.tensor([[c.split().index(w) if w in c.split() else len(c) for w in words] for c in captions])
+    if (at.amin(1) == torch.tensor([len(c) for c in captions])).any():
+        raise ValueError(f"not every caption names one of {', '.join(words)}")
+    return at.argmin(1)
+
+
+def prompts(args):
+    """Whether samples of a run with text agree with their prompts: classifiers of colour and of shape, trained on real
+    `shapes` and tested on held-out ones, read what was drawn from held-out captions."""
+    device = runs.device(args.device)
+    config, objective = runs.open_run(args.run, device, args.weights)
+    if objective.encoder is None or config["data"] != "shapes":
+        raise ValueError(f"{args.run}: this measures runs that learned the captions of --data shapes")
+    sets = {split: load_data(config, split, device) for split in ("train", "test")}
+    chosen = sets["test"].subset(args.subset) if args.subset else sets["test"]
+    order = torch.randperm(len(chosen), generator=objectives.seeded(args.seed))
+    captions = [chosen.captions[i] for i in order[:args.n]]
+    objective.examples = data.byte_tokens(captions, objective.model.text_length)
+    images = torch.cat(list(runs.draw(objective, objective.examples, len(captions), args.seed, args.batch, device,
+                                      **runs.sampling_options(args))))
+    figures.save(figures.grid(figures.to_uint8(images[:64])), Path(args.run) / "prompts.png")
+    print("\n".join(captions[:8]) + f"\n... {len(captions)} prompts; pictures of the first 64, row by row: "
+          f"{Path(args.run) / 'prompts.png'}")
+    print(f"{'':10}{'generated':>11}{'held-out real':>15}")
+    for name, words in {"colour": list(data.COLOURS), "shape": data.SHAPES}.items():
+        for dataset in sets.values():
+            dataset.labels = word(dataset.captions, words).to(device)
+        about = config | {"num_classes": len(words), "data_size": f"{len(sets['train'])}-{name}"}
+        network = classifier(about, device, args.classifier_steps, sets["train"])
+        _, drawn = read(network, images.split(256), device)
+        rows = torch.arange(min(2000, len(sets["test"])))
+        _, real = read(network, (sets["test"].gather(r)[0] for r in rows.split(256)), device)
+        agree = (drawn == word(captions, words)).float().mean()
+        print(f"{name:10}{agree:11.4f}{(real == sets['test'].labels[rows].cpu()).float().mean():15.4f}")
 
 
 def load_data(config, split, device="cpu"):
@@ -334,13 +376,14 @@ def peak_memory(device, call):
         call()
         return torch.cuda.max_memory_allocated() - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)                               # gives back what is free
         Path("/proc/self/clear_refs").write_text("5")                  # resets the peak
         status = lambda key: next(int(line.split()[1]) * 1024
                                   for line in open("/proc/self/status") if line.startswith(key))
         before = status("VmRSS")
         call()
         return status("VmHWM") - before
-    except (OSError, StopIteration):
+    except (OSError, AttributeError, StopIteration):
         return math.nan
 
 
@@ -418,7 +461,47 @@ def best_batch(device, make, largest):
     return max(rates, key=rates.get)
 
 
+def mixers(args):
+    """Time and peak memory of forward and backward of every token mixer from 64 tokens to --tokens, batch 1."""
+    device, D = runs.device(args.device), args.width
+    make = lambda *shape: torch.randn(*shape, device=device).requires_grad_()
+    heads = lambda N, h: [make(1, h, N, D // h) for _ in range(3)]
+    kinds = {
+        "selective scan": lambda N: (lambda u, d, A, B, C: scans.selective_scan(u, d, -A.exp(), B, C, None, None, None,
+                                                                                True)[0],
+                                     [make(1, N, D), make(1, N, D), make(D, 16), make(1, N, 16), make(1, N, 16)]),
+        "Bi-WKV": lambda N: (lambda w, u, k, v: scans.bi_wkv(w / N, u / N, k, v),
+                             [make(D), make(D), make(1, N, D), make(1, N, D)]),
+        "linear attention": lambda N: (scans.linear_attention, heads(N, 2)),
+        "softmax attention": lambda N: (F.scaled_dot_product_attention, heads(N, 6)),
+    }
+    lengths = [64 * 4**k for k in range(10) if 64 * 4**k <= args.tokens]
+    table = {name: [] for name in kinds}
+    for name, N in tqdm([(name, N) for N in lengths for name in kinds], desc="mixer x tokens", delay=2, leave=False):
+        call, inputs = kinds[name](N)
+        once = lambda: call(*inputs).sum().backward()
+        memory = peak_memory(device, once)
+        first = seconds(device, once)
+        table[name].append((min([first, *(seconds(device, once) for _ in range(args.rounds if first < 1 else 0))]),
+                            memory))
+    print(f"forward and backward, width {D}, batch 1, {device.type}, {torch.get_num_threads()} threads: ms (MiB)")
+    print(f"{'':20}" + "".join(f"{N:>18,}" for N in lengths) + f"{'slope':>8}")
+    logs = torch.tensor(lengths, dtype=torch.float64).log()
+    for name, row in table.items():
+        y = torch.tensor([t for t, _ in row], dtype=torch.float64).log()
+        slope = ((logs - logs.mean()) * (y - y.mean())).sum() / ((logs - logs.mean()) ** 2).sum()
+        print(f"{name:20}" + "".join(f"{f'{t * 1e3:.1f} ({m / 2**20:.0f})':>18}" for t, m in row) + f"{slope:8.2f}")
+    lines = {name: ([math.log2(N) for N in lengths], [math.log10(t * 1e3) for t, _ in row])
+             for name, row in table.items()}
+    figures.save(figures.curves(lines, "token mixers", "log2 of the number of tokens", "log10 ms"), args.out)
+    print(f"picture: {args.out}")
+
+
 def speed(args):
+    if args.tokens:
+        return mixers(args)
+    if not args.models:
+        raise ValueError("speed: name models, or compare the token mixers by --tokens 16384")
     device = runs.device(args.device)
     shape, rows, calls = (3, args.image_size, args.image_size), {}, {}
     for text in tqdm(args.models, desc="preparing", delay=2, leave=False):
@@ -539,9 +622,22 @@ def flags():
     s.add_argument("--rounds", type=runs.positive, default=3, help="timed rounds (default: %(default)s)")
     s.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
 
+    s = commands.add_parser("prompts", help="do samples of a run with text show the prompt's colour and shape?")
+    s.set_defaults(function=prompts)
+    s.add_argument("run", help="folder of a run of --data shapes")
+    s.add_argument("--n", type=runs.positive, default=256, help="prompts, of the test split (default: %(default)s)")
+    s.add_argument("--subset", metavar="REGEX", help="only captions that this finds, such as those not trained on")
+    runs.sampling_flags(s)
+    drawing_flags(s)
+
     s = commands.add_parser("speed", help="parameters, MACs, time of forward and training step, peak memory")
     s.set_defaults(function=speed)
-    s.add_argument("models", nargs="+", metavar="MODEL",
+    s.add_argument("--tokens", type=runs.positive, metavar="N",
+                   help="instead: time and memory of the token mixers (selective scan, Bi-WKV, linear and softmax "
+                   "attention) from 64 to N tokens, as a table and a picture")
+    s.add_argument("--width", type=runs.positive, default=384, help="of the mixers (default: %(default)s)")
+    s.add_argument("--out", default="mixers.png", help="the mixers' picture (default: %(default)s)")
+    s.add_argument("models", nargs="*", metavar="MODEL",
                    help=f"NAME or NAME:OPTION=VALUE,...; names are {', '.join(MODELS)}")
     s.add_argument("--fair", action="store_true", help="bring every model to the first one's MACs, by its width and "
                    "depth, and let each have the batch that suits it best, of 1, 2, 4, ... up to --batch")

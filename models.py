@@ -1042,6 +1042,7 @@ class Mamba(nn.Module):
             setattr(self, f"dt_proj{b}", nn.Linear(self.rank, D))
             setattr(self, f"A{b}_log", nn.Parameter(torch.arange(1, d_state + 1.0).log().repeat(D, 1)))
             setattr(self, f"D{b}", nn.Parameter(torch.ones(D)))
+            getattr(self, f"A{b}_log").no_decay = getattr(self, f"D{b}").no_decay = True
         self.initialise_steps()
 
     def initialise_steps(self):
@@ -1228,7 +1229,7 @@ class LinearAttention(nn.Module):
         heads = lambda z: z.view(B, N, self.num_heads, -1).transpose(1, 2)                          # (B, h, N, d)
         q, (k, v) = heads(self.q(x)), map(heads, self.kv(x).chunk(2, -1))
         image = v.transpose(2, 3).reshape(B * self.num_heads, -1, *self.grid)                       # (B h, d, H, W)
-        local = self.dwc(image).view(B, D, N).transpose(1, 2)                                       # (B, N, D)
+        local = self.dwc(image).reshape(B, D, N).transpose(1, 2)                                    # (B, N, D)
         return self.proj(linear_attention(q, k, v).transpose(1, 2).reshape(B, N, D) + local)
 
 

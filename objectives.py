@@ -105,7 +105,36 @@ class Diffusion(nn.Module):
 
     def parts(self, x, y, t, noise):
         """The losses of each sample: {"loss": (B,), ...}."""
-        return self.process.loss(self.model, x, y, t, noise)
+        if "teacher" not in self.__dict__:
+            return self.process.loss(self.model, x, y, t, noise)
+        seen = []
+
+        def student(*inputs):
+            seen[:] = inputs, self.model(*inputs)
+            return seen[1]
+
+        parts = self.process.loss(student, x, y, t, noise)
+        with torch.no_grad():
+            theirs = self.teacher(*seen[0])
+        (p, v), (p_teacher, v_teacher) = (self.process.split(out.to(x.dtype)) for out in (seen[1], theirs))
+        parts["distill"] = (p - p_teacher).square().flatten(1).mean(1)
+        parts["loss"] = parts["loss"] + self.shares[0] * parts["distill"]
+        if v is not None:
+            difference = 2 * (v - v_teacher)                        # of the raw channels o, v = (o + 1)/2
+            if self.log_variance:                                   # log Sigma = v log beta + (1 - v) log beta~
+                late = t.clamp(min=1)                               # at t = 0, beta~ is 0
+                small, large = self.process.posterior(late, late - 1)[2:]
+                difference = difference / 2 * (large - small).to(x)[:, None, None, None]
+            parts["distill_variance"] = difference.square().flatten(1).mean(1)
+            parts["loss"] = parts["loss"] + self.shares[1] * parts["distill_variance"]
+        return parts
+
+    def teach(self, teacher, shares=(0.5, 0.05), log_variance=False):
+        """LiT's hybrid distillation, 2501.12976: from now on the loss also holds the squared distance to what a frozen
+        teacher predicts on the same x_t, t and (dropped) label, times shares[0], and of the variance's raw channels
+        (log_variance: of log Sigma), times shares[1]. The teacher is no part of the state."""
+        self.__dict__["teacher"] = teacher.eval().requires_grad_(False)
+        self.shares, self.log_variance = shares, log_variance
 
     forward = loss                                 # DistributedDataParallel calls the module itself
 

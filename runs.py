@@ -13,6 +13,7 @@ import argparse
 import ast
 import difflib
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -243,6 +245,45 @@ def load_checkpoint(path):
         if path.name == "ckpt.pt" and previous.exists():
             message += f"; the one before it is {previous}: train.py --resume {previous} goes on from there"
         raise ValueError(message) from None
+
+
+def start_from(objective, folder, leave=()):
+    """Put the averaged weights of another run in the place of the objective's own, but for those whose name holds one
+    of `leave`; a position table of another grid is stretched. Returns (names copied, own names left fresh, names of
+    the other run without use). ValueError if anything else does not fit."""
+    own, state = objective.state_dict(), open_run(folder)[1].state_dict()
+    passed = lambda name: any(part in name for part in leave)
+    taken = {name: value for name, value in state.items() if not passed(name)}
+    for name, value in taken.items():
+        if name.endswith("pos_embed") and name in own and own[name].shape != value.shape:
+            old, new = (math.isqrt(table.shape[1]) for table in (value, own[name]))
+            grid = value.unflatten(1, (old, old)).permute(0, 3, 1, 2)
+            taken[name] = F.interpolate(grid, size=(new, new), mode="bilinear").flatten(2).transpose(1, 2)
+    fresh = [name for name in own if passed(name)]
+    load_weights(objective, taken | {name: own[name] for name in fresh}, folder)
+    return list(taken), fresh, [name for name in state if passed(name)]
+
+
+def adapt(config, folder):
+    """Resolution adaption, 2406.01159: where the model computes its positions, one that starts from a run at another
+    resolution gets its pe_interpolation, so that its grid spans the same range."""
+    old = load_checkpoint(Path(folder) / "ckpt.pt")["config"]
+    model, preset = MODELS[config["model"]]
+    known = model.__init__.__code__.co_varnames
+    if "pe_interpolation" in known and "pe_interpolation" not in config["model_options"]:
+        before = (preset | old["model_options"]).get("pe_interpolation", 1.0)
+        stretch = before * config["image_size"] / old["image_size"]
+        config["model_options"] = config["model_options"] | {"pe_interpolation": stretch}
+
+
+def teacher(config):
+    """The frozen model of the run config["distill"]; ValueError if it was trained to predict something else."""
+    theirs, objective = open_run(config["distill"])
+    for key in ("process", "prediction", "shift", "learned_variance", "image_size", "in_channels", "num_classes"):
+        if theirs[key] != config[key]:
+            raise ValueError(f"--distill {config['distill']}: its {key} is {theirs[key]!r}, here it is "
+                             f"{config[key]!r}; teacher and student must agree in it")
+    return objective.model
 
 
 def load_weights(objective, state, path):

@@ -83,6 +83,15 @@ def flags():
           ("--moe", None, "replace every feed-forward network of a transformer by E experts, K of them for each token",
            {"type": runs.wholes, "metavar": "E,K"}),
           ("--balance", 0.01, "weight of the loss that keeps experts equally busy"),
+          ("--start-from", None, "begin with the averaged weights of another run of this model: a second stage on "
+           "chosen images (--subset), or at a higher --image-size, where positions are interpolated",
+           {"metavar": "RUN"}),
+          ("--inherit", None, "begin with all weights of a run but its attention's (LiT, from a DiT of its size)",
+           {"metavar": "RUN"}),
+          ("--distill", None, "also learn from the predictions of a frozen run (LiT)", {"metavar": "RUN"}),
+          ("--distill-shares", [0.5, 0.05], "weights of the distance in prediction and in variance",
+           {"type": runs.floats, "metavar": "P,V"}),
+          ("--distill-log-variance", False, "compare log variances, not the raw channels", switch),
           ("--upcycle", None, "start a model with experts from the run of the same model with one expert "
            "(--model-options num_experts=1,top_k=1) in FOLDER", folder),
           ("--ternary", False, "weights of -a, 0 or a in all linear layers of the blocks, as in TerDiT", switch))
@@ -236,6 +245,8 @@ def train():
                "num_classes": len(classes), "data_size": len(dataset), "flip": dataset.flip}
     if text:
         runs.add_text(config, dataset)
+    if config["start_from"]:
+        runs.adapt(config, config["start_from"])
     if config["dry_run"]:
         print(json.dumps(config, indent=2))
         return
@@ -245,9 +256,17 @@ def train():
     objective = runs.build(config).to(device)
     if config["upcycle"] and not checkpoint:
         moe.upcycle(objective.model, runs.open_run(config["upcycle"], device)[1].model.state_dict())
+    if config["start_from"] and not checkpoint:
+        runs.start_from(objective, config["start_from"])
+    if config["inherit"] and not checkpoint:
+        copied, fresh, unused = runs.start_from(objective, config["inherit"], leave=[".attn."])
+        if rank == 0:
+            print(f"{config['inherit']}: {len(copied)} tensors inherited, {len(fresh)} fresh, {len(unused)} not used")
     if config["text"] == "npz" and text:
         objective.examples = dataset.condition(torch.arange(min(8, len(dataset)))).to("cpu")
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
+    if config["distill"]:
+        objective.teach(runs.teacher(config).to(device), config["distill_shares"], config["distill_log_variance"])
     weights = [p for p in objective.parameters() if p.requires_grad]
     averages = [e for e, p in zip(ema.parameters(), objective.parameters()) if p.requires_grad]
     groups = [{"params": [p for p in weights if not hasattr(p, "no_decay")]},

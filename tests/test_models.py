@@ -1,6 +1,7 @@
 """What holds for every backbone of the registry, and what DiT and the U-Net promise."""
 
 import copy
+from pathlib import Path
 
 import golden
 import pytest
@@ -9,14 +10,18 @@ import torch.nn.functional as F
 
 import objectives
 from convert import KLDecoder, fill, infer_config, load_official, read_weights
+from data import byte_tokens
 from diffusion import create_process
 from layers import (
     TDLN,
     PackedLinear,
     PatchEmbed,
     TernaryLinear,
+    Text,
+    TextEncoder,
     dense,
     pack,
+    position_table,
     replace_ternary,
     ternarize,
     ternary,
@@ -29,12 +34,16 @@ from models import (
     DiMR,
     DiT,
     DiTBlock,
+    DRWKVBlock,
+    LinearAttention,
+    Mamba,
     Stitched,
     TerDiT,
     UNet,
     UViT,
     cost,
     create_model,
+    q_shift,
     rotate,
     stitch_steps,
 )
@@ -43,10 +52,13 @@ from objectives import MultiScale, StepNoise, area_target
 NANO = [name for name in MODELS if name.endswith(("-nano", "-pico"))]
 
 
-def inputs(batch=3, size=(32, 32), channels=3, classes=10):
+def inputs(batch=3, size=(32, 32), channels=3, classes=10, model=None):
+    """x, t, y; y is a Text with padding if the model is one of text."""
     g = torch.Generator().manual_seed(0)
-    return (torch.randn(batch, channels, *size, generator=g), torch.tensor([0.0, 321.5, 999.0])[:batch],
-            torch.tensor([0, classes - 1, classes])[:batch])
+    x, y = torch.randn(batch, channels, *size, generator=g), torch.tensor([0, classes - 1, classes])
+    if width := getattr(model, "text_width", 0):
+        y = Text(torch.randn(3, 5, width, generator=g), torch.arange(5) < torch.tensor([[5], [2], [3]]))
+    return x, torch.tensor([0.0, 321.5, 999.0])[:batch], y[:batch]
 
 
 def randomised(model):
@@ -63,7 +75,7 @@ def randomised(model):
 def test_starts_at_zero_and_trains(name):
     torch.manual_seed(0)
     model = create_model(name, 16)
-    x, t, y = inputs(size=(16, 16))
+    x, t, y = inputs(size=(16, 16), model=model)
     zero = (model(x, t, y) == 0).all()
     assert zero or name.startswith(("uvit", "dimr")), "the output is zero at initialisation, where the paper has it so"
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
@@ -83,10 +95,10 @@ def test_starts_at_zero_and_trains(name):
 @pytest.mark.parametrize("name", NANO)
 def test_samples_do_not_mix_and_weights_survive_a_file(name, tmp_path):
     model = randomised(create_model(name))
-    x, t, y = inputs()
+    x, t, y = inputs(model=model)
     whole = model(x, t, y)
     torch.testing.assert_close(model(x[1:2], t[1:2], y[1:2]), whole[1:2], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(model(x, t, y.flip(0)), whole, atol=1e-3), "the label matters"
+    assert not torch.allclose(model(x, t, y[torch.tensor([2, 1, 0])]), whole, atol=1e-3), "the label matters"
     assert not torch.allclose(model(x, t.flip(0), y), whole, atol=1e-3), "the time matters"
     torch.save(model.state_dict(), tmp_path / "w.pt")
     other = create_model(name)
@@ -101,8 +113,9 @@ def test_shapes(name, options):
     model = randomised(create_model(name, **options))
     size = options.get("image_size", 32)
     size = (size, size) if isinstance(size, int) else size
-    x, t, y = inputs(size=size, channels=options.get("in_channels", 3))
-    out = model(x, t, None if options.get("num_classes") == 0 else y)
+    x, t, y = inputs(size=size, channels=options.get("in_channels", 3), model=model)
+    labels = isinstance(y, torch.Tensor)
+    out = model(x, t, None if labels and options.get("num_classes") == 0 else y)
     assert out.shape == (3, x.shape[1] * (2 if options.get("learn_sigma") else 1), *size) and out.isfinite().all()
 
 
@@ -114,14 +127,14 @@ def test_odd_sizes_work_or_are_refused(name, size):
     except ValueError as error:
         assert f"{size}x{size} is not divisible by" in str(error)
         return
-    x, t, y = inputs(1, (size, size))
+    x, t, y = inputs(1, (size, size), model=model)
     assert model(x, t, y).shape == x.shape
 
 
 @pytest.mark.parametrize("name", NANO)
 def test_channels_last_is_the_same(name):
     model = randomised(create_model(name, 16))
-    x, t, y = inputs(size=(16, 16))
+    x, t, y = inputs(size=(16, 16), model=model)
     out = model(x, t, y)
     last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t, y)
     torch.testing.assert_close(last, out, rtol=1e-4, atol=1e-5 * out.abs().max().item())
@@ -130,7 +143,7 @@ def test_channels_last_is_the_same(name):
 @pytest.mark.parametrize("name", NANO)
 def test_half_precision_is_close(name):
     model = randomised(create_model(name))
-    x, t, y = inputs()
+    x, t, y = inputs(model=model)
     with torch.autocast("cpu", torch.bfloat16):
         low = model(x, t, y).float()
     assert (low - model(x, t, y)).norm() / model(x, t, y).norm() < 0.03
@@ -737,3 +750,137 @@ def test_multi_scale_loss_sums_the_branches():
     assert losses["loss"].item() == pytest.approx(1.75, abs=0.06) and set(losses) == {"loss", "mse", "mse_4", "mse_8"}
     losses["loss"].backward()
     assert all(b.head.bias.grad.abs().sum() > 0 for b in model.branches)
+
+
+# ------------------------------------------------------------------------------------------------- DRWKV, Dimba, LiT
+
+
+@pytest.mark.parametrize("name, millions", [("drwkv-s/2", 39.3), ("drwkv-b/2", 74.8), ("drwkv-m/2", 132.6),
+                                            ("drwkv-l/2", 439), ("drwkv-h/2", 780), ("dimba-l/2", 859),
+                                            ("dimba-g/2", 1820), ("lit-s/2", 33.0), ("lit-b/2", 130.6),
+                                            ("lit-l/2", 458.3), ("lit-xl/2", 675.3)])
+def test_linear_mixers_have_the_published_sizes(name, millions):
+    with torch.device("meta"):
+        model = create_model(name, 32, 4, 1000, learn_sigma=not name.startswith("drwkv"))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+def test_drwkv_invariances():
+    x = torch.randn(2, 12, 8)
+    assert torch.equal(q_shift(x, (3, 4), gamma=0), x)
+    assert torch.equal(q_shift(torch.ones(1, 12, 8), (3, 4)).view(3, 4, 8)[1, 1:3], torch.ones(2, 8))
+    delta = torch.zeros(1, 9, 4)
+    delta[0, 4] = 1
+    plus = torch.tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]]).float()
+    assert torch.equal(q_shift(delta, (3, 3)).sum(-1).view(3, 3), plus)
+    block = DRWKVBlock(8, layer=1, depth=3)
+    for p in block.adaLN_modulation.parameters():
+        torch.nn.init.zeros_(p)
+    assert torch.equal(block(x, torch.randn(2, 8), (3, 4)), x), "closed gates"
+    model = randomised(create_model("drwkv-nano", 16, depth=5))
+    x, t, y = inputs(size=(16, 16))
+    skips = []
+    for block in model.out_blocks:
+        block.register_forward_pre_hook(lambda m, args: skips.append(args[3]))
+    outputs = []
+    for block in model.in_blocks:
+        block.register_forward_hook(lambda m, args, out: outputs.append(out))
+    model(x, t, y)
+    assert all(a is b for a, b in zip(skips, outputs[::-1])), "last in, first out"
+    model.label_emb.embedding_table.weight.data[3] = 0
+    assert torch.equal(model(x, t), model(x, t, torch.full((3,), 3))), "without a label, time alone"
+    with pytest.raises(ValueError, match="depth 4 is even"):
+        create_model("drwkv-nano", depth=4)
+
+
+def test_dimba_reads_text_and_residuals_as_published():
+    model = randomised(create_model("dimba-nano", 16))
+    assert list(model.places) == [1, 3] and len(model.mamba_blocks) == 2
+    x, t, y = inputs(size=(16, 16), model=model)
+    out = model(x, t, y)
+    other = Text(torch.where(y.mask[..., None], y.tokens, 100.0), y.mask)
+    torch.testing.assert_close(model(x, t, other), out)
+    short = Text(y.tokens[1:2, :2], y.mask[1:2, :2])
+    torch.testing.assert_close(model(x[1:2], t[1:2], short), out[1:2], rtol=1e-4, atol=1e-5)
+    mamba, h = model.mamba_blocks[0], torch.randn(2, 16, 96)
+    two = mamba.mixer(h)
+    one = Mamba(96, d_state=8)
+    total = 0
+    for suffix, flip in (("", lambda z: z), ("_b", lambda z: z.flip(1))):
+        state = {name: mamba.mixer.state_dict()[name] for name in one.state_dict()}
+        state |= {name: mamba.mixer.state_dict()[name.replace(part, part[:-4] + suffix + "_log" if part == "A_log"
+                                                              else part + suffix)]
+                  for name in one.state_dict() for part in ("conv1d", "x_proj", "dt_proj", "A_log", "D")
+                  if name.split(".")[0] == part}
+        one.load_state_dict(state)
+        total = total + flip(one(flip(h)))
+    torch.testing.assert_close(two, total, rtol=1e-4, atol=1e-5)
+    seen = {}
+    model.blocks[2].register_forward_pre_hook(lambda m, args: seen.__setitem__("block", args[0]))
+    model.mamba_blocks[1].register_forward_pre_hook(lambda m, args: seen.__setitem__("residual", args[1]))
+    first = model(x, t, y) is not None and dict(seen)
+    model.mamba_blocks[0].register_forward_hook(lambda m, args, out: (out[0], out[1] + 1))
+    model(x, t, y)
+    assert torch.equal(seen["block"], first["block"]) and torch.equal(seen["residual"], first["residual"] + 1)
+
+
+def test_dimba_options():
+    coarse, fine = position_table(16, 4, 4), position_table(16, 8, 8, (0.5, 0.5))
+    assert torch.equal(fine.view(8, 8, 16)[::2, ::2].reshape(16, 16), coarse)
+    for options in (dict(repaired=True), dict(order="mamba-first"), dict(mamba_ratio=1.0), dict(pe_interpolation=2.0),
+                    dict(micro_condition=True)):
+        model = randomised(create_model("dimba-nano", 16, **options))
+        x, t, y = inputs(size=(8, 24), model=model)
+        assert model(x, t, y).isfinite().all(), "any size stretches over the grid"
+    for options in (dict(mamba_ratio=1.5), dict(order="attention-last")):
+        with pytest.raises(ValueError, match="1.5 of depth 4|attention-last"):
+            create_model("dimba-nano", **options)
+
+
+def test_text_encoder_ignores_padding():
+    encoder = randomised(TextEncoder(24))
+    captions = ["a red ring", "a much longer caption, é", "abc", ""]
+    together = encoder(byte_tokens(captions, 64).long())
+    for k, caption in enumerate(captions):
+        alone = encoder(byte_tokens([caption], 64).long())
+        n = alone.mask.sum()
+        assert n == together.mask[k].sum()
+        torch.testing.assert_close(together.tokens[k, :n], alone.tokens[0, :n], rtol=1e-4, atol=1e-5)
+
+
+def test_lit_module_in_special_cases():
+    x, attn = torch.randn(2, 15, 24), LinearAttention(24, 2, (3, 5))
+    attn.dwc.weight.data.zero_()
+    attn.dwc.bias.data.zero_()
+    order = torch.randperm(15)
+    torch.testing.assert_close(attn(x)[:, order], attn(x[:, order]))
+    attn.dwc.weight.data[:, 0, 2, 2] = 1                                        # the convolution is the identity
+    attn.kv.weight.data[:24], attn.kv.bias.data[:24] = 0, 1                     # all keys are equal
+    attn.q.bias.data[:] = 10                                                    # no dead query
+    v = x @ attn.kv.weight[24:].T + attn.kv.bias[24:]
+    torch.testing.assert_close(attn(x), attn.proj(v.mean(1, keepdim=True) + v), rtol=1e-4, atol=1e-5)
+
+
+def test_lit_with_closed_gates_is_its_dit():
+    dit, lit = randomised(create_model("dit-nano", 16)), randomised(create_model("lit-nano", 16))
+    state = {name: v for name, v in dit.state_dict().items() if ".attn." not in name}
+    for name in state:
+        if ".adaLN_modulation.1" in name and name.startswith("blocks"):
+            state[name][2 * 128:3 * 128] = 0                                    # the gate of attention
+    dit.load_state_dict(state, strict=False)
+    missing = lit.load_state_dict(state, strict=False).missing_keys
+    assert {name.split(".attn.")[1].split(".")[0] for name in missing} == {"q", "kv", "proj", "dwc"}
+    assert torch.equal(*(model(*inputs(size=(16, 16))) for model in (dit, lit)))
+
+
+def test_lit_costs_grow_linearly():
+    macs = [cost(create_model("lit-s/2", side), (3, side, side))[1] for side in (32, 64)]
+    assert 3.9 < macs[1] / macs[0] < 4.0
+
+
+@pytest.mark.parametrize("arch, name", [("drwkv", "drwkv-cond"), ("drwkv", "drwkv-uncond"), ("dimba", "dimba-model"),
+                                        ("dimba", "dimba-nomask"), ("lit", "lit-model")])
+def test_sizes_of_linear_mixers_are_read_off_the_weights(arch, name):
+    case = golden.load(Path(__file__).parent / "golden" / f"{name}.npz")
+    read = infer_config(arch, case.state_dict)
+    assert {k for k in read if k in case.config and read[k] != case.config[k]} <= {"num_heads"}

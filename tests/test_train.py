@@ -497,3 +497,112 @@ def test_curves_and_grids_are_drawn():
     x = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 0.0, 1.0)])
     assert figures.to_uint8(x)[:, 0, 0, 0].tolist() == [0, 128, 255]
     assert figures.grid(figures.to_uint8(x), columns=3).size == (3 * 66 + 2, 66 + 2)
+
+
+# ------------------------------------------------------------------------------------------- text, second stages, LiT
+
+DIMBA = ["--model", "dimba-nano", "--model-options", "depth=2,hidden_size=32,num_heads=2,text_width=16", *TINY[4:]]
+
+
+def test_a_run_with_text(here, capsys):
+    learn = ["--lr", "3e-2", "--warmup", "1", "--decay", "constant", "--subset", "red|blue"]
+    call(train.train, *DIMBA, *learn, "--out", "t", "--save-every", "3")
+    call(train.train, *DIMBA, *learn, "--out", "u", "--accum", "2")
+    assert losses("t") == pytest.approx(losses("u"), rel=1e-4)
+    os.replace("t/ckpt.prev.pt", "t/ckpt.pt")
+    call(train.train, "--out", "t", "--resume")
+    config = json.load(open("t/config.json"))
+    assert len(config["prompts"]) == 8 and all("red" in p or "blue" in p for p in config["prompts"])
+    for prompt in ("a large red ring on black", "a small blue star on white"):
+        call(sample.sample, "t", "--n", "3", "--prompt", prompt, "--out", f"{prompt[2]}.npz")
+    assert (np.load("l.npz")["arr_0"] != np.load("s.npz")["arr_0"]).any(), "the prompt matters"
+    assert "reads at most" in refused(capsys, sample.sample, "t", "--prompt", "x" * 99)
+    call(evaluate.evaluate, "prompts", "t", "--n", "8", "--classifier-steps", "2", "--subset", "red ring")
+    said = capsys.readouterr().out
+    assert "colour" in said and Image.open("t/prompts.png")
+    assert "matches 'moon'" in refused(capsys, train.train, *DIMBA, "--out", "v", "--subset", "moon")
+    call(train.train, *TINY, "--out", "labels")
+    assert "reads no text" in refused(capsys, sample.sample, "labels", "--prompt", "a")
+    assert "learned the captions" in refused(capsys, evaluate.evaluate, "prompts", "labels")
+
+
+def test_captions_are_dropped_for_the_empty_one():
+    class Reader(torch.nn.Module):
+        text_width, text_length = 4, 9
+        null_text = torch.full((9, 4), 7.0)
+
+        def forward(self, x, t, y):
+            seen.append(y)
+            return x
+
+    seen, noise = [], lambda: objectives.StepNoise(0, 0, 2000)
+    objective = objectives.Diffusion(Reader(), diffusion.RectifiedFlow(), (3, 4, 4), encoder=torch.nn.Identity())
+    y = data.byte_tokens(["red", "green ring"] * 1000, 9).long()
+    objective.loss({"x": torch.zeros(2000, 3, 4, 4), "y": y, "noise": noise()})
+    dropped = (seen[0][:, 1:] == 0).all(1)
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.02) and torch.equal(seen[0][~dropped], y[~dropped])
+    assert torch.equal(seen[0][dropped][:1], torch.tensor([[data.START, *[0] * 8]]))
+    text = data.Text(torch.zeros(2000, 3, 4), torch.ones(2000, 3, dtype=torch.bool))
+    objective.loss({"x": torch.zeros(2000, 3, 4, 4), "y": text, "noise": noise()})
+    assert torch.equal((seen[1].tokens == 7).all(2).all(1), dropped)
+
+
+def test_precomputed_text(here, capsys):
+    chance = np.random.default_rng(0)
+    Path("photos").mkdir()
+    for k in range(12):
+        Image.fromarray(chance.integers(0, 255, (8, 8, 3), np.uint8)).save(f"photos/{k}.png")
+        np.savez(f"photos/{k}.npz", caption_feature=chance.standard_normal((1, 4, 20)).astype(np.float16),
+                 attention_mask=np.arange(4)[None] < 1 + k % 4)
+    argv = [*DIMBA[:2], "--model-options", "depth=2,hidden_size=32,num_heads=2", *DIMBA[4:], "--data", "folder",
+            "--data-dir", "photos", "--text", "npz"]
+    call(train.train, *argv, "--out", "n")
+    assert json.load(open("n/config.json"))["model_options"]["text_width"] == 20
+    call(sample.sample, "n", "--n", "2", "--prompt", "photos/3.npz")
+    assert "by --prompt FILE.npz" in refused(capsys, sample.sample, "n")
+    np.savez("photos/3.npz", other=np.zeros(3))
+    assert "photos/3.npz cannot be used" in refused(capsys, sample.sample, "n", "--prompt", "photos/3.npz")
+    Path("photos/5.npz").unlink()
+    assert "1 of" in refused(capsys, train.train, *argv, "--out", "m")
+
+
+@pytest.mark.parametrize("model, options", [("dimba-nano", "depth=2,hidden_size=32,num_heads=2,text_width=16"),
+                                            ("drwkv-nano", "depth=3,hidden_size=32"),
+                                            ("dit-nano", "depth=1,hidden_size=32,num_heads=2")])
+def test_resolution_adaption(here, model, options):
+    argv = ["--model", model, "--model-options", options, *TINY[4:]]
+    call(train.train, *argv, "--out", "low")
+    call(train.train, *argv, "--image-size", "16", "--start-from", "low", "--out", "high", "--lr", "1e-30")
+    low, high = (runs.load_checkpoint(f"{name}/ckpt.pt") for name in ("low", "high"))
+    for name, value in low["ema"].items():
+        if "pos_embed" not in name:
+            torch.testing.assert_close(high["model"][name], value)
+        elif "drwkv" in model:
+            assert high["model"][name].shape[1] == 4 * value.shape[1]
+    assert high["config"]["model_options"].get("pe_interpolation", 2.0) == 2.0
+
+
+def test_inherit_and_distill(here, capsys):
+    call(train.train, *TINY, "--out", "dit")
+    lit = ["--model", "lit-nano", *TINY[2:]]
+    call(train.train, *lit, "--inherit", "dit", "--out", "lit", "--steps", "1", "--lr", "1e-30")
+    mine, theirs = runs.load_checkpoint("lit/ckpt.pt")["model"], runs.load_checkpoint("dit/ckpt.pt")["ema"]
+    fresh = {name.split(".attn.")[1].split(".")[0] for name in mine if name not in theirs or ".attn." in name}
+    assert fresh == {"q", "kv", "proj", "dwc"}
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs if ".attn." not in name)
+    call(train.train, *lit, "--out", "alone")
+    call(train.train, *lit, "--distill", "dit", "--distill-shares", "0,0", "--out", "taught")
+    assert losses("taught") == losses("alone") and weights("taught") == weights("alone")
+    call(train.train, *TINY, "--start-from", "dit", "--distill", "dit", "--lr", "1e-30", "--out", "self")
+    assert runs.history(Path("self"))[0]["distill"] < 1e-12, "nothing is to be learned from oneself"
+    message = refused(capsys, train.train, *lit, "--distill", "dit", "--prediction", "eps", "--out", "x")
+    assert "its prediction is 'x0', here it is 'eps'" in message
+    options = ["--process", "linear", "--prediction", "own", "--learned-variance"]
+    call(train.train, *TINY, *options, "--out", "hybrid")
+    call(train.train, *lit, *options, "--distill", "hybrid", "--distill-log-variance", "--out", "both")
+    assert all(entry["distill_variance"] >= 0 for entry in runs.history(Path("both")))
+
+
+def test_mixers_are_timed(here, capsys):
+    call(evaluate.evaluate, "speed", "--tokens", "256", "--width", "48", "--rounds", "1")
+    assert "Bi-WKV" in capsys.readouterr().out and Image.open("mixers.png").size == (800, 460)
