@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from autoencoders import KLDecoder
-from models import MODELS, DiT
+from models import MODELS, DiT, FiT, FlagDiT
 
 
 def read_weights(path):
@@ -99,7 +100,121 @@ def infer_dit(state_dict):
                 learn_sigma=state_dict["final_layer.linear.bias"].numel() == 2 * C * p * p)
 
 
-OFFICIAL = {"dit": (dit, infer_dit)}
+# ----------------------------------------------------------------------------------------------- fit, fitv2, flag-dit
+# Parameters carry the published names. Published FiTv2 and Flag-DiT are told t in [0, 1] from noise to data and predict
+# x1 - x0 = data - noise: `Reversed` makes them models of our flow process.
+
+
+class Reversed(nn.Module):
+    """A published flow model as our flow process calls models: t is 1000 at noise and 0 at data, eps - x0 predicted."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t, y=None, **options):
+        return -self.model(x, 1 - t / 1000, y, **options)
+
+
+def defaults(config, known, fixed, what):
+    """known updated by config. ValueError for an argument that is not known, or whose value is not the `fixed` one."""
+    for key, value in config.items():
+        if key not in known and (key not in fixed or value not in fixed[key]):
+            raise ValueError(f"{what} with {key} = {value!r} is not built here")
+    return known | {key: value for key, value in config.items() if key in known}
+
+
+def fit(config, state_dict):
+    """whlzy/FiT, versions 1 and 2."""
+    c = defaults(config, dict(
+        context_size=256, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
+        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, use_swiglu=False, use_swiglu_large=False,
+        q_norm=None, k_norm=None, qk_norm_weight=False, adaln_type="normal", adaln_lora_dim=None, rope_theta=10000.0,
+        custom_freqs="normal", max_pe_len_h=None, max_pe_len_w=None, decouple=False, ori_max_pe_len=None,
+        online_rope=False, time_shifting=1, use_sit=False, use_checkpoint=False, pretrain_ckpt=None, ignore_keys=None,
+        finetune=None), dict(rel_pos_embed=["rope"], norm_type=["layernorm"], qkv_bias=[True], ffn_bias=[True],
+                             adaln_bias=[True], add_rel_pe_to_v=[False]), "FiT")
+    if c["q_norm"] != c["k_norm"] or c["q_norm"] not in (None, "layernorm", "w_layernorm") or \
+            c["adaln_type"] not in ("normal", "lora"):
+        raise ValueError(f"FiT with q_norm {c['q_norm']}, k_norm {c['k_norm']}, adaln_type {c['adaln_type']} "
+                         "is not built here")
+    D, p, rope = c["hidden_size"], c["patch_size"], c["custom_freqs"].lower()
+    hidden = int(D * c["mlp_ratio"])
+    if c["use_swiglu"] and not c["use_swiglu_large"]:
+        hidden = hidden * 2 // 3
+    gain = c["qk_norm_weight"] or c["q_norm"] == "w_layernorm"
+    names = {"normal": "direct", "linear": "pi", "ntk-aware": "ntk", "ntk-aware-pro1": "ntk-pro1",
+             "ntk-aware-pro2": "ntk-pro2"}
+    model = FiT(image_size=p * math.isqrt(c["context_size"]), patch_size=p, in_channels=c["in_channels"], hidden_size=D,
+                depth=c["depth"], num_heads=c["num_heads"], mlp_ratio=hidden / D, num_classes=c["num_classes"],
+                learn_sigma=c["learn_sigma"], null_class=c["class_dropout_prob"] > 0, swiglu=c["use_swiglu"],
+                qk_norm=("gain" if gain else True) if c["q_norm"] else False, theta=c["rope_theta"],
+                lora_dim=c["adaln_lora_dim"] if c["adaln_type"] == "lora" else 0,
+                rope=("vision-" if c["decouple"] else "") + names.get(rope, rope),
+                extent=None if rope == "normal" or c["online_rope"] else (c["max_pe_len_h"], c["max_pe_len_w"]),
+                time_shift=c["time_shifting"])
+    model.trained = c["ori_max_pe_len"] or model.trained
+    return fill(model, state_dict, "this FiT")
+
+
+def infer_fit(state_dict):
+    D, _ = state_dict["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
+    presets = {(k["depth"], k["hidden_size"]): k["num_heads"] for _, (kind, k) in MODELS.items() if kind is FiT}
+    swiglu, lora = "blocks.0.mlp.fc1_g.weight" in state_dict, "global_adaLN_modulation.1.weight" in state_dict
+    hidden = state_dict[f"blocks.0.mlp.fc1{'_g' * swiglu}.weight"].shape[0]
+    return dict(hidden_size=D, depth=depth, num_heads=presets.get((depth, D), D // 64), patch_size=2,
+                in_channels=state_dict["x_embedder.proj.weight"].shape[1] // 4, use_swiglu=swiglu,
+                use_swiglu_large=hidden == 4 * D, adaln_type="lora" if lora else "normal",
+                adaln_lora_dim=state_dict["blocks.0.adaLN_modulation.1.weight"].shape[0] if lora else None,
+                q_norm="layernorm" if lora else None, k_norm="layernorm" if lora else None,
+                qk_norm_weight="blocks.0.attn.q_norm.weight" in state_dict,
+                num_classes=state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
+                learn_sigma=(state_dict["final_layer.linear.bias"].shape[0]
+                             == 2 * state_dict["x_embedder.proj.weight"].shape[1]))
+
+
+def flag_dit(config, state_dict):
+    """Alpha-VLLM/Lumina-T2X, the folders Flag-DiT-ImageNet (labels) and lumina_t2i (with cap_feat_dim: text; with
+    video, a convention of ours: [nextframe] too)."""
+    c = defaults(config, dict(
+        input_size=32, patch_size=2, in_channels=4, dim=4096, n_layers=32, n_heads=32, n_kv_heads=None, multiple_of=256,
+        ffn_dim_multiplier=None, norm_eps=1e-5, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True,
+        qk_norm=False, cap_feat_dim=0, rope_scaling_factor=1.0, ntk_factor=1.0, video=False), {}, "Flag-DiT")
+    size = (1, c["input_size"], c["input_size"]) if c["video"] else c["input_size"]
+    model = FlagDiT(image_size=size, patch_size=c["patch_size"], in_channels=c["in_channels"], hidden_size=c["dim"],
+                    depth=c["n_layers"], num_heads=c["n_heads"], num_kv_heads=c["n_kv_heads"],
+                    multiple_of=c["multiple_of"], multiplier=c["ffn_dim_multiplier"], norm_eps=c["norm_eps"],
+                    qk_norm=c["qk_norm"], num_classes=c["num_classes"], null_class=c["class_dropout_prob"] > 0,
+                    spare_channels=c["learn_sigma"], text_dim=c["cap_feat_dim"], ntk_factor=c["ntk_factor"],
+                    rope_scaling=c["rope_scaling_factor"])
+    return fill(model, state_dict, "this Flag-DiT")
+
+
+def flag_dit_text(config, state_dict):
+    """lumina_t2i, whose text features default to LLaMA-2-13B's width."""
+    return flag_dit({"cap_feat_dim": 5120} | config, state_dict)
+
+
+def infer_flag_dit(state_dict):
+    D, patch = state_dict["x_embedder.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("layers."))
+    text, labels = state_dict.get("cap_embedder.0.weight"), state_dict.get("y_embedder.embedding_table.weight")
+    heads = 32 if text is None else len(state_dict["layers.0.attention.gate"])
+    config = dict(patch_size=2, in_channels=patch // 4, dim=D, n_layers=depth, n_heads=heads,
+                  n_kv_heads=state_dict["layers.0.attention.wk.weight"].shape[0] * heads // D, multiple_of=1,
+                  ffn_dim_multiplier=(len(state_dict["layers.0.feed_forward.w1.weight"]) + 0.5) / int(8 * D / 3),
+                  learn_sigma=len(state_dict["final_layer.linear.bias"]) == 2 * patch,
+                  qk_norm="layers.0.attention.q_norm.weight" in state_dict)
+    return config | (dict(num_classes=len(labels) - 1) if text is None else
+                     dict(cap_feat_dim=len(text), video="eof_token" in state_dict))
+
+
+OFFICIAL = {
+    "dit": (dit, infer_dit),
+    "fit": (fit, infer_fit), "fitv2": (fit, infer_fit),
+    "flag-dit": (flag_dit, infer_flag_dit), "flag-dit-text": (flag_dit_text, infer_flag_dit),
+}
 
 
 def load_official(arch, config, state_dict):

@@ -99,6 +99,34 @@ class Dataset:
         return x.float().div_(127.5).sub_(1), self.labels[indices.to(self.labels.device)]
 
 
+# ---- sizes that keep aspect ratios ------------------------------------------------------------------------
+
+
+def fit_size(width, height, size, stride):
+    """(width, height) that an image is resized to in FiT, 2402.12376: at most size x size pixels in its own aspect
+    ratio, never enlarged unless a side is shorter than the stride, sides rounded down to multiples of the stride."""
+    w, h = width, height
+    if width * height >= size**2:
+        w = math.sqrt(width / height) * size
+        h = w * height / width
+    elif width < stride:
+        w, h = stride, stride * height / width
+    elif height < stride:
+        w, h = stride * width / height, stride
+    return int(w / stride) * stride, int(h / stride) * stride
+
+
+def crop_sizes(patches, stride, max_ratio=4.0):
+    """The (width, height) of Lumina-T2X, 2405.05945: the largest grids of at most so many patches, each `stride` pixels
+    wide, no longer than max_ratio times their width, from the widest to the tallest."""
+    sizes, w, h = [], patches, 1
+    while w > 0:
+        if max(w, h) <= max_ratio * min(w, h):
+            sizes.append((w * stride, h * stride))
+        w, h = (w, h + 1) if (h + 1) * w <= patches else (w - 1, h)
+    return sizes
+
+
 # ---- shapes: the dataset that is always there -------------------------------------------------------------
 
 SHAPES = ["circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent"]

@@ -4,13 +4,16 @@ An objective is a module with two methods: `loss(batch) -> scalars by name, "los
 `preview(n, generator) -> images`. Training and sampling know nothing else of it.
 """
 
+import math
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from diffusion import generate
+from layers import canvas
 
 
 def seeded(*numbers, device="cpu"):
@@ -59,12 +62,27 @@ class Diffusion(nn.Module):
         self.num_classes, self.label_drop, self.draw = num_classes, label_drop, draw or {}
 
     def loss(self, batch):
-        """batch: x (B, C, H, W) in [-1, 1], y (B,), noise a `StepNoise` -> scalars by name, "loss" among them."""
+        """batch: x (B, C, H, W) in [-1, 1], or a list of (C, H_i, W_i) of at most as many pixels as `shape`; y (B,);
+        noise a `StepNoise` -> scalars by name, "loss" among them."""
         x, y, noise = batch["x"], batch["y"], batch["noise"]
         t = self.process.training_times(noise.uniform())
         y = torch.where(noise.uniform() < self.label_drop, self.num_classes, y) if self.num_classes else None
-        parts = self.process.loss(self.model, x, y, t, noise.normal(x.shape))
+        if isinstance(x, list):                    # a strip of numbers for each image: no other image shapes its noise
+            strips = noise.normal((len(x), x[0].shape[0], math.prod(self.shape[1:])))
+            eps, _ = canvas([strip[:, :image[0].numel()].view(image.shape) for strip, image in zip(strips, x)])
+            parts = self.losses(*canvas(x), y, t, eps)
+        else:
+            parts = self.losses(x, None, y, t, noise.normal(x.shape))
         return {name: value.mean() for name, value in parts.items()}
+
+    def losses(self, x, sizes, y, t, eps):
+        """The process's losses of each image, {name: (B,)}. With sizes (B, 2), x is a `layers.canvas`: the mean is over
+        each image's own pixels, so that a small image weighs as much as a large one (2402.12376). x, eps and output are
+        zero beyond the image, and so is their error."""
+        if sizes is None:
+            return self.process.loss(self.model, x, y, t, eps)
+        parts = self.process.loss(partial(self.model, sizes=sizes), x, y, t, eps)
+        return {name: value * (x[0, 0].numel() / sizes.prod(1)).to(value) for name, value in parts.items()}
 
     forward = loss                                 # DistributedDataParallel calls the module itself
 
