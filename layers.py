@@ -127,7 +127,7 @@ def sequence(grid, sizes=None, nextline=False, nextframe=False):
     Returns place (B, L): the patch each token is, else n for [nextline], n + 1 for [nextframe], n + 2 for padding;
     mask (B, L) bool, true for all but padding, None if there is none; row and column (B, L) of each token's patch.
     """
-    (F_, H, W), n = grid, math.prod(grid)
+    (_, H, W), n = grid, math.prod(grid)
     frames, rows, columns = (torch.tensor([grid]) if sizes is None else sizes).T[..., None]                  # (B, 1)
     line = columns + nextline
     length = frames * (frame := rows * line + nextframe)

@@ -298,7 +298,7 @@ class FiTAttention(nn.Module):
     def __init__(self, dim, num_heads, qk_norm=False, gain=False):
         super().__init__()
         if dim % (4 * num_heads):
-            raise ValueError(f"width {dim} does not divide into {num_heads} heads of a multiple of 4, as 2-D RoPE needs")
+            raise ValueError(f"width {dim} does not divide into {num_heads} heads of a multiple of 4 (2-D RoPE)")
         norm = lambda: (nn.LayerNorm(dim // num_heads, eps=1e-6, elementwise_affine=gain, bias=False) if qk_norm else
                         nn.Identity())
         self.num_heads = num_heads

@@ -170,7 +170,7 @@ def check_dit_tables(case):
         same(ours, value, name)
 
 
-# ------------------------------------------------------------------------------- fit, fitv2, flag-dit, rope, preprocessing
+# ---------------------------------------------------------------------------- fit, fitv2, flag-dit, rope, preprocessing
 
 
 def check_tokens(case):
