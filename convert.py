@@ -186,7 +186,7 @@ def flag_dit(config, state_dict):
                     depth=c["n_layers"], num_heads=c["n_heads"], num_kv_heads=c["n_kv_heads"],
                     multiple_of=c["multiple_of"], multiplier=c["ffn_dim_multiplier"], norm_eps=c["norm_eps"],
                     qk_norm=c["qk_norm"], num_classes=c["num_classes"], null_class=c["class_dropout_prob"] > 0,
-                    spare_channels=c["learn_sigma"], text_dim=c["cap_feat_dim"], ntk_factor=c["ntk_factor"],
+                    spare_channels=c["learn_sigma"], text_width=c["cap_feat_dim"], ntk_factor=c["ntk_factor"],
                     rope_scaling=c["rope_scaling_factor"])
     return fill(model, state_dict, "this Flag-DiT")
 

@@ -8,7 +8,7 @@ There are no worker processes: a set lives in memory as bytes, so a batch is one
 is no loader state: the batch of step k can be asked for directly, so a resumed run sees exactly the batches
 that it would have seen, and ranks and micro-batches take slices of one plan.
 
-Contents: Dataset; shapes (drawn, no download); cifar10, cifar100; imagenet64; folder (your own images); load.
+Contents: Dataset; text; shapes (drawn, no download); cifar10, cifar100; imagenet64; folder (your own images); load.
 """
 
 import difflib
@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pickle
+import re
 import tarfile
 import urllib.request
 import warnings
@@ -32,12 +33,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from layers import Text
+
 DATASETS = {
     "shapes": "drawn here, no download: 8 shapes with captions, any size, 20,000 train + 5,000 test",
     "cifar10": "32x32 photographs, 10 classes, 50,000 train + 10,000 test; downloads itself (170 MB)",
     "cifar100": "32x32 photographs, 100 classes, 50,000 train + 10,000 test; downloads itself (169 MB)",
     "imagenet64": "64x64 photographs, 1000 classes, 1.28 M train + 50,000 test; bring train_data_batch_*.npz",
-    "folder": "your own PNG, JPEG, WebP, BMP images; sub-folders are classes, x.txt is the caption of x.jpg",
+    "folder": "your own PNG, JPEG, WebP, BMP images; sub-folders are classes, x.txt (or x.npz) is the text of x.jpg",
 }
 
 
@@ -54,6 +57,9 @@ class Dataset:
     captions: list[str] | None = None    # one per image
     flip: bool = False                   # mirror half of the images in training batches
     device: str | torch.device = "cpu"   # where batches are wanted
+    files: list[Path] | None = None      # of a folder, one per image
+    text: torch.Tensor | list[Path] | None = None        # what `with_text` made of the captions
+    text_length: int = 0
     _orders: dict = field(default_factory=dict, repr=False)
 
     def __len__(self):
@@ -85,7 +91,8 @@ class Dataset:
     def gather(self, indices, flips=None):
         """The images and labels at `indices` (B,), mirrored left-right where `flips` (B,) is true.
 
-        Returns (x float32 (B, C, H, W) in [-1, 1], y int64 (B,)), both on the dataset's device.
+        Returns (x float32 (B, C, H, W) in [-1, 1], y int64 (B,)), both on the dataset's device. After `with_text` y is
+        byte tokens int64 (B, L), or a Text.
         """
         indices = torch.as_tensor(indices)
         if isinstance(self.images, np.ndarray):      # read in file order, which a disk prefers
@@ -96,7 +103,78 @@ class Dataset:
         if flips is not None:
             rows = torch.as_tensor(flips).nonzero()[:, 0].to(x.device)
             x[rows] = x[rows].flip(-1)
-        return x.float().div_(127.5).sub_(1), self.labels[indices.to(self.labels.device)]
+        return x.float().div_(127.5).sub_(1), self.condition(indices)
+
+    def condition(self, indices):
+        """What a model is told of the images at `indices` (B,) CPU: labels (B,), byte tokens (B, L) or a Text."""
+        if isinstance(self.text, list):
+            return read_embeddings([self.text[i] for i in indices.tolist()], self.text_length).to(self.device)
+        if self.text is not None:
+            return self.text[indices.to(self.text.device)].long()
+        return self.labels[indices.to(self.labels.device)]
+
+    def with_text(self, how, length):
+        """From now on batches carry text. how: "bytes", byte tokens of the captions, or where there are none of the
+        class names; "npz", precomputed embeddings x.npz beside x.jpg. length: the longest text in tokens."""
+        self.text_length = length
+        if how == "npz":
+            if not self.files:
+                raise ValueError("precomputed text needs --data folder with a file x.npz beside every x.jpg")
+            self.text = [path.with_suffix(".npz") for path in self.files]
+            if missing := [path for path in self.text if not path.exists()]:
+                raise FileNotFoundError(f"{len(missing)} of {len(self.text)} images have no embedding beside them, "
+                                        f"the first missing is {missing[0]}")
+        else:
+            self.captions = self.captions or [self.classes[k] if self.classes else "" for k in self.labels.tolist()]
+            self.text = byte_tokens(self.captions, length).to(self.device)
+        return self
+
+    def subset(self, pattern):
+        """The images whose caption (or else class name) the regular expression finds, as a Dataset; ValueError if there
+        are none."""
+        try:
+            rule = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        words = self.captions or [self.classes[k] if self.classes else "" for k in self.labels.tolist()]
+        keep = [i for i, word in enumerate(words) if rule.search(word)]
+        if not keep:
+            raise ValueError(f"no caption or class name of the {len(self)} images matches {pattern!r}, the first is "
+                             f"{words[0]!r}")
+        take = lambda items: items and [items[i] for i in keep]
+        return Dataset(self.images[keep], self.labels[keep], self.classes, take(self.captions), self.flip, self.device,
+                       take(self.files))
+
+
+# ---- text: captions as bytes, or as embeddings computed beforehand -------------------------------------------
+
+START = 2                           # ASCII's "start of text"; 0 is padding, and the empty caption is START alone
+
+
+def byte_tokens(captions, length):
+    """Captions as uint8 (n, L): START, the caption in UTF-8, zeros. L is the longest, at most `length`; the rest of a
+    longer caption is cut."""
+    rows = [bytes([START]) + caption.encode()[:length - 1] for caption in captions]
+    L = max(map(len, rows))
+    return torch.tensor([list(row.ljust(L, b"\0")) for row in rows], dtype=torch.uint8)
+
+
+def read_embeddings(paths, length):
+    """A Text of n precomputed captions, cut to `length` tokens and padded to the longest. Each .npz holds
+    `caption_feature`, floats (L, D) or (1, L, D) of any width D, and optionally `attention_mask` (L,) or (1, L), 1 for
+    a token."""
+    rows = []
+    for path in paths:
+        with _blame(path, "it must hold `caption_feature` (L, D) and, optionally, `attention_mask` (L,)"):
+            with np.load(path) as file:
+                tokens = file["caption_feature"]
+                tokens = torch.from_numpy(tokens.reshape(-1, tokens.shape[-1]).astype(np.float32))
+                mask = file["attention_mask"].reshape(-1) != 0 if "attention_mask" in file else np.ones(len(tokens))
+            if len(mask) != len(tokens) or not mask[:length].any():
+                raise ValueError(f"its mask of {len(mask)} does not fit its {len(tokens)} tokens, or it has no token")
+            rows.append((tokens[:length], torch.from_numpy(mask[:length]).bool()))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return Text(pad([tokens for tokens, _ in rows], True), pad([mask for _, mask in rows], True))
 
 
 # ---- sizes that keep aspect ratios ------------------------------------------------------------------------
@@ -548,7 +626,7 @@ def _load_folder(root, split, size, bad_images):
         warnings.warn(f"{report}; skipped", stacklevel=3)
     beside = [files[i].with_suffix(".txt") for i in good]
     captions = [path.read_text("utf-8", "replace").strip() if path.exists() else "" for path in beside]
-    return images[:len(good)], labels[good], classes, captions if any(captions) else None
+    return images[:len(good)], labels[good], classes, captions if any(captions) else None, [files[i] for i in good]
 
 
 # ---- load --------------------------------------------------------------------------------------------------
@@ -578,15 +656,16 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"image_size is {size!r}: choose a whole number of pixels, such as 32")
     root = Path(data_dir).expanduser()
+    files = None
     if name == "shapes":
         images, labels, classes, captions = _load_shapes(split, size)
     elif name == "imagenet64":
         images, labels, classes, captions = _load_imagenet64(root, split, size)
     elif name == "folder":
-        images, labels, classes, captions = _load_folder(root, split, size, bad_images)
+        images, labels, classes, captions, files = _load_folder(root, split, size, bad_images)
     else:
         images, labels, classes, captions = _load_cifar(name, root, split, size, download)
     if not isinstance(images, np.memmap):
         images = torch.from_numpy(images).to(device)
     flip = name != "shapes" if flip is None else flip
-    return Dataset(images, torch.from_numpy(labels).to(device), classes, captions, flip, device)
+    return Dataset(images, torch.from_numpy(labels).to(device), classes, captions, flip, device, files)

@@ -126,7 +126,7 @@ def samplers(args):
     network = classifier(config, device, args.classifier_steps)
     held_out = load_data(config, "test")
     reference, _ = read(network, (held_out.gather(r)[0] for r in torch.arange(len(held_out)).split(256)), device)
-    labels = torch.arange(args.n) % max(1, config["num_classes"]) if config["num_classes"] else None
+    labels = objective.labels(args.n, "cpu")
     table, guidance = {name: [] for name in names}, {} if args.guidance is None else {"guidance": args.guidance}
     for name, count in tqdm([(name, count) for name in names for count in args.steps], desc="sampler x steps"):
         clock = time.perf_counter()

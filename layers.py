@@ -4,7 +4,7 @@ Letters: B batch, C channels, H W pixels, N tokens, D width, h heads, p patch si
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -97,12 +97,6 @@ def unpatchify(tokens, grid, p):
 # ----------------------------------------------------------------------------------- sequences of images of mixed sizes
 # A batch of mixed sizes is a canvas: every image at the upper left of a zero tensor that all fit, and sizes (B, dims),
 # each one's own sides. Models cut it into token sequences that leave the rest of the canvas out.
-
-
-class Text(NamedTuple):
-    """A text condition: tokens (B, L, D), and mask (B, L) bool, true where there is a token."""
-    tokens: torch.Tensor
-    mask: torch.Tensor
 
 
 def canvas(images):
@@ -248,10 +242,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
+        """mask (B, N) bool: only these tokens are attended to."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)                # (B, h, N, D/h)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+        mask = None if mask is None else mask[:, None, None]
+        return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B, N, D))
 
 
 class Mlp(nn.Module):
@@ -264,3 +260,53 @@ class Mlp(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+# A model of text has two attributes, `text_width` and `text_length`: it is called as model(x, t, Text) with tokens of
+# that width, and captions are cut to that length. Its preset names text_width. Optional: `null_text` (text_length,
+# text_width), the null caption where the text is precomputed.
+
+
+@dataclass
+class Text:
+    """Captions inside a model: tokens (B, L, D) and mask (B, L) bool, False at padding. Indexing takes rows."""
+    tokens: torch.Tensor
+    mask: torch.Tensor
+
+    def __len__(self):
+        return len(self.mask)
+
+    def __getitem__(self, rows):
+        return Text(self.tokens[rows], self.mask[rows])
+
+    def to(self, device):
+        return Text(self.tokens.to(device), self.mask.to(device))
+
+
+class TextEncoder(nn.Module):
+    """Byte tokens (B, L) int64 (see `data.byte_tokens`; 0 is padding) -> Text of width `width`, a token for every four
+    bytes. A small bidirectional transformer, trained together with the denoiser, on local convolutions that read
+    letters and join four to a token, as in CANINE, 2103.06874. Padding changes nothing."""
+
+    def __init__(self, width, depth=2, inner=96, num_heads=4):
+        super().__init__()
+        self.embed = nn.Embedding(256, 32)
+        self.spell = nn.Conv1d(32, inner, 5, padding=2)
+        self.join = nn.Conv1d(inner, inner, 4, stride=4)
+        self.norms = nn.ModuleList(nn.LayerNorm(inner) for _ in range(2 * depth + 1))
+        self.attns = nn.ModuleList(Attention(inner, num_heads) for _ in range(depth))
+        self.mlps = nn.ModuleList(Mlp(inner, 4 * inner) for _ in range(depth))
+        self.out = nn.Linear(inner, width)
+
+    def forward(self, y):
+        y = F.pad(y, (0, -y.shape[1] % 4))                                                            # (B, 4 M)
+        seen = (y != 0)[:, None]
+        x = F.gelu(self.spell(self.embed(y).transpose(1, 2) * seen)) * seen                           # (B, inner, 4 M)
+        x = self.join(x).transpose(1, 2)                                                              # (B, M, inner)
+        mask = seen.view(len(y), -1, 4).any(2)                                                        # (B, M)
+        x = x + timestep_embedding(torch.arange(x.shape[1], device=x.device), x.shape[2])
+        for attn, mlp, norm1, norm2 in zip(self.attns, self.mlps, self.norms[::2], self.norms[1::2]):
+            x = x + attn(norm1(x), mask)
+            x = x + mlp(norm2(x))
+        return Text(self.out(self.norms[-1](x)), mask)

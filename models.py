@@ -1,7 +1,8 @@
 """Every denoising backbone, one section each: model(x, t, y) -> prediction.
 
     x (B, C, H, W)   noisy image            t (B,)   what the process tells the network, about 0 .. 1000
-    y (B,) int64     labels 0 .. num_classes, the last being the null label; None for a model without classes
+    y (B,) int64     labels 0 .. num_classes, the last being the null label; None for a model without classes;
+                     a layers.Text for a model of text
     returns (B, C, H, W), or (B, 2C, H, W) with learned variance
 
 Contents
@@ -27,6 +28,7 @@ from layers import (
     LabelEmbedder,
     Mlp,
     PatchEmbed,
+    Text,
     TimestepEmbedder,
     canvas,
     cropped,
@@ -444,7 +446,7 @@ class FlagAttention(nn.Module):
     """Grouped-query self-attention plus tanh(gate) times attention to the text. Queries and keys are normalised over
     all heads at once; the text's keys have no positions."""
 
-    def __init__(self, dim, num_heads, num_kv_heads, qk_norm, text_dim):
+    def __init__(self, dim, num_heads, num_kv_heads, qk_norm, text_width):
         super().__init__()
         if dim % (2 * num_heads) or num_heads % num_kv_heads:
             raise ValueError(f"width {dim} does not divide into {num_heads} heads of an even width "
@@ -454,8 +456,8 @@ class FlagAttention(nn.Module):
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(*io, bias=False) for io in ((dim, dim), (dim, kv), (dim, kv),
                                                                                    (dim, dim)))
         self.q_norm, self.k_norm = norm(dim), norm(kv)
-        if text_dim:
-            self.wk_y, self.wv_y = nn.Linear(text_dim, kv, bias=False), nn.Linear(text_dim, kv, bias=False)
+        if text_width:
+            self.wk_y, self.wv_y = nn.Linear(text_width, kv, bias=False), nn.Linear(text_width, kv, bias=False)
             self.ky_norm, self.gate = norm(kv), nn.Parameter(torch.zeros(num_heads))
 
     def forward(self, x, rope, mask, stretch, text=None):
@@ -490,18 +492,18 @@ class FlagFeedForward(nn.Module):
 class FlagBlock(nn.Module):
     """Attention and feed-forward, each between adaLN modulation of an RMSNorm and a gate."""
 
-    def __init__(self, dim, num_heads, num_kv_heads, qk_norm, text_dim, multiple_of, multiplier, eps):
+    def __init__(self, dim, num_heads, num_kv_heads, qk_norm, text_width, multiple_of, multiplier, eps):
         super().__init__()
         self.attention_norm, self.ffn_norm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
-        self.attention = FlagAttention(dim, num_heads, num_kv_heads, qk_norm, text_dim)
+        self.attention = FlagAttention(dim, num_heads, num_kv_heads, qk_norm, text_width)
         self.feed_forward = FlagFeedForward(dim, multiple_of, multiplier)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(dim, 1024), 6 * dim))
-        if text_dim:
-            self.attention_y_norm = nn.RMSNorm(text_dim, eps)
+        if text_width:
+            self.attention_y_norm = nn.RMSNorm(text_width, eps)
 
     def forward(self, x, c, rope, mask, stretch, text):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
-        text = text and text._replace(tokens=self.attention_y_norm(text.tokens))
+        text = text and Text(self.attention_y_norm(text.tokens), text.mask)
         h = modulate(self.attention_norm(x), shift_attn, scale_attn)
         x = gated(x, gate_attn, self.attention(h, rope, mask, stretch, text))
         return gated(x, gate_mlp, self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp)))
@@ -525,7 +527,7 @@ class FlagDiT(nn.Module):
     """Flag-DiT on images (B, C, H, W), clips or sets of views (B, C, F, H, W), spectrograms (B, C, T): one token for
     each p x p patch, for a spectrogram one for each time step.
 
-    image_size: side, (H, W), (F, H, W) or (T,) in training, which extrapolation goes by. text_dim: F, for `Text` as
+    image_size: side, (H, W), (F, H, W) or (T,) in training, which extrapolation goes by. text_width: F, for `Text` as
     condition instead of labels. nextline: [nextline] and [nextframe] tokens; by default with text, as published.
     spare_channels: the published read-out's 2C channels, of which the second half is thrown away.
     rope, which may be set on the model at any time: "direct"; "ntk" (base times the number of patches over that of
@@ -536,24 +538,25 @@ class FlagDiT(nn.Module):
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1536, depth=16, num_heads=32,
                  num_kv_heads=None, multiple_of=256, multiplier=None, norm_eps=1e-5, qk_norm=True, num_classes=1000,
-                 null_class=True, learn_sigma=False, spare_channels=False, text_dim=0, nextline=None, rope="direct",
-                 ntk_factor=1.0, rope_scaling=1.0, base_length=None):
+                 null_class=True, learn_sigma=False, spare_channels=False, text_width=0, text_length=128, nextline=None,
+                 rope="direct", ntk_factor=1.0, rope_scaling=1.0, base_length=None):
         super().__init__()
         sides, D, E = pair(image_size), hidden_size, min(hidden_size, 1024)
         self.patch_size = p = patch_size if len(sides) > 1 else 1
         self.head_dim = D // num_heads
-        self.nextline = len(sides) > 1 and (bool(text_dim) if nextline is None else nextline)
+        self.nextline = len(sides) > 1 and (bool(text_width) if nextline is None else nextline)
         self.rope, self.ntk_factor, self.rope_scaling, self.base_length = rope, ntk_factor, rope_scaling, base_length
-        self.trained = self.counts(sides)
+        self.trained, self.text_width, self.text_length = self.counts(sides), text_width, text_length
+        self.null_text = torch.zeros(text_length, text_width)              # where the text is precomputed
         self.channels_out = in_channels * (2 if learn_sigma else 1)
         self.x_embedder = nn.Linear(p * p * in_channels, D)
         self.t_embedder = TimestepEmbedder(E)
-        self.y_embedder = LabelEmbedder(num_classes, E, null_class) if num_classes and not text_dim else None
-        self.cap_embedder = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, E)) if text_dim else None
+        self.y_embedder = LabelEmbedder(num_classes, E, null_class) if num_classes and not text_width else None
+        self.cap_embedder = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, E)) if text_width else None
         if self.nextline:
             self.eol_token, self.pad_token = nn.Parameter(torch.empty(D)), nn.Parameter(torch.empty(D))
             self.eof_token = nn.Parameter(torch.empty(D)) if len(sides) > 2 else None
-        self.layers = nn.ModuleList(FlagBlock(D, num_heads, num_kv_heads or num_heads, qk_norm, text_dim, multiple_of,
+        self.layers = nn.ModuleList(FlagBlock(D, num_heads, num_kv_heads or num_heads, qk_norm, text_width, multiple_of,
                                               multiplier, norm_eps) for _ in range(depth))
         self.final_layer = FlagFinalLayer(D, p, in_channels * (2 if learn_sigma or spare_channels else 1))
         self.initialise()
@@ -674,15 +677,18 @@ for name, (depth, width, heads, patch) in FITS.items():
 # 2405.05945. The nano reads [nextline] tokens, which the published class-conditional models do without.
 MODELS["flag-dit-nano"] = (FlagDiT, dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, multiple_of=32,
                                          nextline=True))
+MODELS["flag-dit-text-nano"] = (FlagDiT, dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, multiple_of=32,
+                                              text_width=128))
 for name, (depth, width, text) in {"flag-dit-600m": (16, 1536, 0), "flag-dit-3b": (32, 3072, 0),
                                    "flag-dit-7b": (32, 4096, 0), "flag-dit-text-5b": (32, 3072, 4096)}.items():
-    MODELS[name] = (FlagDiT, dict(depth=depth, hidden_size=width, text_dim=text))
+    MODELS[name] = (FlagDiT, dict(depth=depth, hidden_size=width, text_width=text))
 
 
 def create_model(name, image_size=32, in_channels=3, num_classes=10, **overrides):
     """A model of the registry by name, with freshly initialised weights.
 
-    image_size: int or (H, W); num_classes: 0 for none; overrides: any argument of the model's class.
+    image_size: int or (H, W); num_classes: 0 for none (models of text have none anyway); overrides: any argument of the
+    model's class.
     Raises ValueError: unknown name (with the nearest ones), unknown override, a size that the patches do not divide.
     """
     if name not in MODELS:
@@ -693,7 +699,8 @@ def create_model(name, image_size=32, in_channels=3, num_classes=10, **overrides
     known = model.__init__.__code__.co_varnames[1:model.__init__.__code__.co_argcount]
     if unknown := [k for k in overrides if k not in known]:
         raise ValueError(f"{name} has no option {unknown[0]!r}: choose from {', '.join(known)}")
-    return model(image_size=image_size, in_channels=in_channels, num_classes=num_classes, **{**preset, **overrides})
+    classes = {"num_classes": num_classes} if "num_classes" in known else {}
+    return model(image_size=image_size, in_channels=in_channels, **classes, **{**preset, **overrides})
 
 
 def cost(model, shape):
@@ -701,7 +708,10 @@ def cost(model, shape):
     own FLOP counter says, which counts a multiply and an add apart; papers on transformers print this number as
     "GFLOPs". Nothing is computed: the count runs on the meta device."""
     model = copy.deepcopy(model).to("meta").eval()
+    y = torch.empty(1, dtype=torch.long, device="meta")
+    if width := getattr(model, "text_width", 0):
+        length = model.text_length
+        y = Text(torch.empty(1, length, width, device="meta"), torch.empty(1, length, dtype=torch.bool, device="meta"))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"),
-              torch.empty(1, dtype=torch.long, device="meta"))
+        model(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"), y)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from diffusion import generate
-from layers import canvas
+from layers import Text, canvas
 
 
 def seeded(*numbers, device="cpu"):
@@ -51,13 +51,18 @@ class Diffusion(nn.Module):
     """The training objective of a denoising backbone: `loss(batch)` and `preview(n, generator)` are all that training
     knows.
 
-    model: the backbone, model(x, t, y). num_classes: 0 for an unconditional model. label_drop: the share of samples
-    whose label becomes the null label (= num_classes) in training, which is what guidance needs. draw: options of
-    `generate`.
+    model: the backbone, model(x, t, y). num_classes: 0 for a model without labels. label_drop: the share of samples
+    whose condition becomes the null condition in training, which is what guidance needs. draw: options of `generate`.
+
+    A condition is labels (B,) (null: num_classes), byte tokens (B, L), which `encoder` turns into a Text (null: the
+    empty caption), or a Text of precomputed embeddings (null: the model's `null_text`). examples: the conditions of
+    previews, by default the labels in turn.
     """
 
-    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None):
+    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None, encoder=None, examples=None):
         super().__init__()
+        self.encoder, self.examples = encoder, examples
+        self.conditional = num_classes or getattr(model, "text_width", 0)
         self.model, self.process, self.shape = model, process, shape
         self.num_classes, self.label_drop, self.draw = num_classes, label_drop, draw or {}
 
@@ -66,7 +71,7 @@ class Diffusion(nn.Module):
         noise a `StepNoise` -> scalars by name, "loss" among them."""
         x, y, noise = batch["x"], batch["y"], batch["noise"]
         t = self.process.training_times(noise.uniform())
-        y = torch.where(noise.uniform() < self.label_drop, self.num_classes, y) if self.num_classes else None
+        y = self.encode(self.dropped(y, noise.uniform() < self.label_drop)) if self.conditional else None
         if isinstance(x, list):                    # a strip of numbers for each image: no other image shapes its noise
             strips = noise.normal((len(x), x[0].shape[0], math.prod(self.shape[1:])))
             eps, _ = canvas([strip[:, :image[0].numel()].view(image.shape) for strip, image in zip(strips, x)])
@@ -86,13 +91,36 @@ class Diffusion(nn.Module):
 
     forward = loss                                 # DistributedDataParallel calls the module itself
 
+    def null(self, y):
+        """The null condition in place of each condition in y."""
+        if isinstance(y, Text):
+            return Text(self.model.null_text[:y.tokens.shape[1]].to(y.tokens).expand_as(y.tokens), y.mask)
+        if y.ndim == 2:
+            return torch.cat([y[:, :1], torch.zeros_like(y[:, 1:])], 1)        # the start token of an empty caption
+        return torch.full_like(y, self.num_classes)
+
+    def dropped(self, y, drop):
+        """y with the null condition where drop (B,) bool is set."""
+        if isinstance(y, Text):
+            return Text(torch.where(drop[:, None, None], self.null(y).tokens, y.tokens), y.mask)
+        return torch.where(drop if y.ndim == 1 else drop[:, None], self.null(y), y)
+
+    def encode(self, y):
+        """What the model is told: byte tokens as Text, other conditions as they are."""
+        return self.encoder(y.long()) if isinstance(y, torch.Tensor) and y.ndim == 2 else y
+
     def labels(self, n, device):
-        """The labels of a preview: every class in turn. None if there are none."""
-        return torch.arange(n, device=device) % self.num_classes if self.num_classes else None
+        """The conditions of a preview: the examples or every class in turn. None if there are none."""
+        turn = lambda count: torch.arange(n, device=device) % count
+        if self.examples is not None:
+            return self.examples[turn(len(self.examples)).cpu()].to(device)
+        return turn(self.num_classes) if self.num_classes else None
 
     def trajectory(self, x, y, **draw) -> Iterator[torch.Tensor]:
-        """Images after each sampling step, from noise x and labels y; `draw` overrides the objective's own options."""
-        null = torch.full_like(y, self.num_classes) if y is not None else None
+        """Images after each sampling step, from noise x and conditions y; `draw` overrides the objective's own options.
+        """
+        with torch.no_grad():
+            y, null = (self.encode(y), self.encode(self.null(y))) if y is not None else (None, None)
         yield from generate(self.process, self.model, x, y, null, **{**self.draw, **draw})
 
     def preview(self, n, generator):

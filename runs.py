@@ -23,9 +23,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import data
 import diffusion
 import objectives
-from models import create_model
+from layers import TextEncoder
+from models import MODELS, create_model
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
 HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum",
@@ -89,14 +91,31 @@ def device(name="auto"):
     return torch.device(name)
 
 
+def takes_text(config):
+    """Whether the model of a config is one of text: its preset, or its options, name the width of the text."""
+    return bool((MODELS[config["model"]][1] | config["model_options"]).get("text_width"))
+
+
+def build_model(config):
+    """The backbone that a config describes, with freshly initialised weights."""
+    learned = {"learn_sigma": True} if config["learned_variance"] else {}
+    return create_model(config["model"], config["image_size"], config["in_channels"], config["num_classes"],
+                        **learned, **config["model_options"])
+
+
 def build(config):
-    """The training objective that a config describes, with freshly initialised weights."""
-    model = create_model(config["model"], config["image_size"], config["in_channels"], config["num_classes"],
-                         **({"learn_sigma": True} if config["learned_variance"] else {}), **config["model_options"])
+    """The training objective that a config describes, with freshly initialised weights. A model of text gets a
+    TextEncoder of byte tokens beside it, unless its text is precomputed (config["text"] is "npz")."""
+    model = build_model(config)
+    encoder = examples = None
+    if takes_text(config) and config["text"] == "bytes":
+        encoder = TextEncoder(model.text_width)
+        examples = data.byte_tokens(config["prompts"], model.text_length)
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
     shape = config["in_channels"], config["image_size"], config["image_size"]
-    return objectives.Diffusion(model, process(config), shape, config["num_classes"], config["label_drop"], draw)
+    return objectives.Diffusion(model, process(config), shape, config["num_classes"], config["label_drop"], draw,
+                                encoder, examples)
 
 
 def process(config):
@@ -106,6 +125,21 @@ def process(config):
     weighting = {"own": own, "none": None}.get(config["weighting"], config["weighting"])
     return diffusion.create_process(config["process"], prediction, config["shift"], weighting=weighting,
                                     density=config["density"], learned_variance=config["learned_variance"] or None)
+
+
+def add_text(config, dataset):
+    """Give the dataset the text that a config's model reads, and write into the config what `build` has to know of it:
+    the width of precomputed embeddings, or the captions of the previews."""
+    with torch.device("meta"):
+        length = build_model(config).text_length
+    if config["unconditional"]:
+        dataset.captions = [""] * len(dataset)
+    dataset.with_text(config["text"], length)
+    if config["text"] == "npz":
+        config["model_options"] = config["model_options"] | {"text_width": dataset.condition(
+            torch.arange(1)).tokens.shape[-1]}
+    else:
+        config["prompts"] = list(dict.fromkeys(dataset.captions))[:8]
 
 
 SAMPLING = {"sampler": diffusion.SAMPLERS, "grid": diffusion.GRIDS, "guidance_rule": diffusion.GUIDANCE}
@@ -220,8 +254,8 @@ def open_run(folder, device="cpu", weights="ema"):
 
 
 def draw(objective, labels, n, seed, batch, device, first=0, frames=None, **options):
-    """Images first .. first + n - 1 of `seed`, batch by batch: yields (b, C, H, W), with labels (n,) or None. frames, a
-    list, collects the first batch's trajectory. options override the objective's own way of sampling."""
+    """Images first .. first + n - 1 of `seed`, batch by batch: yields (b, C, H, W), with n labels, texts or None.
+    frames, a list, collects the first batch's trajectory. options override the objective's own way of sampling."""
     for begin in tqdm(range(0, n, batch), desc="drawing", unit=" batches", leave=False, delay=2, disable=n <= batch):
         indices = range(begin, min(begin + batch, n))
         noise = objectives.ImageNoise(seed, [first + i for i in indices], device)

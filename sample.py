@@ -1,4 +1,5 @@
 """Draw images:  python sample.py runs/shapes-unet-pico --n 64 --guidance 2
+                 python sample.py runs/shapes-dimba-nano --prompt "a large green ring on black" --n 16
 
 From the run's averaged (EMA) weights, or from a published checkpoint:
     python sample.py --official dit --checkpoint DiT-XL-2-256x256.pt --decoder sd-vae-ft-ema.safetensors \\
@@ -15,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import convert
+import data
 import diffusion
 import figures
 import objectives
@@ -28,6 +30,9 @@ def flags():
     p.add_argument("--n", type=runs.positive, default=64, help="images (default: %(default)s)")
     p.add_argument("--classes",
                    help="class names or numbers, comma separated, drawn in turn (default: all of them in turn)")
+    p.add_argument("--prompt", action="append", metavar="TEXT",
+                   help="what to draw, for a run with text (may be repeated; drawn in turn; default: some captions of "
+                        "the training set); a file .npz if the run reads precomputed embeddings")
     runs.sampling_flags(p)
     p.add_argument("--sampler-options", type=runs.options, default={}, metavar="NAME=VALUE,...",
                    help="the sampler's own options, for example eta=0.5 or order=3")
@@ -80,6 +85,21 @@ def choose_labels(text, classes, num_classes, n):
     return torch.tensor(chosen or range(num_classes)).repeat(-(-n // (len(chosen) or num_classes)))[:n]
 
 
+def choose_prompts(prompts, config, objective):
+    """--prompt as the conditions of one round: byte tokens (k, L), a Text, or the run's own examples."""
+    length = objective.model.text_length
+    if not prompts:
+        if objective.examples is None:
+            raise ValueError("this run reads precomputed embeddings: name some by --prompt FILE.npz")
+        return objective.examples
+    if config["text"] == "npz":
+        return data.read_embeddings([Path(prompt) for prompt in prompts], length)
+    if long := [prompt for prompt in prompts if len(prompt.encode()) >= length]:
+        raise ValueError(f"--prompt {long[0][:20]}...: it has {len(long[0].encode())} bytes, this model reads at most "
+                         f"{length - 1}")
+    return data.byte_tokens(prompts, length)
+
+
 def save_npz(path, **arrays):
     def to(partial):
         with open(partial, "wb") as file:
@@ -93,7 +113,7 @@ def write(images, labels, out, columns):
     """uint8 images (N, H, W, 3) to a grid, an .npz or a folder, by the name's suffix."""
     out = Path(out)
     if out.suffix == ".npz":
-        save_npz(out, arr_0=images, **({} if labels is None else {"arr_1": labels.numpy()}))
+        save_npz(out, arr_0=images, **({"arr_1": labels.numpy()} if isinstance(labels, torch.Tensor) else {}))
     elif out.suffix:
         if out.suffix != ".png":
             raise ValueError(f"--out {out}: give a name that ends in .png or .npz, or one without suffix for a folder")
@@ -121,7 +141,13 @@ def sample():
         runs.check(flag, getattr(args, flag), choices)
     if args.film and Path(args.film).suffix not in (".gif", ".webp"):
         raise ValueError(f"--film {args.film}: the name must end in .gif or .webp")
-    labels = choose_labels(args.classes, classes, objective.num_classes, args.n)
+    if not args.official and runs.takes_text(config):
+        objective.examples = choose_prompts(args.prompt, config, objective)
+        labels = objective.labels(args.n, "cpu")
+    elif args.prompt:
+        raise ValueError(f"--prompt {args.prompt[0]}: this model reads no text")
+    else:
+        labels = choose_labels(args.classes, classes, objective.num_classes, args.n)
     options = runs.sampling_options(args) | args.sampler_options
 
     frames = [] if args.film else None
@@ -139,6 +165,8 @@ def sample():
     columns = None
     if args.classes is None and 1 < len(classes) <= 16:
         columns = len(classes)
+    elif objective.examples is not None and 1 < len(objective.examples) <= 16:
+        columns = len(objective.examples)
     write(figures.to_uint8(x), labels, out, columns)
     print(f"{args.n} images: {out}")
     if args.film:

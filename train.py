@@ -69,7 +69,11 @@ def flags():
           ("--download", True, "fetch CIFAR from its home page if it is not there", either),
           ("--bad-images", "error", "what to do about broken files of --data folder: error or skip",
            {"choices": ["error", "skip"]}),
-          ("--unconditional", False, "ignore the labels", switch))
+          ("--text", "bytes", "what a model of text reads: bytes of the captions (of the class names where there are "
+           "none), or npz: embeddings computed before, x.npz beside x.jpg", {"choices": ["bytes", "npz"]}),
+          ("--subset", None, "train only on images whose caption (or class name) this regular expression finds",
+           {"metavar": "REGEX"}),
+          ("--unconditional", False, "ignore the labels and captions", switch))
     group("model",
           ("--model", "unet-pico", "name of a model, see --list", word),
           ("--model-options", {}, "change its preset, for example depth=4,hidden_size=96",
@@ -84,7 +88,7 @@ def flags():
            + ", ".join(diffusion.DENSITIES), word),
           ("--shift", 1.0, "multiplies sigma/alpha at every time: above 1 for larger images"),
           ("--learned-variance", False, "learn the variances of a chain's steps too (DiT's hybrid loss)", switch),
-          ("--label-drop", 0.1, "share of labels replaced by the null label, which guidance needs"))
+          ("--label-drop", 0.1, "share of labels or captions replaced by the null one, which guidance needs"))
     group("optimisation",
           ("--batch", 32, "images a step, over all GPUs and micro-batches together", whole),
           ("--accum", 1, "micro-batches a step: less memory, same result", whole),
@@ -206,9 +210,14 @@ def train():
                         config["download"], config["bad_images"])
     if world > 1 and rank == 0:
         dist.barrier()
-    classes = [] if config["unconditional"] else list(dataset.classes)
+    if config["subset"]:
+        dataset = dataset.subset(config["subset"])
+    text = runs.takes_text(config)
+    classes = [] if config["unconditional"] or text else list(dataset.classes)
     config |= {"image_size": dataset.images.shape[-1], "in_channels": dataset.images.shape[1], "classes": classes,
                "num_classes": len(classes), "data_size": len(dataset), "flip": dataset.flip}
+    if text:
+        runs.add_text(config, dataset)
     if config["dry_run"]:
         print(json.dumps(config, indent=2))
         return
@@ -216,6 +225,8 @@ def train():
     # Model, averaged weights, optimiser: all that a checkpoint holds.
     torch.manual_seed(config["seed"])
     objective = runs.build(config).to(device)
+    if config["text"] == "npz" and text:
+        objective.examples = dataset.condition(torch.arange(min(8, len(dataset)))).to("cpu")
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     weights = [p for p in objective.parameters() if p.requires_grad]
     averages = [e for e, p in zip(ema.parameters(), objective.parameters()) if p.requires_grad]
@@ -236,9 +247,10 @@ def train():
     writer = rank == 0
     if writer:
         parameters, macs = cost(objective.model, objective.shape)
+        kinds = "captions" if text else f"{len(classes)} classes"
         print(f"{config['model']}: {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs an image | "
               f"{config['data']}: {len(dataset):,} images, {config['image_size']}x{config['image_size']}, "
-              f"{len(classes)} classes | {world} x {device.type}, {'bf16' if bf16 else 'fp32'} | "
+              f"{kinds} | {world} x {device.type}, {'bf16' if bf16 else 'fp32'} | "
               f"{folder}{f', from step {first:,}' if first else ''}")
         held = runs.lock(folder)  # noqa: F841 (it holds as long as this variable lives)
         if not first:
@@ -254,7 +266,8 @@ def train():
 
     def draw(step):
         x = ema.preview(config["sample_n"], objectives.seeded(config["seed"]))
-        columns = config["num_classes"] if 1 < config["num_classes"] <= 16 else None
+        columns = len(ema.examples) if text else config["num_classes"]
+        columns = columns if 1 < columns <= 16 else None
         figures.save(figures.grid(figures.to_uint8(x), columns), folder / "samples" / f"step_{step:07d}.png")
 
     # The loop. Step s sees the batch, the noise and the dropout of (seed, s), whatever came before.

@@ -202,9 +202,8 @@ def check_tokens(case):
         one = lambda y: lambda x, t: process.denoised(half(x, 1000 * t, y), x, t)
         outputs = []
         for k in range(len(x)):                        # the scale may depend on each sample's time
-            pick = lambda y: Text(*(v[k:k + 1] for v in y)) if isinstance(y, Text) else y[k:k + 1]
             scale = guidance_scale(case.meta, t[k])
-            d = diffusion.guided(one(pick(y)), one(pick(null)), scale, channels=3)(x[k:k + 1], 1 - t[k:k + 1])
+            d = diffusion.guided(one(y[k:k + 1]), one(null[k:k + 1]), scale, channels=3)(x[k:k + 1], 1 - t[k:k + 1])
             outputs.append(d.x0 - d.eps)
         return torch.cat(outputs)
 
