@@ -33,7 +33,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from layers import Text
+from layers import Text, pair
 
 DATASETS = {
     "shapes": "drawn here, no download: 8 shapes with captions, any size, 20,000 train + 5,000 test",
@@ -49,9 +49,11 @@ DATASETS = {
 
 @dataclass
 class Dataset:
-    """N labelled images, and the order in which training visits them."""
+    """N labelled images (or clips, or sounds), and the order in which training visits them."""
 
-    images: torch.Tensor | np.memmap     # uint8 (N, C, H, W); a tensor on `device`, or a memory-mapped file
+    images: torch.Tensor | np.memmap | list     # uint8 (N, C, sides); a tensor on `device`, a memory-mapped file, or a
+    #                                             list of (C, H_i, W_i); if twice as many as labels, each image a second
+    #                                             time as a square, and every draw takes either
     labels: torch.Tensor                 # int64 (N,), in [0, len(classes)); all 0 where there are no classes
     classes: list[str]                   # class names; [] for a folder without classes
     captions: list[str] | None = None    # one per image
@@ -60,10 +62,17 @@ class Dataset:
     files: list[Path] | None = None      # of a folder, one per image
     text: torch.Tensor | list[Path] | None = None        # what `with_text` made of the captions
     text_length: int = 0
+    budget: int = 0                      # of images of mixed sizes: at most budget x budget pixels
+    rate: int = 0                        # of sounds: samples a second
     _orders: dict = field(default_factory=dict, repr=False)
 
     def __len__(self):
         return len(self.labels)
+
+    @property
+    def shape(self):
+        """(C, *sides) of an image; with mixed sizes the largest square."""
+        return (self.images[0].shape[0], self.budget, self.budget) if self.budget else tuple(self.images.shape[1:])
 
     def _order(self, seed, epoch):
         """The permutation of the N images in one epoch. The last two are kept: batches straddle epochs."""
@@ -85,16 +94,24 @@ class Dataset:
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch
             indices[here] = self._order(seed, epoch)[places[here]]
-        flips = np.random.default_rng([seed, step, 1]).random(batch) < (0.5 if self.flip else 0)
+        rng = np.random.default_rng([seed, step, 1])
+        flips = rng.random(batch) < (0.5 if self.flip else 0)
+        if len(self.images) > len(self):
+            indices += len(self) * (rng.random(batch) < 0.5)
         return torch.from_numpy(indices), torch.from_numpy(flips)
 
     def gather(self, indices, flips=None):
         """The images and labels at `indices` (B,), mirrored left-right where `flips` (B,) is true.
 
         Returns (x float32 (B, C, H, W) in [-1, 1], y int64 (B,)), both on the dataset's device. After `with_text` y is
-        byte tokens int64 (B, L), or a Text.
+        byte tokens int64 (B, L), or a Text. Images of mixed sizes: x is a list of (C, H_i, W_i).
         """
         indices = torch.as_tensor(indices)
+        if self.budget:
+            flips = torch.zeros(len(indices), dtype=torch.bool) if flips is None else torch.as_tensor(flips)
+            x = [self.images[i].float().div(127.5).sub(1) for i in indices.tolist()]
+            return [image.flip(-1) if flip else image for image, flip in zip(x, flips.tolist())], self.condition(
+                indices % len(self))
         if isinstance(self.images, np.ndarray):      # read in file order, which a disk prefers
             ordered, back = indices.cpu().unique(return_inverse=True)
             x = torch.from_numpy(self.images[ordered.numpy()])[back].to(self.device)
@@ -142,8 +159,12 @@ class Dataset:
             raise ValueError(f"no caption or class name of the {len(self)} images matches {pattern!r}, the first is "
                              f"{words[0]!r}")
         take = lambda items: items and [items[i] for i in keep]
-        return Dataset(self.images[keep], self.labels[keep], self.classes, take(self.captions), self.flip, self.device,
-                       take(self.files))
+        if self.budget:
+            images = [self.images[i + n] for n in range(0, len(self.images), len(self)) for i in keep]
+        else:
+            images = self.images[keep]
+        return Dataset(images, self.labels[keep], self.classes, take(self.captions), self.flip, self.device,
+                       take(self.files), budget=self.budget, rate=self.rate)
 
 
 # ---- text: captions as bytes, or as embeddings computed beforehand -------------------------------------------
@@ -272,7 +293,8 @@ def _uniform(index, channel):
 def render(indices, size):
     """Draw images of an endless collection: image i depends on i alone, and is the same picture at any size.
 
-    Returns (images uint8 (n, 3, size, size), labels int64 (n,) into SHAPES, attributes int64 (n, 3) into
+    size: int, or (height, width): the shape is as large as in a square of the shorter side, anywhere in the image.
+    Returns (images uint8 (n, 3, H, W), labels int64 (n,) into SHAPES, attributes int64 (n, 3) into
     SIZES, COLOURS and GROUNDS). Edges are one pixel soft: a pixel shows how much of it the shape covers.
     """
     index = np.asarray(indices, np.uint64)
@@ -281,7 +303,10 @@ def render(indices, size):
     colour, ground = PAIRS[(u[:, 0] * len(PAIRS)).astype(int)].T
     word = (u[:, 1] * len(SIZES)).astype(int)
     radius = 0.58 + 0.10 * word + 0.05 * u[:, 2]                                # the image is [-1, 1] wide
-    centre = (2 * u[:, 3:5] - 1) * (0.89 - radius)[:, None]
+    H, W = pair(size)
+    short = min(H, W)
+    room = np.array([W / short - 1, H / short - 1]) + 0.89                      # beyond the square: more to either side
+    centre = (2 * u[:, 3:5] - 1) * (room - radius[:, None])
     turn = 2 * np.pi / 9 * (u[:, 5] - 0.5)                                      # up to 20 degrees either way
     slope = 0.10 * (u[:, 6:8] - 0.5)                                            # the ground's soft gradient
     ink = np.array(list(COLOURS.values()))[colour] + 0.10 * (u[:, 8:11] - 0.5)
@@ -290,18 +315,18 @@ def render(indices, size):
     per_image = np.cos(turn), np.sin(turn), radius, *centre.T, *slope.T
     cos, sin, r, cx, cy, gx, gy = (np.float32(a)[:, None, None] for a in per_image)     # (n, 1, 1) each
     ink, paper = (np.float32(a)[:, :, None, None] for a in (ink, paper))                # (n, 3, 1, 1)
-    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1                   # pixel centres
+    across, down = ((np.arange(side, dtype=np.float32) + 0.5) * (2 / short) - side / short for side in (W, H))
 
-    images = np.empty((len(index), 3, size, size), np.uint8)
-    chunk = max(1, 2**15 // size**2)                    # so few that they stay in the processor's cache
-    with tqdm(total=len(index), desc=f"drawing {size}x{size} shapes", delay=2, leave=False) as bar:
+    images = np.empty((len(index), 3, H, W), np.uint8)
+    chunk = max(1, 2**15 // (H * W))                    # so few that they stay in the processor's cache
+    with tqdm(total=len(index), desc=f"drawing {H}x{W} shapes", delay=2, leave=False) as bar:
         for k, shape in enumerate(SHAPES):
             rows = np.flatnonzero(label == k)
             for i in (rows[start:start + chunk] for start in range(0, len(rows), chunk)):
-                x, y = (axis - cx[i]) / r[i], (-axis[:, None] - cy[i]) / r[i]
+                x, y = (across - cx[i]) / r[i], (-down[:, None] - cy[i]) / r[i]
                 d = distance(shape, cos[i] * x + sin[i] * y, cos[i] * y - sin[i] * x) * r[i]
-                cover = np.clip(0.5 - d * (size / 2), 0, 1)[:, None]                    # (n, 1, size, size)
-                back = paper[i] + (gx[i] * axis + gy[i] * axis[:, None])[:, None]       # (n, 3, size, size)
+                cover = np.clip(0.5 - d * (short / 2), 0, 1)[:, None]                   # (n, 1, H, W)
+                back = paper[i] + (gx[i] * across + gy[i] * down[:, None])[:, None]     # (n, 3, H, W)
                 images[i] = np.clip(back + cover * (ink[i] - back), 0, 1) * 255 + 0.5
                 bar.update(len(i))
     return images, label, np.stack([word, colour, ground], 1)
@@ -316,6 +341,26 @@ def caption(label, attributes):
 def _load_shapes(split, size):
     images, labels, attributes = render(SPLITS[split], size)
     return images, labels, list(SHAPES), [caption(*row) for row in zip(labels, attributes, strict=True)]
+
+
+def native_size(index, size):
+    """The (width, height) of image `index` as if it were one of a collection of photographs: ratios from 5:8 to 8:5,
+    areas from 0.56 to 1.56 times size x size, most of which `fit_size` then makes smaller."""
+    ratio, scale = _uniform(np.uint64(index), np.array([20, 21], np.uint64))
+    side, root = size * (0.75 + 0.5 * scale), 1.6 ** (ratio - 0.5)
+    return round(side * root), round(side / root)
+
+
+def _load_mixed_shapes(split, size, stride, squares):
+    """The shapes as a list of images of many sizes; with squares also each as a square. Else as `_load_shapes`."""
+    numbers, by_size, images = SPLITS[split], {}, [None] * len(SPLITS[split])
+    for place, i in enumerate(numbers):
+        by_size.setdefault(fit_size(*native_size(i, size), size, stride), []).append(place)
+    for (w, h), places in by_size.items():
+        for place, image in zip(places, render(np.array(numbers)[places], (h, w))[0]):
+            images[place] = torch.from_numpy(image)
+    square, *rest = _load_shapes(split, size // stride * stride)
+    return images + [torch.from_numpy(image) for image in square] * squares, *rest
 
 
 # ---- cifar10, cifar100: the original python archives -------------------------------------------------------
@@ -550,12 +595,9 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_PIXELS = 64_000_000             # a file of 20 kB can claim to be an image that fills the memory
 
 
-def read_image(path, size):
-    """An image file as uint8 (3, size, size): upright, RGB, short side fitted, centre crop.
-
-    Transparent parts become white. Shrinks by averaging areas, enlarges bicubically. A file that is damaged,
-    too large or no image raises OSError or ValueError, or what else Pillow's decoders raise.
-    """
+def open_image(path):
+    """An image file as a Pillow picture: upright, RGB, transparent parts white. A file that is damaged, too large or no
+    image raises OSError or ValueError, or what else Pillow's decoders raise."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # our own limit is lower
         image = Image.open(path, formats=FORMATS)
@@ -568,11 +610,21 @@ def read_image(path, size):
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def cropped(picture, size):
+    """A picture as uint8 (3, size, size): short side fitted, centre crop. Shrinks by averaging areas, enlarges
+    bicubically."""
     (w, h), side = picture.size, min(picture.size)
     square = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
-    picture = picture.convert("RGB")
     picture = picture.resize((size, size), Image.BOX if side >= size else Image.BICUBIC, box=square)
     return np.asarray(picture).transpose(2, 0, 1)
+
+
+def read_image(path, size):
+    """An image file as uint8 (3, size, size), see `open_image` and `cropped`."""
+    return cropped(open_image(path), size)
 
 
 def _list_images(root):
@@ -608,12 +660,25 @@ def _list_folder(root, split):
     return files, np.array(labels), classes
 
 
-def _load_folder(root, split, size, bad_images):
+def _load_folder(root, split, size, bad_images, stride=None, squares=False):
+    """stride: images keep their ratios and come as a list, without those of fewer than 16 patches of the stride;
+    squares: each a second time as a square, if both its sides exceed the size. FiTv2, 2410.13925, section 3.3."""
     files, labels, classes = _list_folder(root, split)
-    images, good, bad = np.empty((len(files), 3, size, size), np.uint8), [], []
+    images, good, bad, again = np.empty((0 if stride else len(files), 3, size, size), np.uint8), [], [], []
+    images = [] if stride else images
     for i, path in enumerate(tqdm(files, desc=f"reading {root}", unit=" images", delay=2, leave=False)):
         try:
-            images[len(good)] = read_image(path, size)
+            picture = open_image(path)
+            if stride:
+                w, h = fit_size(*picture.size, size, stride)
+                if w * h < 16 * stride**2:
+                    continue
+                whole = np.array(picture.resize((w, h), Image.BICUBIC)).transpose(2, 0, 1)
+                large = squares and min(picture.size) > size
+                again.append(torch.from_numpy(cropped(picture, size // stride * stride).copy() if large else whole))
+                images.append(torch.from_numpy(whole))
+            else:
+                images[len(good)] = cropped(picture, size)
             good.append(i)
         except Exception as error:                   # decoders raise nearly every type there is
             reason = "not a PNG, JPEG, WebP or BMP" if isinstance(error, UnidentifiedImageError) else error
@@ -626,14 +691,15 @@ def _load_folder(root, split, size, bad_images):
         warnings.warn(f"{report}; skipped", stacklevel=3)
     beside = [files[i].with_suffix(".txt") for i in good]
     captions = [path.read_text("utf-8", "replace").strip() if path.exists() else "" for path in beside]
-    return images[:len(good)], labels[good], classes, captions if any(captions) else None, [files[i] for i in good]
+    images = images[:len(good)] + again * squares if stride else images[:len(good)]
+    return images, labels[good], classes, captions if any(captions) else None, [files[i] for i in good]
 
 
 # ---- load --------------------------------------------------------------------------------------------------
 
 
 def load(name, data_dir="data", image_size=None, split="train", device="cpu", flip=None, download=True,
-         bad_images="error"):
+         bad_images="error", aspect="square", stride=1):
     """A Dataset by name (the names are in DATASETS).
 
     data_dir    where its files are, or are downloaded to; for `folder`, the folder of images itself
@@ -641,6 +707,9 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     split       "train" or "test"; where no test split is on disk, a fixed part of the images is held out
                 (folder: a tenth; imagenet64: a twentieth, unless there is val_data.npz)
     flip        mirror half of the images in training batches; None: yes for photographs, no for shapes
+    aspect      of shapes and folder: "square"; "keep": images of all ratios, of at most image_size^2 pixels, sides
+                multiples of the stride (FiT); "mixed": half of the draws of large images are squares (FiTv2)
+    stride      the patch size of the model
     bad_images  "error", or "skip" to leave out files of a folder that cannot be read, with a warning
 
     Raises ValueError or FileNotFoundError with a sentence: what is wrong, where, what to do. The first call
@@ -649,23 +718,33 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.4) or DATASETS
         raise ValueError(f"there is no dataset called {name!r}: did you mean {' or '.join(near)}?")
-    for value, choices in ((split, ("train", "test")), (bad_images, ("error", "skip"))):
+    for value, choices in ((split, ("train", "test")), (bad_images, ("error", "skip")),
+                           (aspect, ("square", "keep", "mixed"))):
         if value not in choices:
             raise ValueError(f"{value!r} is neither {' nor '.join(choices)}")
+    mixed = aspect != "square"
+    if mixed and name not in ("shapes", "folder"):
+        raise ValueError(f"aspect {aspect!r}: the images of {name} have one size; shapes and folder have many ratios")
     size = image_size if image_size is not None else {"shapes": 16, "imagenet64": 64, "folder": 64}.get(name, 32)
-    if not isinstance(size, int) or size < 1:
+    sides = pair(size) if name == "shapes" and not mixed else (size,)             # shapes are drawn at any (H, W)
+    if not all(isinstance(side, int) and side >= 1 for side in sides):
         raise ValueError(f"image_size is {size!r}: choose a whole number of pixels, such as 32")
     root = Path(data_dir).expanduser()
     files = None
     if name == "shapes":
-        images, labels, classes, captions = _load_shapes(split, size)
+        images, labels, classes, captions = (_load_mixed_shapes(split, size, stride, aspect == "mixed") if mixed else
+                                             _load_shapes(split, size))
     elif name == "imagenet64":
         images, labels, classes, captions = _load_imagenet64(root, split, size)
     elif name == "folder":
-        images, labels, classes, captions, files = _load_folder(root, split, size, bad_images)
+        images, labels, classes, captions, files = _load_folder(
+            root, split, size, bad_images, stride if mixed else None, aspect == "mixed")
     else:
         images, labels, classes, captions = _load_cifar(name, root, split, size, download)
-    if not isinstance(images, np.memmap):
+    if isinstance(images, list):
+        images = [image.to(device) for image in images]
+    elif not isinstance(images, np.memmap):
         images = torch.from_numpy(images).to(device)
     flip = name != "shapes" if flip is None else flip
-    return Dataset(images, torch.from_numpy(labels).to(device), classes, captions, flip, device, files)
+    return Dataset(images, torch.from_numpy(labels).to(device), classes, captions, flip, device, files,
+                   budget=size if mixed else 0)

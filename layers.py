@@ -5,6 +5,7 @@ Letters: B batch, C channels, H W pixels, N tokens, D width, h heads, p patch si
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,27 @@ def sequence(grid, sizes=None, nextline=False, nextframe=False):
 def pick(tokens, place):
     """tokens (B, n, D), place (B or 1, L) -> the tokens at these places, (B, L, D)."""
     return tokens.gather(1, place[..., None].expand(len(tokens), -1, tokens.shape[2]))
+
+
+class Padding(NamedTuple):
+    """Which tokens of padded rows (B, L) are real: mask (B, 1, 1, L) bool. The T real ones go through everything but
+    attention as (T, 1, D), a batch of single tokens: place (T,) in the flattened rows, image (T,) whose they are."""
+    mask: torch.Tensor
+    place: torch.Tensor
+    image: torch.Tensor
+
+    @classmethod
+    def of(cls, mask, device):
+        return cls(*(v.to(device) for v in (mask[:, None, None], mask.flatten().nonzero()[:, 0], mask.nonzero()[:, 0])))
+
+    def padded(self, x):
+        """(T, 1, K) -> (B, L, K)."""
+        B, L = len(self.mask), self.mask.shape[3]
+        return x.new_zeros(B * L, x.shape[2]).index_copy(0, self.place, x[:, 0]).view(B, L, -1)
+
+    def unpadded(self, x):
+        """(B, L, K) -> (T, 1, K)."""
+        return x.flatten(0, 1)[self.place][:, None]
 
 
 def put_back(tokens, place, n):

@@ -27,6 +27,7 @@ from layers import (
     Attention,
     LabelEmbedder,
     Mlp,
+    Padding,
     PatchEmbed,
     Text,
     TimestepEmbedder,
@@ -308,12 +309,12 @@ class FiTAttention(nn.Module):
         self.q_norm, self.k_norm = norm(), norm()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, rope, mask):
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)              # (B, h, N, D/h)
+    def forward(self, x, rope, padding):
+        qkv = self.qkv(x) if padding is None else padding.padded(self.qkv(x))                       # (B, N, 3D)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)                  # (B, h, N, D/h)
         q, k = rotate(self.q_norm(q), *rope).type_as(v), rotate(self.k_norm(k), *rope).type_as(v)
-        x = F.scaled_dot_product_attention(q, k, v, mask)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        x = F.scaled_dot_product_attention(q, k, v, padding and padding.mask).transpose(1, 2).flatten(2)
+        return self.proj(x if padding is None else padding.unpadded(x))
 
 
 class SwiGLU(nn.Module):
@@ -340,10 +341,11 @@ class FiTBlock(nn.Module):
         linears = ([nn.Linear(dim, lora_dim), nn.Linear(lora_dim, 6 * dim)] if lora_dim else [nn.Linear(dim, 6 * dim)])
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), *linears)
 
-    def forward(self, x, c, rope, mask, common):
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
-            self.adaLN_modulation(c) + common).chunk(6, 1)
-        x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rope, mask))
+    def forward(self, x, c, rope, padding, common):
+        modulation = self.adaLN_modulation(c) + common                                              # (B, 6D)
+        modulation = modulation if padding is None else modulation[padding.image]
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
+        x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rope, padding))
         return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
@@ -356,8 +358,9 @@ class FiTFinalLayer(nn.Module):
         self.linear = nn.Linear(dim, patch_size**2 * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+    def forward(self, x, c, padding):
+        modulation = self.adaLN_modulation(c)
+        shift, scale = (modulation if padding is None else modulation[padding.image]).chunk(2, 1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -418,9 +421,10 @@ class FiT(nn.Module):
         place, mask, row, column = sequence((1, h, w), None if sizes is None else F.pad(size, (1, 0), value=1))
         grid = self.extent or ((h, w) if sizes is None else size.T)
         rope = [v.to(x.device) for v in rope_2d(row, column, grid, self.head_dim, self.rope, self.trained, self.theta)]
-        place, mask = place.to(x.device), None if mask is None else mask[:, None, None].to(x.device)    # keys only
-        tokens = F.pixel_unshuffle(x, p).flatten(2).mT                              # (B, h w, C p p)
-        z = self.x_embedder["proj"](tokens if sizes is None else pick(F.pad(tokens, (0, 0, 0, 3)), place))  # (B, N, D)
+        place, padding = place.to(x.device), None if mask is None else Padding.of(mask, x.device)
+        z = F.pixel_unshuffle(x, p).flatten(2).mT                                   # (B, h w, C p p)
+        z = z if sizes is None else pick(F.pad(z, (0, 0, 0, 3)), place)             # (B, N, C p p)
+        z = self.x_embedder["proj"](z if padding is None else padding.unpadded(z))  # (B, N, D), or (T, 1, D)
         if self.time_shift != 1:
             t = (self.time_shift * t / (1 + (self.time_shift - 1) * t)).clamp(max=1)
         c = self.t_embedder(t)                                                      # (B, D)
@@ -428,8 +432,9 @@ class FiT(nn.Module):
             c = c + self.y_embedder(y)                                              # (B, D)
         common = self.global_adaLN_modulation(c) if self.global_adaLN_modulation else 0.0
         for block in self.blocks:
-            z = block(z, c, rope, mask, common)                                     # (B, N, D)
-        z = self.final_layer(z, c)                                                  # (B, N, C_out p p)
+            z = block(z, c, rope, padding, common)                                  # (B, N, D), or (T, 1, D)
+        z = self.final_layer(z, c, padding)                                         # (B, N, C_out p p), or (T, 1, ...)
+        z = z if padding is None else padding.padded(z)
         z = z if sizes is None else put_back(z, place, h * w)                       # (B, h w, C_out p p)
         return F.pixel_shuffle(z.mT.unflatten(2, (h, w)), p)                        # (B, C_out, H, W)
 
@@ -460,19 +465,22 @@ class FlagAttention(nn.Module):
             self.wk_y, self.wv_y = nn.Linear(text_width, kv, bias=False), nn.Linear(text_width, kv, bias=False)
             self.ky_norm, self.gate = norm(kv), nn.Parameter(torch.zeros(num_heads))
 
-    def forward(self, x, rope, mask, stretch, text=None):
-        """stretch (B, 1, 1, 1): factor of the scores of self-attention, or 1. text: the normalised `Text`, or None."""
+    def forward(self, x, rope, padding, stretch, text=None):
+        """stretch (B, 1, 1, 1): factor of the scores of self-attention. text: the normalised `Text`, or None."""
         heads = lambda z, n: z.unflatten(2, (n, -1)).transpose(1, 2)                                # (B, n, N, D/h)
-        v, grouped = heads(self.wv(x), self.num_kv_heads), self.num_heads != self.num_kv_heads
-        q = rotate(heads(self.q_norm(self.wq(x)), self.num_heads), *rope).type_as(v)
-        k = rotate(heads(self.k_norm(self.wk(x)), self.num_kv_heads), *rope).type_as(v)
-        out = F.scaled_dot_product_attention(q * stretch, k, v, mask, enable_gqa=grouped)           # (B, h, N, D/h)
+        q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
+        q, k, v = (q, k, v) if padding is None else map(padding.padded, (q, k, v))
+        v, grouped = heads(v, self.num_kv_heads), self.num_heads != self.num_kv_heads
+        q = rotate(heads(q, self.num_heads), *rope).type_as(v)
+        k = rotate(heads(k, self.num_kv_heads), *rope).type_as(v)
+        out = F.scaled_dot_product_attention(q * stretch, k, v, padding and padding.mask, enable_gqa=grouped)
         if text is not None:
             k, v = self.ky_norm(self.wk_y(text.tokens)), self.wv_y(text.tokens)
             k, v = (heads(z, self.num_kv_heads).type_as(q) for z in (k, v))
             read = F.scaled_dot_product_attention(q, k, v, text.mask[:, None, None], enable_gqa=grouped)
             out = out + self.gate.tanh()[:, None, None] * read
-        return self.wo(out.transpose(1, 2).flatten(2))
+        out = out.transpose(1, 2).flatten(2)                                                        # (B, N, D)
+        return self.wo(out if padding is None else padding.unpadded(out))
 
 
 class FlagFeedForward(nn.Module):
@@ -501,11 +509,13 @@ class FlagBlock(nn.Module):
         if text_width:
             self.attention_y_norm = nn.RMSNorm(text_width, eps)
 
-    def forward(self, x, c, rope, mask, stretch, text):
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
+    def forward(self, x, c, rope, padding, stretch, text):
+        modulation = self.adaLN_modulation(c)                                                       # (B, 6D)
+        modulation = modulation if padding is None else modulation[padding.image]
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
         text = text and Text(self.attention_y_norm(text.tokens), text.mask)
         h = modulate(self.attention_norm(x), shift_attn, scale_attn)
-        x = gated(x, gate_attn, self.attention(h, rope, mask, stretch, text))
+        x = gated(x, gate_attn, self.attention(h, rope, padding, stretch, text))
         return gated(x, gate_mlp, self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp)))
 
 
@@ -518,8 +528,9 @@ class FlagFinalLayer(nn.Module):
         self.linear = nn.Linear(dim, patch_size**2 * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(dim, 1024), 2 * dim))
 
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+    def forward(self, x, c, padding):
+        modulation = self.adaLN_modulation(c)
+        shift, scale = (modulation if padding is None else modulation[padding.image]).chunk(2, 1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -616,22 +627,24 @@ class FlagDiT(nn.Module):
         size = None if sizes is None else torch.tensor([self.grid(s) for s in sizes.tolist()])
         special = self.nextline, self.nextline and ndim > 2
         place, mask, _, _ = sequence(grid, size, *special)
-        place, mask = place.to(x.device), None if mask is None else mask[:, None, None].to(x.device)    # keys only
+        place, padding = place.to(x.device), None if mask is None else Padding.of(mask, x.device)
         *rope, stretch = (v.to(x.device) for v in self.positions(lengths, patches))
 
         z = x.reshape(B, -1, grid[0], grid[1], p, grid[2], p).permute(0, 2, 3, 5, 1, 4, 6)
         z = self.x_embedder(z.reshape(B, math.prod(grid), -1))                      # (B, n, D)
-        if mask is not None or special[0]:
+        if padding is not None or special[0]:
             z = pick(torch.cat([z, self.special_tokens(z)], 1), place)              # (B, N, D)
+        z = z if padding is None else padding.unpadded(z)                           # or (T, 1, D)
         c = self.t_embedder(t)                                                      # (B, E)
         if self.cap_embedder is not None:
             c = c + self.cap_embedder((y.tokens * y.mask[..., None]).sum(1) / y.mask.sum(1, keepdim=True))
         elif self.y_embedder is not None:
             c = c + self.y_embedder(y)
         for layer in self.layers:
-            z = layer(z, c, rope, mask, stretch, y if self.cap_embedder else None)  # (B, N, D)
-        z = self.final_layer(z, c)                                                  # (B, N, p p C_out)
-        if mask is not None or special[0]:
+            z = layer(z, c, rope, padding, stretch, y if self.cap_embedder else None)
+        z = self.final_layer(z, c, padding)                                         # (B, N, p p C_out), or (T, 1, ...)
+        z = z if padding is None else padding.padded(z)
+        if padding is not None or special[0]:
             z = put_back(z, place, math.prod(grid))                                 # (B, n, p p C_out)
         z = z.view(B, *grid, p, p, -1).permute(0, 6, 1, 2, 4, 3, 5)
         return z.reshape(B, -1, *sides)[:, :self.channels_out]                      # (B, C_out, *sides)
