@@ -152,8 +152,7 @@ def fit(config, state_dict):
                 lora_dim=c["adaln_lora_dim"] if c["adaln_type"] == "lora" else 0,
                 rope=("vision-" if c["decouple"] else "") + names.get(rope, rope),
                 extent=None if rope == "normal" or c["online_rope"] else (c["max_pe_len_h"], c["max_pe_len_w"]),
-                time_shift=c["time_shifting"])
-    model.trained = c["ori_max_pe_len"] or model.trained
+                time_shift=c["time_shifting"], trained=c["ori_max_pe_len"])
     return fill(model, state_dict, "this FiT")
 
 

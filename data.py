@@ -74,6 +74,11 @@ class Dataset:
         """(C, *sides) of an image; with mixed sizes the largest square."""
         return (self.images[0].shape[0], self.budget, self.budget) if self.budget else tuple(self.images.shape[1:])
 
+    @property
+    def kind(self):
+        """What it holds, in a word."""
+        return {2: "images", 3: "clips", 1: "sounds"}[len(self.shape) - 1]
+
     def _order(self, seed, epoch):
         """The permutation of the N images in one epoch. The last two are kept: batches straddle epochs."""
         if (seed, epoch) not in self._orders:

@@ -1,10 +1,7 @@
 """The diffusion core: noise schedules, predictions, losses, samplers, guidance. It knows no architecture.
 
-Three ideas carry all of it, and each is usable alone:
-
-1. A `Process` is a path from data to noise, x_t = alpha(t) x0 + sigma(t) eps, together with what the network predicts
-   and how it is trained. `process.loss(model, x0, y, t, noise)` trains; `process.denoised(output, xt, t)` reads the
-   network.
+1. A `Process` is a path from data to noise, x_t = alpha(t) x0 + sigma(t) eps, what the network predicts on it and how
+   it is trained: `process.loss(model, x0, y, t, noise)` trains, `process.denoised(output, xt, t)` reads the network.
 2. A denoiser is a function `denoise(xt, t) -> Denoised`. Guidance and clipping take denoisers and return a denoiser.
 3. A sampler is a generator: `for x in sampler(denoise, x, times, process, noise): ...` yields x after every step.
 
@@ -15,14 +12,12 @@ Three ideas carry all of it, and each is usable alone:
     s                 sigma/alpha     noise level once x_t is divided by alpha_t
     lambda            lam             log(alpha/sigma) = -log s, half the log signal-to-noise ratio
     i, j              i, j            a sampler steps from grid point i to the cleaner grid point j
-
-Sections: schedules, grids, weightings and time densities, processes, guidance, samplers, likelihood, drawing images.
 """
 
 import math
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,71 +29,52 @@ def expand(v, x):
     """A number per sample, (B,), shaped to multiply x (B, ...) in x's own dtype."""
     return v.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
 
-
 def batch_time(t, x):
-    """A time (number or (B,)) as (B,) for x: float32, but float64 beside a float64 x (half precision cannot count to
-    1000)."""
+    """A time (number or (B,)) as (B,) for x: float64 beside float64, else float32 (half cannot count to 1000)."""
     return torch.as_tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).expand(len(x))
-
 
 def flat_mean(x): return x.flatten(1).mean(1)        # over all but the first dimension, (B, ...) -> (B,)
 def double(*numbers): return torch.tensor(numbers, dtype=torch.float64)
 
-
 def choose(table, name, what):
     if name not in table:
-        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(table)}")
+        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(filter(None, table))}")
     return table[name]
-
-
-def one_line(entry):
-    """What `train.py --list` prints for a registry's entry: its line, or the first sentence of a function's
-    docstring."""
-    text = entry.__doc__ if callable(entry) else entry if isinstance(entry, str) else entry[-1]
-    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
 # ------------------------------------------------------------------------------------------------------------ schedules
 # Tables of beta_t, t = 0 .. T-1, in float64.
 
 def linear_betas(T=1000, start=1e-4, end=0.02):
-    """Denoising Diffusion Probabilistic Models, 2006.11239, section 4; scaled by 1000/T, so that any T ends in the same
-    noise."""
+    """DDPM, 2006.11239, section 4; scaled by 1000/T, so that any T ends in the same noise."""
     return torch.linspace(start * 1000 / T, end * 1000 / T, T, dtype=torch.float64)
-
 
 def betas_of(bar, largest=1.0):
     """The table with these alpha_bar (T,); a beta is at most `largest`, 2102.09672, section 3.2."""
     return (1 - bar / torch.cat([double(1), bar[:-1]])).clamp(max=largest)
-
 
 def table_of(f, T):
     """The table that follows alpha_bar(u) = f(u)/f(0), u in [0, 1]."""
     bar = f(torch.arange(T + 1, dtype=torch.float64) / T)
     return betas_of(bar[1:] / bar[0], 0.999)
 
-
 def cosine_betas(T=1000, offset=0.008):
     """Improved DDPM, 2102.09672, eq. 17: alpha_bar(u) = cos^2(pi/2 (u + offset) / (1 + offset))."""
     return table_of(lambda u: torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2, T)
-
 
 def zero_terminal_snr(betas):
     """The table moved and stretched in sqrt(alpha_bar) to end in pure noise, 2305.08891, algorithm 1."""
     root = torch.cumprod(1 - betas, 0).sqrt()
     return betas_of(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
 
-
 def shifted_betas(betas, shift):
     """The table with every sigma/alpha multiplied by `shift` (simple diffusion, 2301.11093, section 3.1)."""
     bar = torch.cumprod(1 - betas, 0)
     return betas_of(bar / (bar + shift**2 * (1 - bar)))
 
-
 def ramp(T, start, end, share=1.0):
     n = int(T * share)
     return torch.cat([torch.linspace(start, end, n, dtype=torch.float64), double(end).expand(T - n)])
-
 
 BETAS: dict[str, Callable] = {                       # name(T, start, end), where the table has ends to choose
     "linear": linear_betas, "cosine": cosine_betas,
@@ -114,13 +90,10 @@ BETAS: dict[str, Callable] = {                       # name(T, start, end), wher
     "const": lambda T=1000, start=0.02, end=0.02: ramp(T, end, end), "jsd": lambda T=1000, *ends: 1 / ramp(T, T, 1),
 }
 
-
 def respaced(T, spec):
     """The steps that a shorter chain keeps, ascending (improved DDPM's `timestep_respacing`).
-
     spec: "50" = 50 steps at a fractional stride, both ends kept; "10,15,20" = T cut into sections, so many steps in
-    each; "ddim50" = the integer stride that gives exactly 50 steps. Raises ValueError if T cannot be cut so.
-    """
+    each; "ddim50" = the integer stride that gives exactly 50 steps. Raises ValueError if T cannot be cut so."""
     if spec.startswith("ddim"):
         for stride in range(1, T):
             if len(range(0, T, stride)) == int(spec[4:]):
@@ -144,15 +117,13 @@ def respaced(T, spec):
 # noise levels is one of the process's own p = sigma/(its ode_scale): s = sigma/alpha, but t itself on a straight path.
 
 def spaced(process, n, kind="spaced", offset=0):
-    T = getattr(process, "T", None)
-    if T is None:
+    if not isinstance(process, Discrete):
         raise ValueError("spaced, leading and trailing grids count the steps of a chain: choose uniform or linspace")
-    if not 0 < n <= T:
+    if not 0 < n <= (T := process.T):
         raise ValueError(f"{n} sampling steps out of a chain of {T}: choose 1 to {T}")
     if kind == "leading":
         return torch.arange(n - 1, -1, -1).double() * (T // n) + offset
     return double(*respaced(T, str(n))[::-1]) if kind == "spaced" else double(*np.round(T - np.arange(n) * T / n) - 1)
-
 
 def noise_levels(process, n, ramp, ends=None):
     """Times whose p goes from ends[0] (noisiest) to ends[1] as ramp(high, low, share), share from 0 to 1."""
@@ -161,7 +132,6 @@ def noise_levels(process, n, ramp, ends=None):
         raise ValueError("this process begins at infinite sigma/alpha, where such a grid has no end: choose linspace")
     return process.time(process.s_of_p(ramp(high, low, torch.linspace(0, 1, n, dtype=torch.float64))))
 
-
 def beta_quantiles(u, a=0.6, b=0.6):
     """Quantiles of the Beta(a, b) distribution, by a sum over a grid that crowds at its singular ends."""
     v = np.linspace(0, 1, 20001)
@@ -169,7 +139,6 @@ def beta_quantiles(u, a=0.6, b=0.6):
     middle = ((x[1:] + x[:-1]) / 2).clip(1e-12, 1 - 1e-12)
     mass = np.cumsum(np.diff(x) * middle ** (a - 1) * (1 - middle) ** (b - 1))
     return torch.from_numpy(np.interp(u.numpy(), np.concatenate([[0], mass / mass[-1]]), x))
-
 
 GRIDS: dict[str, tuple[Callable, str]] = {
     "uniform": (lambda process, n: torch.linspace(process.t_noisy, process.t_clean, n + 1, dtype=torch.float64)[:-1],
@@ -190,10 +159,8 @@ GRIDS: dict[str, tuple[Callable, str]] = {
         "p at the quantiles of Beta(0.6, 0.6), dense at both ends, 2407.12173"),
 }
 
-
 def resolution_shift(tokens, low=(256, 0.5), high=(4096, 1.15)):
-    """The `shift` for an image of so many tokens: exp(mu), mu linear in their number (2403.03206, section 5.3.2;
-    Flux)."""
+    """The `shift` for an image of so many tokens: exp(mu), mu linear in them (2403.03206, section 5.3.2; Flux)."""
     return math.exp(low[1] + (tokens - low[0]) * (high[1] - low[1]) / (high[0] - low[0]))
 
 
@@ -220,9 +187,7 @@ WEIGHTINGS: dict[str, tuple[Callable, str]] = {
                  "the plain loss of dx/dt, whatever is predicted, SiT, 2401.08740"),
 }
 
-
 def normal_quantile(u): return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
-
 
 # Uniform u -> a share of the time range ("time"), or a noise level s = sigma/alpha ("noise").
 DENSITIES: dict[str, tuple[Callable, str, str]] = {
@@ -241,31 +206,26 @@ DENSITIES: dict[str, tuple[Callable, str, str]] = {
 
 class Denoised(NamedTuple):
     """What a denoiser says of x_t = alpha x0 + sigma eps. variance: None, or the learned v of improved DDPM, eq. 15:
-    where the log-variance of a reverse step lies between log beta~ (v = 0) and log beta (v = 1). Both ends belong to
-    the step that is taken, so the sampler makes the variance: that is why any sub-grid of steps works with learned
-    variances."""
+    the place of a reverse step's log-variance between log beta~ (v = 0) and log beta (v = 1), whatever that step is."""
     x0: torch.Tensor
     eps: torch.Tensor
     variance: torch.Tensor | None = None
 
-
 PREDICTIONS = {
     "eps": "the noise, 2006.11239", "x0": "the clean image", "v": "alpha eps - sigma x0, 2202.00512",
     "flow": "eps - x0, 2209.03003", "score": "the gradient of the log density, -eps/sigma, 2011.13456",
-    "velocity": "dx/dt along the path, alpha' x0 + sigma' eps, 2401.08740",
-    "edm": "F of EDM's preconditioning, unit variance in and out, 2206.00364, eq. 7",
+    "velocity": "dx/dt, alpha' x0 + sigma' eps, 2401.08740", "edm": "F of EDM's preconditioning, 2206.00364, eq. 7",
 }
-
+OBJECTIVES = ("hybrid", "rescaled", "vlb", "kl")
 
 class Process:
     """A path x_t = alpha(t) x0 + sigma(t) eps, what the network predicts on it, and how it is trained.
-
     prediction: a name in `PREDICTIONS`. weighting: None (the plain squared error of the prediction) or a name in
     `WEIGHTINGS`. density: of the training times, a name in `DENSITIES`. shift: multiplies sigma/alpha of every time, in
     training and sampling (2403.03206, eq. 23). A subclass gives alpha, sigma, `time_of` (the inverse of sigma/alpha)
-    and its times (t_clean: the clean image; t_least: the least noisy level worth a network call; t_noisy: noise).
-    """
-    t_clean, t_least, t_noisy, grid, density, own_prediction = 0.0, 1e-3, 1.0, "uniform", "uniform", "eps"
+    and its times (t_clean: the clean image; t_first: trained from here; t_least: sampled to here; t_noisy: noise)."""
+    t_clean, t_first, t_least, t_noisy = 0.0, 0.0, 1e-3, 1.0
+    grid, density, own_prediction = "uniform", "uniform", "eps"
     straight, exploding, learned_variance = False, False, False
 
     def __init__(self, prediction=None, weighting=None, density=None, shift=1.0, sigma_data=0.5):
@@ -273,8 +233,7 @@ class Process:
         self.density, self.shift, self.sigma_data = density or self.density, shift, sigma_data
         choose(PREDICTIONS, self.prediction, "prediction")
         choose(DENSITIES, self.density, "time density")
-        if weighting is not None:
-            choose(WEIGHTINGS, weighting, "weighting")
+        choose({None: 0, **WEIGHTINGS}, weighting, "weighting")
         if not shift > 0:
             raise ValueError(f"shift {shift}: it multiplies sigma/alpha, so it must be above 0")
 
@@ -282,8 +241,11 @@ class Process:
 
     def network_input(self, xt, t):
         """What the network is shown for x_t: x_t itself, or c_in x_t of unit variance (EDM; exploding processes)."""
-        c_in = (self.sigma(t) ** 2 + (self.sigma_data * self.alpha(t)) ** 2) ** -0.5
-        return xt * expand(c_in, xt) if self.exploding or self.prediction == "edm" else xt
+        if not self.exploding and self.prediction != "edm":
+            return xt
+        return xt * expand((self.sigma(t) ** 2 + (self.sigma_data * self.alpha(t)) ** 2) ** -0.5, xt)
+
+    def path(self, t): return self.alpha(t), self.sigma(t)
 
     def rates(self, t):
         """alpha(t), sigma(t), alpha'(t), sigma'(t)."""
@@ -299,8 +261,7 @@ class Process:
         return s * ds - da / a * s * s
 
     def kernel(self, i, j, euler=False):
-        """(r, g2) of the forward step from level j to the noisier i, x_i = r x_j + sqrt(g2) noise; euler: to first
-        order."""
+        """(r, g2) of the forward step x_i = r x_j + sqrt(g2) noise to the noisier i; euler: to first order."""
         if euler:
             a, _, da, _ = self.rates(double(i.t))
             return 1 + (da / a).item() * (i.t - j.t), 2 * self.half_g2(double(i.t)).item() * (i.t - j.t)
@@ -311,25 +272,22 @@ class Process:
         c = alpha + sigma = 1: p = t, slope eps - x0, finite also at pure noise."""
         return alpha + sigma if self.straight else alpha
 
-    def p(self, t): return self.sigma(t) / self.ode_scale(self.alpha(t), self.sigma(t))
+    def p(self, t): return (path := self.path(t))[1] / self.ode_scale(*path)
     def s_of_p(self, p): return p / (1 - p) if self.straight else p
     def time(self, s): return self.time_of(torch.as_tensor(s)).clamp(self.t_clean, self.t_noisy)
-    def training_range(self): return self.t_clean, self.t_noisy
     def network(self, model, xt, t, y): return model(self.network_input(xt, t), self.network_time(t), y).to(xt.dtype)
 
-    def shifted(self, t):
-        """The time whose sigma/alpha is `shift` times that of t."""
+    def shifted(self, t):                             # the time whose sigma/alpha is `shift` times that of t
         return t if self.shift == 1 else self.time(self.shift * self.sigma(t) / self.alpha(t))
 
     def training_times(self, u):
         """Uniform numbers u (B,) in [0, 1) -> training times (B,), distributed as this process wants them."""
-        (draw, of, _), (low, high) = DENSITIES[self.density], self.training_range()
+        (draw, of, _), low, high = DENSITIES[self.density], self.t_first, self.t_noisy
         return self.shifted((low + (high - low) * draw(u) if of == "time" else self.time(draw(u))).clamp(low, high))
 
     def times(self, steps, grid=None, last="clean", **options):
         """The grid a sampler walks, float64: `steps` times from t_noisy down, by a name in `GRIDS` (None: the process's
-        own; options are the grid's), then the end: last = "clean" (t_clean) or "least" (t_least, DDIM's
-        set_alpha_to_one=False)."""
+        own) and its options, then the end: last = "clean", or "least" (t_least: DDIM's set_alpha_to_one=False)."""
         if steps < 1:
             raise ValueError(f"{steps} sampling steps: choose at least 1")
         times = self.shifted(choose(GRIDS, grid or self.grid, "grid")[0](self, steps, **options))
@@ -337,22 +295,21 @@ class Process:
 
     def noised(self, x0, noise, t):
         """x_t = alpha(t) x0 + sigma(t) eps."""
-        return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
+        a, s = self.path(t)
+        return expand(a, x0) * x0 + expand(s, x0) * noise
 
     def mixing(self, t):
-        """(p, q) such that the network predicts p x0 + q eps: every conversion solves this with x_t = alpha x0 + sigma
-        eps."""
-        if self.prediction == "velocity":
-            return self.rates(t)[2:]
-        a, s = self.alpha(t), self.sigma(t)
-        one, n = torch.ones_like(a), (s * s + (self.sigma_data * a) ** 2).sqrt()
-        return {"eps": (0 * one, one), "x0": (one, 0 * one), "v": (-s, a), "flow": (-one, one),
-                "score": (0 * one, -1 / s),
-                "edm": (s / (self.sigma_data * n), -self.sigma_data * a / n)}[self.prediction]  # (x0 - c_skip x)/c_out
+        """(alpha, sigma, p, q): the network predicts p x0 + q eps, and conversions solve this with x_t for x0, eps."""
+        a, s = self.path(t)
+        n, one = lambda: (s * s + (self.sigma_data * a) ** 2).sqrt(), torch.ones_like(a)
+        return a, s, *{"eps": lambda: (0 * a, one), "x0": lambda: (one, 0 * a), "v": lambda: (-s, a),
+                       "flow": lambda: (-one, one), "score": lambda: (0 * a, -1 / s),
+                       "velocity": lambda: self.rates(t)[2:],
+                       "edm": lambda: (s / (self.sigma_data * n()), -self.sigma_data * a / n())}[self.prediction]()
 
     def target(self, x0, noise, t):
         """What the network should say at time t, (B, C, H, W)."""
-        p, q = self.mixing(t)
+        *_, p, q = self.mixing(t)
         return expand(p, x0) * x0 + expand(q, x0) * noise
 
     def denoised(self, output, xt, t):
@@ -360,9 +317,9 @@ class Process:
         return self.from_prediction(*self.split(output), xt, t)
 
     def from_prediction(self, output, variance, xt, t):
-        a, s, (p, q) = self.alpha(t), self.sigma(t), self.mixing(t)
+        a, s, p, q = self.mixing(t)
         det = a * q - s * p
-        solved = lambda of_x, of_output: torch.addcmul(expand(of_x / det, xt) * xt, expand(of_output / det, xt), output)
+        solved = lambda of_x, of_output: (expand(of_x / det, xt) * xt).addcmul_(expand(of_output / det, xt), output)
         return Denoised(output if self.prediction == "x0" else solved(q, -s),
                         output if self.prediction == "eps" else solved(-p, a), variance)
 
@@ -375,70 +332,59 @@ class Process:
         """The weight of the prediction's squared error, (B,): that of eps, times the square of d eps/d prediction."""
         if self.weighting is None:
             return torch.ones_like(t)
-        a, s, (p, q) = self.alpha(t).clamp(min=1e-4), self.sigma(t).clamp(min=1e-8), self.mixing(t)
+        a, s, p, q = self.mixing(t)
+        a, s = a.clamp(min=1e-4), s.clamp(min=1e-8)
         more = (self, t) if self.weighting in ("likelihood", "velocity") else ()
         return WEIGHTINGS[self.weighting][0]((a / s) ** 2, *more) * (a / (a * q - s * p)) ** 2
 
     def loss(self, model, x0, y, t, noise):
         """The training loss of each sample: {"loss": (B,), "mse": (B,), ...}, gradients flow to the model.
-
-        x0 (B, C, H, W) in [-1, 1]; y what the model is conditioned on; t (B,) from `training_times`; noise like x0.
-        """
+        x0 (B, C, H, W) in [-1, 1]; y what the model is conditioned on; t (B,) from `training_times`; noise like x0."""
         output, _ = self.split(self.network(model, self.noised(x0, noise, t), t, y))
         mse = flat_mean((self.target(x0, noise, t) - output) ** 2)
         return {"loss": mse * self.weight(t).to(mse), "mse": mse}
 
     def denoiser(self, model, y=None):
         """model(x, t, y) as `denoise(xt, t) -> Denoised`, with y bound; t a float or (B,)."""
-
         def denoise(xt, t):
             t = batch_time(t, xt)
             return self.denoised(self.network(model, xt, t, y), xt, t)
-
         return denoise
-
 
 class Discrete(Process):
     """The discrete chain of DDPM, 2006.11239: t = 0 .. T-1 with alpha_bar_t = prod(1 - beta), alpha = sqrt(alpha_bar),
     sigma = sqrt(1 - alpha_bar); t = -1 is the clean image. The network is told t itself.
-
     betas: (T,) float64; s = sigma/alpha is interpolated linearly between them. learned_variance: the network's second
     half of channels is v (see `Denoised`). objective: "hybrid" adds the bound's term to train v, in bits per dimension,
     as published with DiT (2102.09672, eq. 16; "rescaled": times T/1000); "vlb" is the bound, T times one term; "kl" one
-    term. fixed_variance: of the bound if none is learned, "large" = beta or "small" = beta~.
-    """
+    term. fixed_variance: of the bound if none is learned, "large" = beta or "small" = beta~."""
     t_clean, t_least, grid = -1.0, 0.0, "spaced"
 
     def __init__(self, betas, prediction="eps", learned_variance=False, objective="hybrid", fixed_variance="large",
                  **options):
         super().__init__(prediction, **options)
-        choose(dict.fromkeys(("hybrid", "rescaled", "vlb", "kl")), objective, "objective")
+        choose(dict.fromkeys(OBJECTIVES), objective, "objective")
         if prediction == "velocity" or self.weighting in ("likelihood", "velocity"):
             raise ValueError("a discrete chain has no dx/dt: take a continuous process (for the bound: objective vlb)")
         self.betas, self.T, self.learned_variance = betas, len(betas), learned_variance
         self.objective, self.fixed_variance, self.t_noisy = objective, fixed_variance, self.T - 1.0
         self.alpha_bar = torch.cat([betas.new_ones(1), torch.cumprod(1 - betas, 0)])    # entry t + 1 belongs to t
-        self.tables = {}
-
-    def table(self, t):
-        """alpha_bar on t's device, float64 where the device knows it (MPS does not)."""
-        if t.device not in self.tables:
-            dtype = torch.float32 if t.device.type == "mps" else torch.float64
-            self.tables[t.device] = self.alpha_bar.to(t.device, dtype)
-        return self.tables[t.device]
+        # alpha_bar on a device, float64 where that knows it (MPS does not)
+        self.table = cache(lambda d: self.alpha_bar.to(d, torch.float32 if d.type == "mps" else torch.float64))
 
     def alpha(self, t):
-        table, low = self.table(t), t.floor().long().clamp(-1, self.T - 1)
+        table, low = self.table(t.device), t.floor().long().clamp(-1, self.T - 1)
         if not (part := t - low).any():
             return table[low + 1].sqrt()
         s = torch.lerp(*((1 / table[(low + k).clamp(max=self.T)] - 1).sqrt() for k in (1, 2)), part.to(table.dtype))
         return 1 / (1 + s * s).sqrt()
 
-    def sigma(self, t): return (1 - self.alpha(t) ** 2).clamp(min=0).sqrt()
+    def path(self, t): return (a := self.alpha(t)), (1 - a * a).clamp(min=0).sqrt()
+    def sigma(self, t): return self.path(t)[1]
     def network_time(self, t): return t
 
     def time_of(self, s):
-        table = (1 / self.table(s) - 1).sqrt()
+        table = (1 / self.table(s.device) - 1).sqrt()
         high = torch.searchsorted(table, s.to(table.dtype).contiguous()).clamp(1, self.T)
         return high - 2 + ((s - table[high - 1]) / (table[high] - table[high - 1])).clamp(0, 1)
 
@@ -458,31 +404,28 @@ class Discrete(Process):
         return a_s.sqrt() * beta / (1 - a_t), (a_t / a_s).sqrt() * share, (beta * share).log(), beta.log()
 
     def loss(self, model, x0, y, t, noise):
-        output = self.network(model, xt := self.noised(x0, noise, t), t, y)
-        prediction, v = self.split(output)
+        prediction, v = self.split(self.network(model, xt := self.noised(x0, noise, t), t, y))
         mse = flat_mean((self.target(x0, noise, t) - prediction) ** 2)
-        if self.objective in ("vlb", "kl"):
-            term = self.variational_term(self.from_prediction(prediction, None, xt, t).x0, v, x0, xt, t)
-            return {"loss": term * (self.T if self.objective == "vlb" else 1), "mse": mse}
-        loss = mse * self.weight(t).to(mse)
-        if v is None:
+        loss, bound = mse * self.weight(t).to(mse), self.objective in ("vlb", "kl")
+        if v is None and not bound:
             return {"loss": loss, "mse": mse}
-        # The bound trains the variance alone: its mean is detached.
-        vb = self.variational_term(self.from_prediction(prediction.detach(), None, xt, t).x0, v, x0, xt, t)
-        vb = vb * (self.T / 1000 if self.objective == "rescaled" else 1)
-        return {"loss": loss + vb, "mse": mse, "vb": vb}
+        # Beside the simple loss, the bound trains the variance alone: its mean is detached.
+        x0_hat = self.from_prediction(prediction if bound else prediction.detach(), None, xt, t).x0
+        vb = self.variational_term(x0_hat, v, x0, xt, t)
+        vb = vb * {"vlb": self.T, "rescaled": self.T / 1000}.get(self.objective, 1)
+        return {"loss": vb, "mse": mse} if bound else {"loss": loss + vb, "mse": mse, "vb": vb}
 
     def variational_term(self, x0_hat, v, x0, xt, t, s=None, second=(1.0, 0.0)):
         """One term of the variational bound, (B,), bits per dimension: KL(q(x_s|x_t,x0) || p), s = t - 1 unless given;
-        and for s = -1 the negative log-likelihood of the 8-bit x0. 2006.11239, eq. 5; 2102.09672, eq. 15."""
+        for s = -1 the negative log-likelihood of the 8-bit x0. 2006.11239, eq. 5; 2102.09672, eq. 15."""
         s = t - 1 if s is None else s
         x0_factor, xt_factor, log_small, log_large = (expand(c, x0) for c in self.posterior(t, s))
         # beta~ of the last step is 0 and has no logarithm: published code puts that of the step before in its place.
         clean = expand(s, x0) < 0
         before = self.posterior(*(torch.full_like(t, c) for c in second))[2]
         log_small = torch.where(clean, expand(before, x0), log_small)
-        if v is None:                                # fixed: beta, or beta~ (which "large" too takes in the last step)
-            v = (self.fixed_variance == "large") * (~clean).to(x0.dtype)
+        # fixed: beta, or beta~ (which "large" too takes in the last step)
+        v = (self.fixed_variance == "large") * (~clean).to(x0.dtype) if v is None else v
         log_variance = v * log_large + (1 - v) * log_small
         true_mean, mean = x0_factor * x0 + xt_factor * xt, x0_factor * x0_hat + xt_factor * xt
         kl = 0.5 * (log_variance - log_small + (log_small - log_variance).exp() - 1
@@ -494,7 +437,7 @@ class Discrete(Process):
         """The whole bound on -log2 p(x0), bits per dimension, along the chain or a sub-grid: total and prior (B,), and
         per step, noisiest first, vb, x0_mse and eps_mse, (B, steps)."""
         times, rows = self.times(self.T) if times is None else times, []
-        for i, j in zip(times[:-1].tolist(), times[1:].tolist()):
+        for i, j in pairwise(times.tolist()):
             t, s, z = batch_time(i, x0), batch_time(j, x0), noise(x0.shape)
             d = denoise(xt := self.noised(x0, z, t), t)
             vb = self.variational_term(d.x0, d.variance, x0, xt, t, s, times[-3:-1].tolist())
@@ -504,15 +447,13 @@ class Discrete(Process):
         prior = flat_mean(0.5 * (a2 * x0**2 - a2 - torch.log1p(-a2))) / math.log(2)    # KL(q(x_T | x0) || N(0, 1))
         return {"total": vb.sum(1) + prior, "prior": prior, "vb": vb, "x0_mse": x0_mse, "eps_mse": eps_mse}
 
-
 def discretised_log_likelihood(x0, mean, log_std):
-    """log of the mass that N(mean, std^2) gives to the 8-bit bin around x0 in [-1, 1]; outer bins are open. 2006.11239,
-    eq. 13. The normal CDF is the tanh approximation, probabilities are at least 1e-12, both as published."""
+    """log of the mass that N(mean, std^2) gives to the 8-bit bin around x0; outer bins are open. 2006.11239, eq. 13. As
+    published, the normal CDF is a tanh approximation and a mass is at least 1e-12."""
     cdf = lambda z: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     upper, lower = (cdf((x0 - mean + half) * (-log_std).exp()) for half in (1 / 255, -1 / 255))
     mass = torch.where(x0 < -0.999, upper, torch.where(x0 > 0.999, 1 - lower, upper - lower))
     return mass.clamp(min=1e-12).log()
-
 
 class RectifiedFlow(Process):
     """The straight path x_t = (1 - t) x0 + t eps, t in [0, 1], t = 1 is noise (Flow Straight and Fast, 2209.03003)."""
@@ -521,31 +462,25 @@ class RectifiedFlow(Process):
     def __init__(self, prediction=None, **options):
         super().__init__(prediction, **options)
         if self.prediction in ("eps", "score"):      # mute about x0 at pure noise: SiT stays 0.001 away
-            self.t_noisy = 1 - 1e-3
+            self.t_first, self.t_noisy = 1e-3, 1 - 1e-3
 
-    def training_range(self): return 1 - self.t_noisy, self.t_noisy
     def alpha(self, t): return 1 - t
     def sigma(self, t): return t
     def time_of(self, s): return 1 / (1 + 1 / s)
     def shifted(self, t): return self.shift * t / (1 + (self.shift - 1) * t)
 
-
 class GVP(RectifiedFlow):
-    """The trigonometric path alpha = cos(pi t/2), sigma = sin(pi t/2), generalised variance-preserving in SiT,
-    2401.08740."""
+    """SiT's trigonometric path, 2401.08740: alpha = cos(pi t/2), sigma = sin(pi t/2)."""
     straight, density, own_prediction, shifted = False, "uniform", "velocity", Process.shifted
 
     def alpha(self, t): return torch.cos(math.pi / 2 * t)
     def sigma(self, t): return torch.sin(math.pi / 2 * t)
     def time_of(self, s): return 2 / math.pi * torch.atan(s)
 
-
 class VP(Process):
-    """The variance-preserving SDE, 2011.13456, eq. 11: log alpha = -t^2 (b1 - b0)/4 - t b0/2. The network is told 999
-    t."""
-    b0, b1 = 0.1, 20.0
+    """The variance-preserving SDE, 2011.13456, eq. 11: log alpha = -t^2 (b1 - b0)/4 - t b0/2."""
+    b0, b1, t_first = 0.1, 20.0, 1e-5
 
-    def training_range(self): return 1e-5, 1.0
     def network_time(self, t): return 999 * t
     def log_alpha(self, t): return -0.25 * t**2 * (self.b1 - self.b0) - 0.5 * t * self.b0
     def alpha(self, t): return torch.exp(self.log_alpha(t))
@@ -555,33 +490,27 @@ class VP(Process):
     def time_of_log_alpha(self, log_alpha):
         return -4 * log_alpha / (self.b0 + (self.b0**2 - 4 * (self.b1 - self.b0) * log_alpha).sqrt())
 
-
 class SubVP(VP):
     """The sub-VP SDE, 2011.13456, eq. 29: VP's alpha, and 1 - alpha^2 as the standard deviation."""
     def sigma(self, t): return -torch.expm1(2 * self.log_alpha(t))
     def time_of(self, s): return self.time_of_log_alpha(-torch.asinh(s / 2))
 
-
 class VE(Process):
-    """The variance-exploding SDE, 2011.13456, eq. 30: alpha = 1, sigma = 0.01 (50/0.01)^t; t = 0 itself is the clean
-    image."""
-    t_least, exploding, s_min, s_max = 1e-5, True, 0.01, 50.0
+    """The variance-exploding SDE, 2011.13456, eq. 30: alpha = 1, sigma = 0.01 (50/0.01)^t; t = 0 is the clean image."""
+    t_first, t_least, exploding, s_min, s_max = 1e-5, 1e-5, True, 0.01, 50.0
 
-    def training_range(self): return self.t_least, self.t_noisy
     def alpha(self, t): return 1 + 0 * t
     def sigma(self, t): return torch.where(t > 0, self.s_min * (self.s_max / self.s_min) ** t, 0 * t)
     def time_of(self, s): return torch.log(s / self.s_min) / math.log(self.s_max / self.s_min)
 
-
 class EDM(VE):
     """Elucidating the Design Space, 2206.00364: alpha = 1, sigma = t from 0.002 to 80. The network is told log t (the
     paper's c_noise = log(t)/4) moved and scaled to 0 .. 1000, the range that our backbones embed."""
-    t_least, t_noisy, grid, density, own_prediction = 0.002, 80.0, "karras", "log-normal", "edm"
+    t_first, t_least, t_noisy, grid, density, own_prediction = 0.002, 0.002, 80.0, "karras", "log-normal", "edm"
 
     def sigma(self, t): return t
     def time_of(self, s): return s
     def network_time(self, t): return 1000 * torch.log(t.clamp(min=1e-8) / 0.002) / math.log(80 / 0.002)
-
 
 PROCESSES: dict[str, tuple[Callable, str]] = {
     "flow": (RectifiedFlow, "rectified flow: a straight path from data to noise, the network predicts the velocity"),
@@ -598,7 +527,6 @@ PROCESSES: dict[str, tuple[Callable, str]] = {
     "edm": (EDM, "EDM: sigma itself is the time, preconditioned network, log-normal noise levels"),
     "gvp": (GVP, "SiT's trigonometric path, the network predicts its velocity"),
 }
-
 
 def create_process(name="flow", prediction=None, shift=1.0, **options):
     """A process of `PROCESSES` by name; options: weighting, density, learned_variance, objective; None = the process's
@@ -619,23 +547,19 @@ def create_process(name="flow", prediction=None, shift=1.0, **options):
 
 
 # ------------------------------------------------------------------------------------------------------------- guidance
-# Functions of denoisers that are denoisers. A rule combines what the conditional network c and the unconditional one
-# (or a weaker one: autoguidance, 2406.02507) u predict, rule(c, u, scale, memory); memory is a dict that lives for one
-# trajectory.
+# Functions of denoisers that are denoisers. rule(c, u, scale, memory) combines what the conditional network c and the
+# unconditional one u (or a weaker one: autoguidance, 2406.02507) predict; memory is a dict of this trajectory.
 
 def dot(a, b): return (a * b).sum(list(range(1, a.ndim)), keepdim=True)      # of each sample, (B, 1, ..)
-
 
 def cfg(c, u, scale, memory=None):
     """Classifier-free guidance, 2207.12598: u + scale (c - u)."""
     return u + scale * (c - u)
 
-
 def cfg_rescale(c, u, scale, memory=None, share=0.7):
     """Guidance whose result keeps the standard deviation of c, mixed in by 0.7 (2305.08891, eq. 15-16)."""
     g, std = cfg(c, u, scale), lambda m: m.std(list(range(1, m.ndim)), keepdim=True)
     return g * (1 - share + share * std(c) / std(g))
-
 
 def apg(c, u, scale, memory, eta=0.0, norm=15.0, momentum=-0.5):
     """Adaptive projected guidance, 2410.02416: c - u with momentum, its norm capped, its part along c scaled by eta."""
@@ -643,33 +567,24 @@ def apg(c, u, scale, memory, eta=0.0, norm=15.0, momentum=-0.5):
     update = update * (norm / dot(update, update).sqrt()).clamp(max=1)
     return c + (scale - 1) * (update - (1 - eta) * dot(update, c) / dot(c, c) * c)
 
-
 def cfg_zero(c, u, scale, memory, zero_calls=0):
-    """CFG-Zero*, 2503.18886: u is first scaled to fit c best; the first `zero_calls` predictions are zero (for
-    flows)."""
+    """CFG-Zero*, 2503.18886: u is first scaled to fit c best; the first `zero_calls` predictions (of flows) are 0."""
     memory["calls"] = memory.get("calls", 0) + 1
     return cfg(c, dot(c, u) / (dot(u, u) + 1e-8) * u, scale) * float(memory["calls"] > zero_calls)
 
-
 def tangential(c, u, scale, memory=None):
     """Tangential damping, 2503.18137: of u only the part along the main direction that c and u share."""
-    pair = torch.stack([c.flatten(1), u.flatten(1)], 1)
-    main = torch.linalg.svd(pair.float(), full_matrices=False)[2][:, :1].to(c.dtype)     # (B, 1, C H W)
-    return cfg(c, (pair[:, 1:] @ main.mT @ main).view_as(u), scale)
+    both = torch.stack([c.flatten(1), u.flatten(1)], 1)
+    main = torch.linalg.svd(both.float(), full_matrices=False)[2][:, :1].to(c.dtype)     # (B, 1, C H W)
+    return cfg(c, (both[:, 1:] @ main.mT @ main).view_as(u), scale)
 
-
-GUIDANCE: dict[str, Callable] = {
-    "cfg": cfg, "rescale": cfg_rescale, "apg": apg, "cfg-zero": cfg_zero, "tangential": tangential,
-}
-
+GUIDANCE = {"cfg": cfg, "rescale": cfg_rescale, "apg": apg, "cfg-zero": cfg_zero, "tangential": tangential}
 
 def guided(cond, uncond, scale, channels=None, process=None, rule=None, interval=None, **options):
     """Guidance by a rule (None: classifier-free guidance); scale 1 is no guidance. The variance is the conditional one.
-
     channels: guide only the first so many, the rest stays conditional (the published DiT and SiT guide 3 of their 4).
     process: needed by `rule`, which acts on what the network predicts; options are the rule's. interval: guide only at
-    times in [low, high], and save the second network call elsewhere (2404.07724).
-    """
+    times in [low, high], and save the second network call elsewhere (2404.07724)."""
     memory = {}
 
     def mixed(c, u):
@@ -685,15 +600,12 @@ def guided(cond, uncond, scale, channels=None, process=None, rule=None, interval
             return Denoised(mixed(c.x0, u.x0), mixed(c.eps, u.eps), c.variance)
         t = batch_time(t, xt)
         return process.from_prediction(mixed(*(process.target(d.x0, d.eps, t) for d in (c, u))), c.variance, xt, t)
-
     return denoise
-
 
 def clipped(denoise, process, limit=1.0, quantile=None, keep_eps=False):
     """x0 clipped to [-limit, limit], and the noise that this x0 implies (for pixels; latents have no such range).
     quantile: dynamic thresholding, 2205.11487: clip at that quantile of |x0|, between 1 and limit, and divide by it.
     keep_eps: as it was."""
-
     def clip(xt, t):
         d, t = denoise(xt, t), batch_time(t, xt)
         x0 = d.x0.clamp(-limit, limit)
@@ -702,19 +614,17 @@ def clipped(denoise, process, limit=1.0, quantile=None, keep_eps=False):
             x0 = d.x0.clamp(-q, q) / q
         if keep_eps:
             return d._replace(x0=x0)
-        implied = (xt - expand(process.alpha(t), xt) * x0) / expand(process.sigma(t), xt)
+        a, s = (expand(v, xt) for v in process.path(t))
+        implied = (xt - a * x0) / s
         return Denoised(x0, torch.where(d.x0 == x0, d.eps, implied), d.variance)
-
     return clip
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers
 # sampler(denoise, x, times, process, noise, **options) yields x after each step, len(times) - 1 of them. x starts as
 # noise, (B, C, H, W); times is process.times(steps); noise(shape) gives standard normal numbers. First the tools.
-
 # A grid point as plain numbers: its time, alpha, sigma, lambda = log(alpha/sigma), and c and p = sigma/c of the ODE.
 Level = namedtuple("Level", "t alpha sigma lam c p", defaults=(1.0, math.inf))
-
 
 def levels(process, times):
     """The grid as a list of `Level`; an alpha of rounding error is 0."""
@@ -726,22 +636,14 @@ def levels(process, times):
         out.append(Level(t, a, s, lam, c, s / c if c else math.inf))
     return out
 
+def steps(process, times): return list(pairwise(levels(process, times)))     # (i, j): a step goes from i to j
 
-def steps(process, times):
-    """The grid as pairs (i, j) of `Level`: each step goes from i to the cleaner j."""
-    return list(pairwise(levels(process, times)))
-
+def whole(process, t): return math.floor(t) if isinstance(process, Discrete) else t      # all that its network knows
 
 def at(process, t=None, lam=None, p=None):
     """The level at a time, a lambda or a p."""
     s = math.exp(-lam) if lam is not None else process.s_of_p(p) if p is not None else None
     return levels(process, double(t) if s is None else process.time(double(s)))[0]
-
-
-def whole(process, t):
-    """A network of a discrete chain knows whole steps only."""
-    return math.floor(t) if isinstance(process, Discrete) else t
-
 
 def mix(weights, tensors):
     """sum of w m over the pairs, skipping w = 0."""
@@ -751,19 +653,16 @@ def mix(weights, tensors):
         total = total.add_(m, alpha=w)
     return total
 
-
 def beneath(i, j, eta):
     """The level under j (same alpha) from which new noise leads up to j: sigma_up = eta sigma_j sqrt(1 - (s_j/s_i)^2),
     2010.02502, eq. 16. DDPM, DDIM with eta = 1, Euler ancestral and SDE-DPM-Solver++-1 are all this one step."""
     down = j.sigma * math.sqrt(max(0.0, 1 - eta**2 * (1 - (j.sigma * i.alpha / (j.alpha * i.sigma)) ** 2)))
     return Level(math.nan, j.alpha, down, math.log(j.alpha / down) if down else math.inf)
 
-
 def renoised(x, k, j, z):
     """From level k up to the noisier j by the forward process."""
     r = j.alpha / k.alpha
-    return r * x + math.sqrt(max(0.0, j.sigma**2 - (r * k.sigma) ** 2)) * z
-
+    return (r * x).add_(z, alpha=math.sqrt(max(0.0, j.sigma**2 - (r * k.sigma) ** 2)))
 
 def churned(process, x, i, n, noise, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
     """EDM's stochasticity, 2206.00364, algorithm 2: up to (1 + gamma) s_i with new noise before each of n steps."""
@@ -774,9 +673,7 @@ def churned(process, x, i, n, noise, s_churn=0.0, s_min=0.0, s_max=math.inf, s_n
     hat = at(process, lam=i.lam - math.log(1 + gamma)) if gamma else i
     return (renoised(x, i, hat, z), hat) if hat.sigma > i.sigma else (x, i)
 
-
 GAUSS = np.polynomial.legendre.leggauss(24)          # nodes and weights on [-1, 1]
-
 
 def lagrange_integrals(nodes, a, b, kernel=lambda u: 1.0):
     """Weights w_k = integral from a to b of kernel(u) L_k(u) du, L_k the Lagrange polynomials of the nodes: sum_k w_k
@@ -785,17 +682,13 @@ def lagrange_integrals(nodes, a, b, kernel=lambda u: 1.0):
     w = GAUSS[1] * (b - a) / 2 * kernel(u)
     return [float(w @ math.prod(((u - m) / (v - m) for m in nodes if m != v), start=1.0 + 0 * u)) for v in nodes]
 
-
 def exponential_step(x, i, j, nodes, form="x0", eta=0.0, slope="exact", published="", z=None):
     """The step i -> j of every solver that is exact in the linear part and takes the network's output m(lambda), x0 or
     eps, for a polynomial through `nodes` = [(lambda, m), ...], the first at i (DPM-Solver 2206.00927, ++ 2211.01095,
-    DEIS 2204.13902, UniPC 2302.04867, SA-Solver 2309.05019, whose eq. 14 this is, eta = tau^2: 0 ODE, 1 the SDE of
-    2211.01095).
-
-    slope: how two nodes extrapolate: "exact" (heun, DEIS), "half" (midpoint, bh2), "linear" (bh1, SA-Solver); all of
-    order 2. published: third order as in published code, which takes "half" of the second derivative (that is order 2
-    only), or, for sde-dpmsolver++, "sign": moreover -1/2 where +1/2 follows.
-    """
+    DEIS 2204.13902, UniPC 2302.04867, SA-Solver 2309.05019, whose eq. 14 this is; eta = tau^2: 0 ODE, 1 SDE).
+    slope: how two nodes extrapolate: "exact" (heun, DEIS), "half" (midpoint, bh2), "linear" (bh1, SA-Solver).
+    published: three nodes as in published code, with "half" of the second derivative (which is order 2 only), or, in
+    sde-dpmsolver++, "sign": moreover -1/2 where +1/2 follows ("flip": that alone, as its singlestep form has it)."""
     k, h = 1 + eta, j.lam - i.lam
     if form == "x0":
         keep, scale, rate = j.sigma / i.sigma * (math.exp(-eta * h) if eta else 1.0), k * j.alpha, -k
@@ -812,14 +705,13 @@ def exponential_step(x, i, j, nodes, form="x0", eta=0.0, slope="exact", publishe
             first = {"half": whole, "linear": scale * h}[slope] / 2
             w = [whole - first / u[1], first / u[1]]
         if len(w) == 3 and published:
-            second = -sum(w[n] * u[n] ** 2 for n in (1, 2)) / 2 - (scale / k if published == "sign" else 0)
+            half, flip = {"half": (0.5, 0), "sign": (0.5, 1), "flip": (0, 2)}[published]
+            second = -half * sum(w[n] * u[n] ** 2 for n in (1, 2)) - flip * scale / k
             w = [w[n] + second / math.prod(u[n] - v for v in u if v != u[n]) for n in range(3)]
     x = mix((keep, *w), (x, *outputs))
-    return x + up * z if up else x
+    return x.add_(z, alpha=up) if up else x
 
 # One network call a step.
-
-
 def ddpm(denoise, x, times, process, noise, variance="small"):
     """Ancestral sampling, 2006.11239, algorithm 2, on any sub-grid of times. variance: "small" = beta~, "large" = beta;
     a denoiser with learned variances overrules it. No noise in the last step."""
@@ -829,18 +721,15 @@ def ddpm(denoise, x, times, process, noise, variance="small"):
         if j.sigma:
             log_small, log_large = math.log(j.sigma**2 - k.sigma**2), math.log(process.kernel(i, j)[1])
             v = {"small": 0.0, "large": 1.0}[variance] if d.variance is None else d.variance
-            x = x + torch.as_tensor(0.5 * (v * log_large + (1 - v) * log_small), dtype=x.dtype).exp() * z
+            x = x.addcmul_(torch.as_tensor(0.5 * (v * log_large + (1 - v) * log_small), dtype=x.dtype).exp(), z)
         yield x
 
-
 def down_and_up(denoise, x, times, process, noise, eta=0.0, under=None, s_noise=1.0):
-    """Deterministically to a level k under j, then up to j with new noise; under(process, i, j, eta) says how far
-    down."""
+    """Deterministically to a level k under j, then up to j with new noise; under(process, i, j, eta) says which k."""
     for i, j in steps(process, times):
         d, k = denoise(x, i.t), under(process, i, j, eta) if under and eta and j.sigma else beneath(i, j, eta)
         x = mix((k.alpha, k.sigma), d)
         yield (x := renoised(x, k, j, s_noise * noise(x.shape)) if k.sigma < j.sigma else x)
-
 
 def ddim_inversion(denoise, x, times, process, noise):
     """DDIM run upwards, from an image x to its noise (2010.02502, section 5.4). The network is asked at the noisier end
@@ -849,10 +738,7 @@ def ddim_inversion(denoise, x, times, process, noise):
         d = denoise(x, j.t)
         yield (x := exponential_step(x, i, j, [(i.lam, d.eps)], "eps") if j.alpha else j.sigma * d.eps)
 
-# Several network calls a step: Runge-Kutta for y = x/c as a function of p = sigma/c, or (`time`) for x as a function of
-# t.
-
-
+# Several network calls a step: Runge-Kutta for y = x/c as a function of p = sigma/c, or (`time`) for x of t.
 RUNGE_KUTTA = {                                      # places of the further calls; from which slopes; final weights
     "euler": ((), (), (1,)),
     "heun": ((1,), ((1,),), (1 / 2, 1 / 2)),
@@ -860,16 +746,11 @@ RUNGE_KUTTA = {                                      # places of the further cal
     "rk4": ((1 / 2, 1 / 2, 1), ((1,), (0, 1), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
 }
 
-
-def velocity(process, d, t):
-    """dx/dt of the probability-flow ODE, alpha' x0 + sigma' eps."""
+def velocity(process, d, t):                         # dx/dt of the probability-flow ODE, alpha' x0 + sigma' eps
     return mix([v.item() for v in process.rates(double(t))[2:]], d[:2])
 
-
-def slope_of(process, d, i, time=False):
-    """dy/dp at level i: eps, or eps - x0 on a straight path; or dx/dt."""
+def slope_of(process, d, i, time=False):             # dy/dp at level i: eps, or eps - x0 on a straight path; or dx/dt
     return velocity(process, d, i.t) if time else d.eps - d.x0 if process.straight else d.eps
-
 
 def runge_kutta_step(denoise, process, x, i, j, d, method, even="p", time=False, euler_last=True):
     """One step i -> j, d = denoise(x, i.t) already known. even: intermediate levels lie evenly in p or in t. A step
@@ -888,13 +769,11 @@ def runge_kutta_step(denoise, process, x, i, j, d, method, even="p", time=False,
         slopes.append(slope_of(process, denoise(along(m, row), m.t), m, time))
     return along(j, weights)
 
-
 def runge_kutta(denoise, x, times, process, noise, method, time=False, euler_last=True, **churn):
     for i, j in steps(process, times):
         x, i = churned(process, x, i, len(times) - 1, noise, **churn)
         d, even = denoise(x, i.t), "t" if time else "p"
         yield (x := runge_kutta_step(denoise, process, x, i, j, d, method, even, time, euler_last))
-
 
 def half_lambda(denoise, x, times, process, noise, form, eta=0.0, noisy_middle=False, **churn):
     """The output half-way in lambda is used for the whole step: singlestep order 2 with r1 = 1/2."""
@@ -909,12 +788,10 @@ def half_lambda(denoise, x, times, process, noise, form, eta=0.0, noisy_middle=F
         x = exponential_step(x, i, k, [(i.lam, getattr(d, now))], now)
         yield (x := renoised(x, k, j, noise(x.shape)) if eta and j.sigma else x)
 
-
 def singlestep(denoise, x, times, process, noise, order=2, form="x0", eta=0.0, slope="paper", quadratic=False,
                published=""):
-    """DPM-Solver(++) singlestep, 2206.00927, algorithms 1-2: blocks of `order` grid points, each point reached from the
-    block's start with all outputs since (the third by a straight line through two of them, or with `quadratic` by all
-    three)."""
+    """DPM-Solver(++) singlestep, 2206.00927, algorithms 1-2: blocks of `order` grid points, each reached from the
+    block's start with all outputs since (the third by a line through two of them, or, `quadratic`, by all three)."""
     grid = levels(process, times)
     sizes = [min(order, len(grid) - 1 - k) for k in range(0, len(grid) - 1, order)]
     if sizes[-1] > 1 and not grid[-1].sigma:         # one step into the clean image
@@ -928,8 +805,6 @@ def singlestep(denoise, x, times, process, noise, order=2, form="x0", eta=0.0, s
             yield (x := exponential_step(start, i, j, used, now, eta, how, published, noise(x.shape) if eta else None))
 
 # One network call a step, with memory of earlier ones.
-
-
 def adams(denoise, x, times, process, noise, order=4, coordinate="index", warm_up=None):
     """Adams-Bashforth on the slopes dy/dp, extrapolated by polynomials in p, or in the step's index as if steps were
     even. warm_up: a Runge-Kutta method for the first order - 1 steps ("rk4"), or for the first one ("heun")."""
@@ -948,16 +823,12 @@ def adams(denoise, x, times, process, noise, order=4, coordinate="index", warm_u
             x = mix((j.c / i.c, *(j.c * scale * v for v in w)), (x, *slopes))
         yield x
 
-
 def multistep(denoise, x, times, process, noise, order=2, corrector=0, form="x0", tau=0.0, slope="half", published="",
               lower_final=None, uncorrected=()):
-    """The exponential multistep family, of which DPM-Solver(++), DEIS, UniPC and SA-Solver are instances (see
-    `exponential_step`).
-
+    """The multistep family of `exponential_step`: DPM-Solver(++), DEIS, UniPC and SA-Solver are instances.
     order: outputs used (one number, or one a step). corrector: outputs used, the new one among them, to redo each step
     once the network has seen its end, at no further call; uncorrected: steps without. tau: of the SDE, a number or a
-    function of t. lower_final: lower the order towards the end (None: in fewer than 15 steps).
-    """
+    function of t. lower_final: lower the order towards the end (None: in fewer than 15 steps)."""
     grid, nodes, redo = steps(process, times), [], None
     lower_final = len(grid) < 15 if lower_final is None else lower_final
     for n, (i, j) in enumerate(grid):
@@ -975,21 +846,16 @@ def multistep(denoise, x, times, process, noise, order=2, corrector=0, form="x0"
         size = min(order if isinstance(order, int) else order[n], left)
         yield (x := exponential_step(x, i, j, nodes[:size], **options))
 
-
 def unipc(denoise, x, times, process, noise, order=2, form="x0", bh="bh2", **options):
     """UniPC, 2302.04867: the multistep predictor, and a corrector one order higher that costs no network call."""
     slope = choose({"bh1": "linear", "bh2": "half"}, bh, "B(h)")
     options = {"corrector": order + 1, "lower_final": True, **options}
     yield from multistep(denoise, x, times, process, noise, order, form=form, slope=slope, **options)
 
-
 def sa_solver(denoise, x, times, process, noise, order=2, corrector=2, tau=1.0, form="x0", lower_final=True):
     """SA-Solver, 2309.05019: stochastic Adams predictor and corrector for an SDE whose noise tau(t) is a choice."""
     slope = "linear" if form == "x0" else "exact"
     yield from multistep(denoise, x, times, process, noise, order, corrector, form, tau, slope, lower_final=lower_final)
-
-# Stochastic differential equations in time.
-
 
 DIFFUSIONS: dict[str, Callable] = {                  # w(t) of SiT's SDE, 2401.08740, section 3.4; n its `norm`
     "sigma": lambda process, i, n: n * i.sigma, "linear": lambda process, i, n: n * i.t,
@@ -998,32 +864,26 @@ DIFFUSIONS: dict[str, Callable] = {                  # w(t) of SiT's SDE, 2401.0
     "increasing-decreasing": lambda process, i, n: n * math.sin(math.pi * i.t) ** 2,
 }
 
-
 def sit_sde(denoise, x, times, process, noise, diffusion="sigma", norm=1.0, method="euler", last="mean"):
     """SiT's SDE sampler, 2401.08740: drift velocity - w score, noise sqrt(2 w dt), any diffusion w(t) >= 0 (half the
-    paper's). last: the step into the clean image: "mean" (the drift alone), "tweedie" (x0), "ode" (the velocity
-    alone)."""
+    paper's). last: into the clean image by "mean" (the drift alone), "tweedie" (x0) or "ode" (the velocity alone)."""
     w, (*grid, (i, j)) = choose(DIFFUSIONS, diffusion, "diffusion"), steps(process, times)
-
     def drift(x, i, score=1.0):                      # towards the data
         d = denoise(x, i.t)
         return d.x0, -velocity(process, d, i.t) - score * w(process, i, norm) / i.sigma * d.eps
-
     for a, b in grid:
         dt = a.t - b.t
         x_hat = x + math.sqrt(2 * w(process, a, norm) * dt) * noise(x.shape)
         k1 = drift(x if method == "euler" else x_hat, a)[1]
-        k2 = k1 if method == "euler" else drift(x_hat + dt * k1, b)[1]
-        yield (x := x_hat + dt / 2 * (k1 + k2))
+        k = k1 if method == "euler" else (k1 + drift(x_hat + dt * k1, b)[1]) / 2
+        yield (x := x_hat + dt * k)
     x0, k1 = drift(x, i, score=float(last != "ode"))
     yield x0 if last == "tweedie" else x + (i.t - j.t) * k1
-
 
 def predictor_corrector(denoise, x, times, process, noise, predictor="reverse", corrector="langevin", corrections=1,
                         snr=0.16):
     """Predictor-corrector sampling of the reverse SDE, 2011.13456, algorithms 1-5. predictor: "reverse" (diffusion),
-    "ancestral", "euler" (Euler-Maruyama), the last without noise. corrector: "langevin" (`corrections` steps before
-    each), "ald", None."""
+    "ancestral", "euler" (Euler-Maruyama), at last without noise. corrector, `corrections` times: "langevin", "ald"."""
     score = lambda x, i: -denoise(x, i.t).eps / i.sigma
     length = lambda v: v.flatten(1).norm(dim=1).mean()           # over the batch, as published
     for i, j in (grid := steps(process, times)):
@@ -1038,11 +898,9 @@ def predictor_corrector(denoise, x, times, process, noise, predictor="reverse", 
             x = x + math.sqrt(g2 * (1 - g2 / i.sigma**2 if predictor == "ancestral" and process.exploding else 1)) * z
         yield x
 
-
 def lcm(denoise, x, times, process, noise, scaling=10.0, s_min=0.0):
     """Latent consistency models, 2310.04378, algorithm 3: x0, mixed with x by the boundary condition, then noise again.
-    scaling: of its time; None: no such condition (consistency models, 2303.01469, algorithm 1: new noise on a floor
-    s_min)."""
+    scaling: of its time; None: no such condition (consistency models, 2303.01469, algorithm 1: noise above s_min)."""
     for i, j in steps(process, times):
         x0 = denoise(x, i.t).x0
         if scaling is not None:
@@ -1061,7 +919,6 @@ DORMAND_PRINCE = (                                   # places, rows, and the dif
     (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
 )
 
-
 def dormand_prince(f, y, t, end, rtol=1e-5, atol=1e-5):
     """dy/dt = f(t, y) from t to end by the adaptive Runge-Kutta method of order 5(4) (RK45, dopri5)."""
     h, slopes, (places, rows, difference) = (end - t) / 100, [f(t, y)], DORMAND_PRINCE
@@ -1070,12 +927,10 @@ def dormand_prince(f, y, t, end, rtol=1e-5, atol=1e-5):
         for place, row in zip(places, rows):
             new = y + h * mix(row, slopes)
             slopes.append(f(t + place * h, new))
-        error = h * mix(difference, slopes) / (atol + rtol * torch.maximum(y.abs(), new.abs()))
-        error = error.pow(2).mean().sqrt().item()
+        error = (h * mix(difference, slopes) / (atol + rtol * torch.maximum(y.abs(), new.abs()))).pow(2).mean().sqrt()
         t, y, slopes = (t + h, new, slopes[-1:]) if error < 1 else (t, y, slopes[:1])
-        h *= min(10.0, max(0.2, 0.9 * max(error, 1e-10) ** -0.2))
+        h *= min(10.0, max(0.2, 0.9 * max(error.item(), 1e-10) ** -0.2))
     return y
-
 
 def rk45(denoise, x, times, process, noise, rtol=1e-5, atol=1e-5):
     """The probability-flow ODE by an adaptive Runge-Kutta method of order 5(4), 2011.13456, section 4.3."""
@@ -1084,12 +939,10 @@ def rk45(denoise, x, times, process, noise, rtol=1e-5, atol=1e-5):
         x = dormand_prince(slope, x, i.t, j.t if j.sigma else process.t_least, rtol, atol)
         yield (x := x if j.sigma else denoise(x, process.t_least).x0)
 
-
 def log_likelihood(process, denoise, x0, probe=None, rtol=1e-5, atol=1e-5):
     """log p(x0), (B,) in nats, and the latent z: the probability-flow ODE with its divergence, 2011.13456, eq. 39.
     probe: random signs like x0 (Hutchinson's estimate); None: the exact divergence, D backward passes. Bits per
     dimension of 8-bit data in [-1, 1]: -log p/(D ln 2) + 7."""
-
     def f(t, y):
         with torch.enable_grad():
             x = y[:, :-1].reshape(x0.shape).detach().requires_grad_()
@@ -1098,22 +951,16 @@ def log_likelihood(process, denoise, x0, probe=None, rtol=1e-5, atol=1e-5):
             divergence = ((back(v * probe) * probe.flatten(1)).sum(1) if probe is not None else
                           sum(back(column)[:, k] for k, column in enumerate(v.flatten(1).unbind(1))))
         return torch.cat([v.detach().flatten(1), divergence[:, None]], 1)
-
     y = torch.cat([x0.flatten(1), x0.new_zeros(len(x0), 1)], 1)
     y = dormand_prince(f, y, process.t_least, process.t_noisy, rtol, atol)
     z, std = y[:, :-1], process.sigma(double(process.t_noisy)).item()
     return y[:, -1] - 0.5 * (z**2 / std**2 + math.log(2 * math.pi * std**2)).sum(1), z.reshape(x0.shape)
 
-
 def instance(rule, line, **fixed):
     """A sampler that is `rule` with some options fixed (as defaults); line: what it is."""
-
-    def sampler(denoise, x, times, process, noise, **options):
-        yield from rule(denoise, x, times, process, noise, **{**fixed, **options})
-
+    sampler = partial(rule, **fixed)
     sampler.__doc__ = line
     return sampler
-
 
 SAMPLERS: dict[str, Callable] = {
     "ddpm": ddpm, "ddim-inversion": ddim_inversion,
@@ -1151,26 +998,3 @@ SAMPLERS: dict[str, Callable] = {
     "deis": instance(multistep, "DEIS, 2204.13902: eps a polynomial in log rho", order=3, form="eps", slope="exact"),
     "unipc": unipc, "sa-solver": sa_solver, "sit-sde": sit_sde, "pc": predictor_corrector, "lcm": lcm,
 }
-
-
-def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
-             clip=True, noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
-             **options) -> Iterator[torch.Tensor]:
-    """Sample: yields the images after each step, starting from standard normal x (B, C, H, W), without gradients.
-
-    y, null: the condition and the null condition that guidance moves away from (both as the model takes them); rule:
-    how, a name in `GUIDANCE`; interval: only at those times. grid, last: see `Process.times`. clip: keep x0 in [-1, 1]
-    (pixels), quantile: by dynamic thresholding. options go to the sampler.
-    """
-    draw, make = choose(SAMPLERS, sampler, "sampler"), choose(GUIDANCE, rule, "guidance")
-    denoise = process.denoiser(model, y)
-    if guidance != 1 and null is not None:
-        denoise = guided(denoise, process.denoiser(model, null), guidance, guide_channels, process,
-                         None if rule == "cfg" else make, interval)
-    if clip:
-        denoise = clipped(denoise, process, quantile=quantile)
-    times = process.times(steps, grid, last)
-    if process.exploding and draw is not ddim_inversion:
-        x = x * process.sigma(times[:1]).item()
-    with torch.no_grad():
-        yield from draw(denoise, x, times, process, noise, **options)

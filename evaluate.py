@@ -2,6 +2,7 @@
 
     python evaluate.py score runs/shapes-unet-pico      how good a run's samples are, beside real images
     python evaluate.py samplers runs/shapes-unet-pico   what each sampler makes of 5, 10, 20, 50 steps
+    python evaluate.py likelihood runs/my-run           bits per dimension of held-out images
     python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
 """
 
@@ -21,6 +22,7 @@ import diffusion
 import figures
 import objectives
 import runs
+from layers import pair
 from metrics import Classifier, frechet_distance
 from models import MODELS, cost, create_model
 
@@ -57,7 +59,7 @@ def classifier(config, device, steps):
 
 def load_data(config, split, device="cpu"):
     """The run's dataset, no flips."""
-    return data.load(config["data"], config["data_dir"], config["image_size"], split, device, flip=False,
+    return data.load(config["data"], config["data_dir"], pair(config["image_size"])[-1], split, device, flip=False,
                      download=config["download"], bad_images=config["bad_images"])
 
 
@@ -153,6 +155,34 @@ def samplers(args):
     title = f"{args.run}: what each sampler makes of its steps"
     figures.save(figures.curves(lines, title, "steps", "Frechet distance"), path)
     print(f"picture: {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------- likelihood
+
+
+def likelihood(args):
+    """Bits per dimension of held-out images: of a chain the variational bound, else the probability-flow ODE."""
+    device = runs.device(args.device)
+    config, objective = runs.open_run(args.run, device, args.weights)
+    held_out, process, generator = load_data(config, "test", device), objective.process, objectives.seeded(args.seed)
+    noise = lambda shape: torch.randn(shape, generator=generator).to(device)
+    chain, bits = isinstance(process, diffusion.Discrete), []
+    for rows in tqdm(torch.arange(min(args.n, len(held_out))).split(args.batch), desc="images", unit=" batches"):
+        x, y = held_out.gather(rows)
+        denoise = process.denoiser(objective.model, y if config["num_classes"] else None)
+        if chain:
+            with torch.no_grad():
+                times = process.times(args.steps) if args.steps else None
+                bits.append(process.bits_per_dim(denoise, x, noise, times)["total"])
+        else:
+            level = ((x + 1) * 127.5).round() + torch.rand(x.shape, generator=generator).to(device)   # dequantised
+            signs = noise(x.shape).sign()
+            log_p, _ = diffusion.log_likelihood(process, denoise, level / 128 - 1, signs, args.tolerance,
+                                                args.tolerance)
+            bits.append(7 - log_p / (x[0].numel() * math.log(2)))
+    bits = torch.cat(bits)
+    print(f"{bits.mean():.3f} bits per dimension (+- {bits.std() / len(bits) ** 0.5:.3f}) on {len(bits)} held-out "
+          f"images: {'the variational bound' if chain else 'the ODE, with a random estimate of its divergence'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- speed
@@ -258,6 +288,14 @@ def flags():
                    help="comma separated (default: %(default)s), or all: " + ", ".join(diffusion.SAMPLERS))
     s.add_argument("--steps", type=runs.wholes, default=[5, 10, 20, 50], metavar="N,N,...", help="default: 5,10,20,50")
     s.add_argument("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
+    drawing_flags(s)
+
+    s = commands.add_parser("likelihood", help="bits per dimension of held-out images: a chain's bound, or by the ODE")
+    s.set_defaults(function=likelihood)
+    s.add_argument("run", help="folder of a run, or a checkpoint file in it")
+    s.add_argument("--n", type=runs.positive, default=64, help="images (default: %(default)s)")
+    s.add_argument("--steps", type=runs.positive, help="of a chain: a sub-grid of so many steps (default: all)")
+    s.add_argument("--tolerance", type=float, default=1e-3, help="of the adaptive solver (default: %(default)s)")
     drawing_flags(s)
 
     s = commands.add_parser("speed", help="parameters, MACs, time of forward and training step, peak memory")

@@ -125,6 +125,12 @@ class DiT(nn.Module):
         x = self.final_layer(x, c)                                  # (B, N, p*p*C_out)
         return unpatchify(x, self.grid, self.patch_size)            # (B, C_out, H, W)
 
+    def resize(self, image_size):
+        """From now on images of another size: the position table is interpolated bicubically."""
+        table = self.pos_embed.data.mT.unflatten(2, self.grid)      # (1, D, rows, columns)
+        self.grid = patch_grid(image_size, self.patch_size)
+        self.pos_embed.data = F.interpolate(table, self.grid, mode="bicubic").flatten(2).mT
+
 
 def patch_grid(image_size, patch_size):
     """(rows, columns) of patches; ValueError if the patch does not divide the image."""
@@ -369,18 +375,18 @@ class FiT(nn.Module):
 
     swiglu: False for a GELU MLP. qk_norm: True, False, or "gain" (with a weight). lora_dim: r; 0: each block has its
     own whole modulation. image_size: int or (H, W), whose number of tokens is L^2, L the trained length of an axis.
-    rope: a name in `layers.ROPE`, also after "vision-"; may be set on the model at any time, and so may extent, the
-    (h, w) that the scaling is for (None: of each image its own), and time_shift a, which tells the network
-    a t/(1 + (a - 1) t) for t in [0, 1]. The published FiTv2 is told t in [0, 1] from noise to data.
+    trained: another L. rope: a name in `layers.ROPE`, also after "vision-"; may be set on the model at any time, and so
+    may extent, the (h, w) that the scaling is for (None: of each image its own), and time_shift a, which tells the
+    network a t/(1 + (a - 1) t) for t in [0, 1]. The published FiTv2 is told t in [0, 1] from noise to data.
     """
     ropes = [prefix + name for prefix in ("", "vision-") for name in ROPE]
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=36, num_heads=16,
                  mlp_ratio=8 / 3, num_classes=1000, learn_sigma=False, null_class=True, swiglu=True, qk_norm=True,
-                 lora_dim=0, rope="direct", theta=10000.0, extent=None, time_shift=1.0):
+                 lora_dim=0, rope="direct", trained=None, theta=10000.0, extent=None, time_shift=1.0):
         super().__init__()
         self.patch_size, self.head_dim = patch_size, hidden_size // num_heads
-        self.trained = math.prod(patch_grid(image_size, patch_size)) ** 0.5
+        self.trained = trained or math.prod(patch_grid(image_size, patch_size)) ** 0.5
         self.rope, self.theta, self.extent, self.time_shift = rope, theta, extent, time_shift
         self.x_embedder = nn.ModuleDict({"proj": nn.Linear(in_channels * patch_size**2, hidden_size)})
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -437,6 +443,11 @@ class FiT(nn.Module):
         z = z if padding is None else padding.padded(z)
         z = z if sizes is None else put_back(z, place, h * w)                       # (B, h w, C_out p p)
         return F.pixel_shuffle(z.mT.unflatten(2, (h, w)), p)                        # (B, C_out, H, W)
+
+    @staticmethod
+    def post_trains(name):
+        """Whether post-training for a higher resolution changes this parameter: 14% of FiTv2-XL/2. 2410.13925, 3.4."""
+        return name.startswith(("x_embedder", "final_layer")) or name.endswith("bias") or "adaLN" in name
 
 
 # ============================================================================================================= Flag-DiT

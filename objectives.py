@@ -1,4 +1,4 @@
-"""What `train.py` trains: objectives, and the random numbers that they are given.
+"""What `train.py` trains: objectives; how they draw images; the random numbers that both are given.
 
 An objective is a module with two methods: `loss(batch) -> scalars by name, "loss" among them`, and
 `preview(n, generator) -> images`. Training and sampling know nothing else of it.
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion import generate
+from diffusion import GUIDANCE, SAMPLERS, choose, clipped, ddim_inversion, guided
 from layers import Text, canvas
 
 
@@ -45,6 +45,31 @@ class StepNoise:
 
     def normal(self, shape):
         return torch.randn(self.total, *shape[1:], generator=self.generator, device=self.device)[self.rows]
+
+
+def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
+             clip=True, noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
+             weak=None, **options) -> Iterator[torch.Tensor]:
+    """Sample: yields the images after each step, starting from standard normal x (B, C, H, W), without gradients.
+
+    y, null: the condition and the null condition that guidance moves away from (both as the model takes them); rule:
+    how, a name in `GUIDANCE`; interval: only at those times; weak: another objective to move away from instead of the
+    null condition (autoguidance, 2406.02507). grid, last: see `Process.times`. clip: keep x0 in [-1, 1]
+    (pixels), quantile: by dynamic thresholding. options go to the sampler.
+    """
+    draw, make = choose(SAMPLERS, sampler, "sampler"), choose(GUIDANCE, rule, "guidance")
+    denoise = process.denoiser(model, y)
+    if guidance != 1 and (weak or null is not None):
+        other = weak.process.denoiser(weak.model, y) if weak else process.denoiser(model, null)
+        denoise = guided(denoise, other, guidance, guide_channels, process,
+                         None if rule == "cfg" else make, interval)
+    if clip:
+        denoise = clipped(denoise, process, quantile=quantile)
+    times = process.times(steps, grid, last)
+    if process.exploding and draw is not ddim_inversion:
+        x = x * process.sigma(times[:1]).item()
+    with torch.no_grad():
+        yield from draw(denoise, x, times, process, noise, **options)
 
 
 class Diffusion(nn.Module):
@@ -127,6 +152,6 @@ class Diffusion(nn.Module):
         """n images (n, C, H, W) in [-1, 1]; all randomness comes from `generator` (on the CPU)."""
         device = next(self.model.parameters()).device
         noise = lambda shape: torch.randn(shape, generator=generator).to(device)
-        for x in self.trajectory(noise((n, *self.shape)), self.labels(n, device), noise=noise):
+        for x in self.trajectory(noise((n, *self.shape)), self.labels(n, device), noise=noise):  # noqa: B007
             pass
         return x.clamp(-1, 1)

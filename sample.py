@@ -36,6 +36,8 @@ def flags():
     runs.sampling_flags(p)
     p.add_argument("--sampler-options", type=runs.options, default={}, metavar="NAME=VALUE,...",
                    help="the sampler's own options, for example eta=0.5 or order=3")
+    p.add_argument("--weak", metavar="RUN", help="autoguidance: guide away from what this run says (a smaller or less "
+                   "trained model of the same data) instead of from the null label")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument("--batch", type=runs.positive, default=64, help="images drawn at once (default: %(default)s)")
     p.add_argument("--out", help="FILE.png: a grid (default: sample.png in the run's folder); FILE.npz: arr_0 uint8 "
@@ -148,7 +150,13 @@ def sample():
         raise ValueError(f"--prompt {args.prompt[0]}: this model reads no text")
     else:
         labels = choose_labels(args.classes, classes, objective.num_classes, args.n)
+    runs.extrapolate(objective, args.size, args.rope)
     options = runs.sampling_options(args) | args.sampler_options
+    if args.weak:
+        weak = runs.open_run(args.weak, device, args.weights)[1]
+        if (weak.shape, weak.num_classes) != (objective.shape, objective.num_classes):
+            raise ValueError(f"--weak {args.weak}: its images or classes are not those of {args.run}")
+        options["weak"] = weak
 
     frames = [] if args.film else None
     batches = runs.draw(objective, labels, args.n, args.seed, args.batch, device, frames=frames, **options)

@@ -65,6 +65,9 @@ def flags():
           ("--data", "shapes", "dataset: " + ", ".join(data.DATASETS), word),
           ("--data-dir", "data", "folder that holds the dataset's files", folder),
           ("--image-size", None, "side in pixels (default: the dataset's own)", whole),
+          ("--aspect", "square", "of shapes and folder, for models of any size: square; keep: every image in its own "
+           "ratio, of at most image-size x image-size pixels (FiT); mixed: half of the large ones as squares (FiTv2)",
+           {"choices": ["square", "keep", "mixed"]}),
           ("--flip", None, "random horizontal flips (default: yes for photographs)", either),
           ("--download", True, "fetch CIFAR from its home page if it is not there", either),
           ("--bad-images", "error", "what to do about broken files of --data folder: error or skip",
@@ -77,7 +80,10 @@ def flags():
     group("model",
           ("--model", "unet-pico", "name of a model, see --list", word),
           ("--model-options", {}, "change its preset, for example depth=4,hidden_size=96",
-           {"type": runs.options, "metavar": "NAME=VALUE,..."}))
+           {"type": runs.options, "metavar": "NAME=VALUE,..."}),
+          ("--post-train", None, "go on from a FiT run's averaged weights at a larger --image-size: only patch "
+           "embedding, read-out, biases and modulations learn, positions scale by vision-ntk (FiTv2)",
+           {"metavar": "RUN"}))
     group("diffusion",
           ("--process", "flow", "path from data to noise: " + ", ".join(diffusion.PROCESSES), word),
           ("--prediction", "x0", "what the network predicts: " + ", ".join(diffusion.PREDICTIONS)
@@ -88,6 +94,9 @@ def flags():
            + ", ".join(diffusion.DENSITIES), word),
           ("--shift", 1.0, "multiplies sigma/alpha at every time: above 1 for larger images"),
           ("--learned-variance", False, "learn the variances of a chain's steps too (DiT's hybrid loss)", switch),
+          ("--objective", None, "of a chain: hybrid (the simple loss; with learned variances also the bound's term), "
+           "rescaled (that term times T/1000), vlb (the bound), kl (one term of it) (default: hybrid)",
+           {"choices": list(diffusion.OBJECTIVES)}),
           ("--label-drop", 0.1, "share of labels or captions replaced by the null one, which guidance needs"))
     group("optimisation",
           ("--batch", 32, "images a step, over all GPUs and micro-batches together", whole),
@@ -117,6 +126,12 @@ def flags():
     return p
 
 
+def one_line(entry):
+    """What `--list` prints for a registry's entry: its line, or the first sentence of a function's docstring."""
+    text = entry.__doc__ if callable(entry) else entry if isinstance(entry, str) else entry[-1]
+    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
 def print_list():
     """Everything there is to choose from, one line each."""
     print("models (parameters and multiply-accumulates at 32x32x3 with 10 classes)")
@@ -125,14 +140,13 @@ def print_list():
             model = create_model(name)
         parameters, macs = cost(model, (3, 32, 32))
         print(f"  {name:18} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs")
-    line = lambda v: v if isinstance(v, str) else diffusion.one_line(v) if callable(v) else v[-1]
     for title, entries in {"datasets": data.DATASETS, "processes": diffusion.PROCESSES,
                            "predictions": diffusion.PREDICTIONS, "weightings": diffusion.WEIGHTINGS,
                            "densities of the training times": diffusion.DENSITIES, "samplers": diffusion.SAMPLERS,
                            "grids of sampling times": diffusion.GRIDS, "guidance rules": diffusion.GUIDANCE}.items():
         print(title)
         for name, entry in entries.items():
-            print(f"  {name:18} {line(entry)}")
+            print(f"  {name:18} {one_line(entry)}")
 
 
 def parse():
@@ -206,15 +220,17 @@ def train():
     # Data. With several processes the first loads (downloads, converts) alone, then the others.
     if world > 1 and rank > 0:
         dist.barrier()
+    origin = runs.post_trained(config) if config["post_train"] and not checkpoint else None
     dataset = data.load(config["data"], config["data_dir"], config["image_size"], "train", device, config["flip"],
-                        config["download"], config["bad_images"])
+                        config["download"], config["bad_images"], config["aspect"], runs.stride(config))
     if world > 1 and rank == 0:
         dist.barrier()
     if config["subset"]:
         dataset = dataset.subset(config["subset"])
     text = runs.takes_text(config)
     classes = [] if config["unconditional"] or text else list(dataset.classes)
-    config |= {"image_size": dataset.images.shape[-1], "in_channels": dataset.images.shape[1], "classes": classes,
+    channels, *sides = dataset.shape
+    config |= {"image_size": sides[0] if sides == 2 * sides[:1] else sides, "in_channels": channels, "classes": classes,
                "num_classes": len(classes), "data_size": len(dataset), "flip": dataset.flip}
     if text:
         runs.add_text(config, dataset)
@@ -227,6 +243,11 @@ def train():
     objective = runs.build(config).to(device)
     if config["text"] == "npz" and text:
         objective.examples = dataset.condition(torch.arange(min(8, len(dataset)))).to("cpu")
+    if origin:
+        runs.load_weights(objective, origin, config["post_train"])
+    if config["post_train"]:
+        for name, weight in objective.model.named_parameters():
+            weight.requires_grad_(objective.model.post_trains(name))
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     weights = [p for p in objective.parameters() if p.requires_grad]
     averages = [e for e, p in zip(ema.parameters(), objective.parameters()) if p.requires_grad]
@@ -249,7 +270,7 @@ def train():
         parameters, macs = cost(objective.model, objective.shape)
         kinds = "captions" if text else f"{len(classes)} classes"
         print(f"{config['model']}: {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs an image | "
-              f"{config['data']}: {len(dataset):,} images, {config['image_size']}x{config['image_size']}, "
+              f"{config['data']}: {len(dataset):,} {dataset.kind}, {'x'.join(map(str, sides))}, "
               f"{kinds} | {world} x {device.type}, {'bf16' if bf16 else 'fp32'} | "
               f"{folder}{f', from step {first:,}' if first else ''}")
         held = runs.lock(folder)  # noqa: F841 (it holds as long as this variable lives)

@@ -1010,14 +1010,13 @@ class Plan:
     def rule_singlestep(self):
         form, eta, slope = self.solver(self.c)
         quadratic = self.c["solver_type"] == "heun"
-        if quadratic and self.c["solver_order"] == 3 and eta:
-            raise NotImplementedError("sde singlestep of order 3, heun")
         self.options = {
             "order": self.c["solver_order"],
             "form": form,
             "eta": eta,
             "slope": slope,
             "quadratic": quadratic,
+            "published": "flip" if quadratic and eta else "",
         }
 
     def rule_deis(self):
@@ -1182,13 +1181,29 @@ RENAMED = {
 }
 
 
-def fast_grid(high, low, n):
-    """dpm_fast's grid: blocks of 3 calls and a last one of 2 or 1, all equally long in log sigma."""
+def fast_blocks(high, low, n):
+    """dpm_fast's blocks of 3 calls and a last one of 2 or 1, all equally long in log sigma: (calls, log sigma at the
+    start, at the end)."""
     blocks = n // 3 + 1
     sizes = [3] * (blocks - 2) + [2, 1] if n % 3 == 0 else [3] * (blocks - 1) + [n % 3]
-    ends = torch.linspace(math.log(high), math.log(low), blocks + 1, dtype=torch.float64)
-    inner = [ends[b] + k / size * (ends[b + 1] - ends[b]) for b, size in enumerate(sizes) for k in range(size)]
-    return torch.stack([*inner, ends[-1]]).exp()
+    ends = torch.linspace(math.log(high), math.log(low), blocks + 1, dtype=torch.float64).tolist()
+    return list(zip(sizes, ends, ends[1:]))
+
+
+def fast_grid(high, low, n):
+    blocks = fast_blocks(high, low, n)
+    inner = [a + k / size * (b - a) for size, a, b in blocks for k in range(size)]
+    return torch.tensor([*inner, blocks[-1][2]], dtype=torch.float64).exp()
+
+
+def ancestral_fast(denoise, x, times, process, noise, n, eta):
+    """dpm_fast with noise: each block goes down to the level under its end (never under the last level), then up."""
+    for size, a, b in fast_blocks(*times.tolist(), n):
+        i, j = (D.at(process, lam=-v) for v in (a, b))
+        k = D.at(process, lam=min(D.beneath(i, j, eta).lam, -math.log(times[-1])))
+        lams = torch.linspace(i.lam, k.lam, size + 1, dtype=torch.float64)
+        *_, x = D.SAMPLERS["dpm-solver"](denoise, x, process.time(torch.exp(-lams)), process, noise, order=size)
+        yield (x := D.renoised(x, k, j, noise(x.shape)))
 
 
 def adaptive(denoise, x, times, process, noise, eta=0.0, rtol=0.05, atol=0.0078, h=0.05):
@@ -1235,12 +1250,14 @@ def run_kdiffusion(report, name, options, tol):
         low, high = map(float, sig.split(","))
         times = fast_grid(high, low, n) if n else torch.tensor([high, low], dtype=torch.float64)
         if fn == "sample_dpm_fast" and kwargs.get("eta"):
-            raise NotImplementedError(f"{name}: dpm_fast with eta")
+            sampler, times = "fast", times[[0, -1]]
+            kwargs["n"] = n
     else:
         times = torch.tensor(sig, dtype=torch.float64)
     watch = Watched(case, process)
     start = case.inputs["x_T"].double() * times[0]
-    *_, x = D.SAMPLERS.get(sampler, adaptive)(watch, start, times, process, pool(case, None, s_noise), **kwargs)
+    run = {**D.SAMPLERS, "adaptive": adaptive, "fast": ancestral_fast}[sampler]
+    *_, x = run(watch, start, times, process, pool(case, None, s_noise), **kwargs)
     report.same(f"x:{name}", x, tol)
     slack = 10 if "adaptive" in fn else 1            # the library's adaptive solver keeps its time in float32
     report.same(f"net_x:{name}", torch.stack(watch.x), slack * tol)
@@ -1283,8 +1300,6 @@ def run_edm(report, name, options, tol):
     watch = Watched(case, process, ve=True)
     start = case.inputs["x_T"].double() * process.sigma(times[0])
     time = schedule != "linear"                       # these solve in EDM's t, where sigma(t) is not t
-    if time and churn.get("s_churn"):
-        raise NotImplementedError(f"{name}: churn with schedule {schedule}")
     *_, x = D.runge_kutta(watch, start, times, process, pool(case), method, time, **churn)
     report.same(f"x:{name}", x, tol)
     report.same(f"net_x:{name}", torch.stack(watch.x), tol)
@@ -1405,6 +1420,41 @@ SIT = {"Linear": D.RectifiedFlow, "GVP": D.GVP, "VP": D.VP}
 THREE_EIGHTHS = ((1 / 3, 2 / 3, 1), ((1,), (-1 / 2, 3 / 2), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8))
 
 
+def torchdiffeq_dopri5(f, y, times, rtol=1e-3, atol=1e-6):
+    """Our Dormand-Prince rows under torchdiffeq's step control: its first step, its error estimate, steps that do not
+    stop at the output times, and a quartic through the middle of a step that gives the states there."""
+    places, rows, _ = D.DORMAND_PRINCE
+    fourth = (1951 / 21600, 0, 22642 / 50085, 451 / 720, -12231 / 42400, 649 / 6300, 1 / 60)
+    difference = [a - b for a, b in zip((*rows[-1], 0), fourth)]
+    middle = [v / 2 for v in (6025192743 / 30085553152, 0, 51252292925 / 65400821598, -2691868925 / 45128329728,
+                              187940372067 / 1594534317056, -1776094331 / 19743644256, 11237099 / 235043384)]
+    rms = lambda v: v.pow(2).mean().sqrt().item()
+    t, k, states, fit = times[0], f(times[0], y), [y], None
+    scale = atol + y.abs() * rtol
+    d0, d1 = rms(y / scale), rms(k / scale)
+    first = 1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1
+    d2 = rms((f(t + first, y + first * k) - k) / scale) / first
+    h = min(100 * first, (0.01 / max(d1, d2)) ** 0.2)
+    for end in times[1:]:
+        while t < end:
+            slopes = [k]
+            for place, row in zip(places, rows):
+                new = y + h * D.mix(row, slopes)
+                slopes.append(f(t + place * h, new))
+            error = rms(h * D.mix(difference, slopes) / (atol + rtol * torch.maximum(y.abs(), new.abs())))
+            factor = min(10.0, max(0.9 / error**0.2, 1.0 if error < 1 else 0.2))
+            if error <= 1:
+                fit = t, h, y, new, y + h * D.mix(middle, slopes), h * k, h * slopes[-1]
+                t, y, k = t + h, new, slopes[-1]
+            h *= factor
+        start, length, y0, y1, ym, k0, k1 = fit
+        u = (end - start) / length
+        quartic = (2 * (k1 - k0) - 8 * (y1 + y0) + 16 * ym, 5 * k0 - 3 * k1 + 18 * y0 + 14 * y1 - 32 * ym,
+                   k1 - 4 * k0 - 11 * y0 - 5 * y1 + 16 * ym, k0, y0)
+        states.append(sum(c * u ** (4 - n) for n, c in enumerate(quartic)))
+    return states
+
+
 def run_sit(report, name, options, tol):
     """SiT's samplers; its time is 1 - ours."""
     o, case = dict(options), report.case
@@ -1427,7 +1477,8 @@ def run_sit(report, name, options, tol):
     x = case.inputs["x_T"].double()
     if not sde:
         if method == "dopri5":
-            states, tol = [x, *D.rk45(watch, x, t, process, None)], 1e-2  # that solver's own error at its rtol of 1e-3
+            slope = lambda s, x: -D.velocity(process, watch(x, 1 - s), 1 - s)
+            states = torchdiffeq_dopri5(slope, x, (1 - t).tolist())
         else:
             states = [
                 x,

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import diffusion as D
+import objectives
+import train
 
 torch.set_num_threads(1)
 MEANS = torch.tensor([[1.2, -0.6], [-0.9, 0.8], [0.1, 1.1]], dtype=torch.float64).view(3, 1, 2, 1, 1)
@@ -582,7 +584,7 @@ def test_every_sampler_runs_on_every_process_or_says_why_not(name, sampler):
     process, model = D.create_process(name), Tiny(3)
     x = torch.randn(2, 3, 4, 4) * (0.3 if sampler == "ddim-inversion" else 1)
     try:
-        states = list(D.generate(process, model, x, sampler=sampler, steps=6))
+        states = list(objectives.generate(process, model, x, sampler=sampler, steps=6))
     except ValueError as refusal:
         assert sampler in ("sit-ode", "sit-sde", "rk45") and "derivative in t" in str(refusal)
         assert isinstance(process, D.Discrete)
@@ -603,7 +605,7 @@ def test_every_prediction_trains_and_samples_or_says_why_not(name, prediction):
     t = process.training_times(torch.tensor([0.01, 0.3, 0.6, 0.99]))
     loss = process.loss(model, x0, None, t, torch.randn(4, 3, 4, 4))["loss"]
     assert loss.shape == (4,) and loss.isfinite().all()
-    *_, image = D.generate(process, model, torch.randn(2, 3, 4, 4), steps=4)
+    *_, image = objectives.generate(process, model, torch.randn(2, 3, 4, 4), steps=4)
     assert image.isfinite().all() and image.abs().max() <= 1.001
 
 
@@ -625,8 +627,8 @@ def test_every_prediction_trains_and_samples_or_says_why_not(name, prediction):
         (lambda: D.RectifiedFlow().times(5, "even"), "karras"),
         (lambda: D.RectifiedFlow().times(5, last="end"), "clean"),
         (lambda: D.Discrete(D.linear_betas()).times(1001), "1000"),
-        (lambda: next(D.generate(D.RectifiedFlow(), None, start(), sampler="dmp")), "dpmpp-2m"),
-        (lambda: next(D.generate(D.RectifiedFlow(), None, start(), rule="cgf")), "apg"),
+        (lambda: next(objectives.generate(D.RectifiedFlow(), None, start(), sampler="dmp")), "dpmpp-2m"),
+        (lambda: next(objectives.generate(D.RectifiedFlow(), None, start(), rule="cgf")), "apg"),
     ],
 )
 def test_nonsense_is_refused_with_a_sentence(wrong, word):
@@ -638,7 +640,7 @@ def test_nonsense_is_refused_with_a_sentence(wrong, word):
 def test_registries_have_one_line_for_the_list():
     for registry in (D.GRIDS, D.WEIGHTINGS, D.DENSITIES, D.PREDICTIONS, D.PROCESSES, D.GUIDANCE, D.SAMPLERS):
         for name, entry in registry.items():
-            line = D.one_line(entry)
+            line = train.one_line(entry)
             assert 10 < len(line) < 160 and "\n" not in line, name
 
 
@@ -716,7 +718,7 @@ def test_overhead_of_a_step(sampler):
     for _ in range(3):
         calls.clear()
         began = time.process_time()
-        for _x in D.generate(process, model, x, sampler=sampler, steps=10, clip=False, noise=lambda shape: noise):
+        for _x in objectives.generate(process, model, x, sampler=sampler, steps=10, clip=False, noise=lambda s: noise):
             pass
         best = min(best, (time.process_time() - began) / len(calls))
     assert best < 0.006, f"{1000 * best:.2f} ms a call"

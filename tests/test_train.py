@@ -403,6 +403,11 @@ def test_score_and_speed(run, capsys):
     assert "training a classifier" not in capsys.readouterr().err and time.perf_counter() - clock < 20
     call(evaluate.evaluate, "samplers", "r", "--n", "8", "--steps", "2,4", "--samplers", "ddim,heun")
     assert "heun" in capsys.readouterr().out and Image.open("r/samplers.png").size == (800, 460)
+    call(evaluate.evaluate, "likelihood", "r", "--n", "4", "--tolerance", "0.1")
+    bits = float(capsys.readouterr().out.split()[0])
+    assert 3 < bits < 30
+    call(sample.sample, "r", "--n", "4", "--weak", "r", "--guidance", "2", "--threshold", "0.9", "--guidance-rule",
+         "apg")
     call(evaluate.evaluate, "speed", "dit-nano", "--batch", "2", "--rounds", "1")
     assert "dit-nano" in (said := capsys.readouterr().out) and "0.083" in said
     assert "did you mean" in refused(capsys, evaluate.evaluate, "speed", "dit-nan")
