@@ -8,7 +8,8 @@ There are no worker processes: a set lives in memory as bytes, so a batch is one
 is no loader state: the batch of step k can be asked for directly, so a resumed run sees exactly the batches
 that it would have seen, and ranks and micro-batches take slices of one plan.
 
-Contents: Dataset; text; shapes (drawn, no download); cifar10, cifar100; imagenet64; folder (your own images); load.
+Contents: Dataset; text; sizes; shapes (drawn, no download); moving-shapes, turntable, tones (made here); cifar10,
+cifar100; imagenet64; folder (your own images); load.
 """
 
 import difflib
@@ -37,6 +38,9 @@ from layers import Text, pair
 
 DATASETS = {
     "shapes": "drawn here, no download: 8 shapes with captions, any size, 20,000 train + 5,000 test",
+    "moving-shapes": "drawn here: clips of 6 frames with captions, 6 movements, any size, 4,096 train + 512 test",
+    "turntable": "drawn here: 6 views around solids with captions, 6 solids, any size, 4,096 train + 512 test",
+    "tones": "played here: 1 s melodies with captions as spectrograms, 6 melodies, 4,096 train + 512 test",
     "cifar10": "32x32 photographs, 10 classes, 50,000 train + 10,000 test; downloads itself (170 MB)",
     "cifar100": "32x32 photographs, 100 classes, 50,000 train + 10,000 test; downloads itself (169 MB)",
     "imagenet64": "64x64 photographs, 1000 classes, 1.28 M train + 50,000 test; bring train_data_batch_*.npz",
@@ -63,7 +67,6 @@ class Dataset:
     text: torch.Tensor | list[Path] | None = None        # what `with_text` made of the captions
     text_length: int = 0
     budget: int = 0                      # of images of mixed sizes: at most budget x budget pixels
-    rate: int = 0                        # of sounds: samples a second
     _orders: dict = field(default_factory=dict, repr=False)
 
     def __len__(self):
@@ -169,7 +172,7 @@ class Dataset:
         else:
             images = self.images[keep]
         return Dataset(images, self.labels[keep], self.classes, take(self.captions), self.flip, self.device,
-                       take(self.files), budget=self.budget, rate=self.rate)
+                       take(self.files), budget=self.budget)
 
 
 # ---- text: captions as bytes, or as embeddings computed beforehand -------------------------------------------
@@ -366,6 +369,183 @@ def _load_mixed_shapes(split, size, stride, squares):
             images[place] = torch.from_numpy(image)
     square, *rest = _load_shapes(split, size // stride * stride)
     return images + [torch.from_numpy(image) for image in square] * squares, *rest
+
+
+# ---- moving-shapes, turntable, tones: clips, views and sounds, made here --------------------------------------
+
+FEW = {"train": range(4096), "test": range(1_000_000, 1_000_512)}
+FRAMES = 6
+MOVEMENTS = ["moves to the right", "moves to the left", "moves up", "moves down", "grows", "shrinks"]
+
+
+def _attributes(index, first=0):
+    """(numbers (n, 8) in [0, 1), colours (n, 3), grounds (n, 3), their indices (n, 2)) of the things `index` (n,)."""
+    u = _uniform(np.asarray(index, np.uint64)[:, None], np.arange(first, first + 8, dtype=np.uint64))
+    pairs = PAIRS[(u[:, 7] * len(PAIRS)).astype(int)]
+    ink, paper = (np.array(list(table.values()), np.float32)[k] for table, k in zip((COLOURS, GROUNDS), pairs.T))
+    return u, ink, paper, pairs
+
+
+def a(words):
+    """The words after "a" or "an"."""
+    return f"a{'n' * (words[0] in 'aeiou')} {words}"
+
+
+def _painted(cover, ink, paper):
+    """Colours blended by cover (n, ...) in [0, 1], ink and paper (n, 3) -> uint8 (n, 3, ...)."""
+    shaped = lambda c: c.reshape(*c.shape, *[1] * (cover.ndim - 1))
+    return (np.clip(shaped(paper) + cover[:, None] * (shaped(ink) - shaped(paper)), 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def render_clips(indices, size):
+    """Clips of one shape on the move: (images uint8 (n, 3, F, size, size), labels (n,) into MOVEMENTS, captions)."""
+    index = np.asarray(indices)
+    u, ink, paper, pairs = _attributes(index, 24)
+    label, shape = index % len(MOVEMENTS), (u[:, 0] * len(SHAPES)).astype(int)
+    s = np.linspace(-1, 1, FRAMES, dtype=np.float32)[None]                                       # (1, F)
+    along = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (0, 0), (0, 0)])[label]                  # (n, 2)
+    swell = np.array([0, 0, 0, 0, 1, -1])[label][:, None]
+    radius = 0.45 + 0.08 * u[:, 1:2] + 0.22 * swell * s                                          # (n, F)
+    x, y = (0.45 * along[:, k:k + 1] * s + 0.5 * (u[:, 2 + k:3 + k] - 0.5) * (along[:, k:k + 1] == 0) * (swell == 0)
+            for k in (0, 1))
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    images = np.empty((len(index), 3, FRAMES, size, size), np.uint8)
+    for k, name in enumerate(SHAPES):
+        for rows in np.array_split(i := np.flatnonzero(shape == k), max(1, len(i) // 64)):
+            r, cx, cy = (np.float32(v[rows])[:, :, None, None] for v in (radius, x, y))          # (n, F, 1, 1)
+            d = distance(name, (axis - cx) / r, (-axis[:, None] - cy) / r) * r
+            images[rows] = _painted(np.clip(0.5 - d * (size / 2), 0, 1), ink[rows], paper[rows])
+    words = list(COLOURS), list(GROUNDS)
+    captions = [f"{a(words[0][c])} {SHAPES[k]} {MOVEMENTS[m]} on {words[1][g]}"
+                for k, m, (c, g) in zip(shape, label, pairs)]
+    return images, label.astype(np.int64), captions
+
+
+def _prism(sides, radius, half):
+    """The half-spaces n.p <= b of an upright prism, as rows (nx, ny, nz, b)."""
+    angles = 2 * np.pi / sides * np.arange(sides)
+    around = np.stack([np.cos(angles), 0 * angles, np.sin(angles), 0 * angles + radius], 1)
+    return np.concatenate([around, [(0, 1, 0, half), (0, -1, 0, half)]])
+
+
+def _slanted(planes, count):
+    """`count` slanted faces around the axis over a base: rows of half-spaces, leaning by `planes` = (rise, b)."""
+    angles = 2 * np.pi / count * np.arange(count)
+    c = 1 / math.hypot(1, planes[0])
+    return np.stack([c * np.cos(angles), 0 * angles + c * planes[0], c * np.sin(angles), 0 * angles + planes[1]], 1)
+
+
+SOLIDS = {
+    "cube": _prism(4, 0.52, 0.52), "slab": _prism(4, 0.72, 0.2), "prism": _prism(3, 0.42, 0.62),
+    "pyramid": np.concatenate([_slanted((0.55, 0.36), 4), [(0, -1, 0, 0.55)]]),
+    "octahedron": np.concatenate([_slanted((0.75, 0.46), 4), _slanted((-0.75, 0.46), 4)]),
+    "house": np.concatenate([_prism(4, 0.45, 0.6)[[0, 2, 5]], [(0, 0, 1, 0.62), (0, 0, -1, 0.62)],
+                             [(0.7071, 0.7071, 0, 0.42), (-0.7071, 0.7071, 0, 0.42)]]),
+}
+
+
+def render_views(indices, size):
+    """FRAMES views of one solid on a turntable, 60 degrees apart, from 25 degrees above: (images uint8
+    (n, 3, F, size, size), labels (n,) into SOLIDS, captions). Each ray meets a convex solid where it has entered the
+    last half-space and left none; the face it enters by gives the shade. Four rays a pixel."""
+    index = np.asarray(indices)
+    u, ink, paper, pairs = _attributes(index, 32)
+    label, names = index % len(SOLIDS), list(SOLIDS)
+    axis = (np.arange(2 * size) + 0.5) / size - 1
+    x, y = np.meshgrid(axis, -axis)                                                              # the screen
+    c, s = math.cos(math.radians(25)), math.sin(math.radians(25))
+    ray, light = np.array([0, -s, -c]), np.array([0.45, 0.75, 0.48])
+    start = np.stack([x, c * y, -s * y], -1).reshape(-1, 3) - 2 * ray                            # (P, 3)
+    images = np.empty((len(index), 3, FRAMES, size, size), np.uint8)
+    for place in tqdm(range(len(index)), desc="drawing views", delay=2, leave=False):
+        turn = 2 * np.pi * (u[place, 0] + np.arange(FRAMES) / FRAMES)[:, None]
+        faces = SOLIDS[names[label[place]]]
+        nx, nz = (np.cos(turn) * faces[:, 0] + np.sin(turn) * faces[:, 2],
+                  np.cos(turn) * faces[:, 2] - np.sin(turn) * faces[:, 0])
+        normal = np.stack([nx, np.broadcast_to(faces[:, 1], nx.shape), nz], -1).astype(np.float32)    # (F, faces, 3)
+        slope, gap = normal @ np.float32(ray), np.float32(faces[:, 3]) - np.float32(start) @ normal.mT   # (F, P, faces)
+        meet, enters = gap / slope[:, None], (slope < 0)[:, None]
+        near = np.where(enters, meet, -np.inf)
+        hit = near.max(-1) < np.where(enters, np.inf, meet).min(-1)
+        shade = 0.35 + 0.75 * np.maximum(np.take_along_axis(normal @ np.float32(light), near.argmax(-1), 1), 0)
+        pixel = np.where(hit[:, None], ink[place][:, None] * shade[:, None], paper[place][:, None])    # (F, 3, P)
+        pixel = np.clip(pixel, 0, 1).reshape(FRAMES, 3, size, 2, size, 2).mean((3, 5))
+        images[place] = (pixel * 255 + 0.5).swapaxes(0, 1)
+    words = list(COLOURS), list(GROUNDS)
+    captions = [f"{a(words[0][c])} {names[k]} turning on {words[1][g]}" for k, (c, g) in zip(label, pairs)]
+    return images, label.astype(np.int64), captions
+
+
+RATE, WINDOW, HOP, BANDS = 8000, 512, 128, 48       # samples a second, of a Fourier transform, between two; mel bands
+DECIBELS = 60.0                                     # a spectrogram's -1 is so far below its 1
+MELODIES = {"rising": (0, 1, 2, 3, 4, 5), "falling": (5, 4, 3, 2, 1, 0), "arching": (0, 2, 4, 4, 2, 0),
+            "dipping": (4, 2, 0, 0, 2, 4), "jumping": (0, 4, 0, 4, 0, 4), "steady": (2, 2, 2, 2, 2, 2)}
+# (multiples of the fundamental, their amplitudes, decay per second)
+INSTRUMENTS = {"flute": ((1, 2), (1.0, 0.1), 1.0), "organ": ((1, 2, 3, 4), (0.6, 0.4, 0.3, 0.2), 0.0),
+               "bell": ((1, 2.76, 5.4), (0.8, 0.4, 0.2), 12.0)}
+
+
+def mel_filters():
+    """Triangles on the mel scale, 2595 log10(1 + f/700), (BANDS, WINDOW/2 + 1)."""
+    mel = np.linspace(2595 * np.log10(1 + 150 / 700), 2595 * np.log10(1 + RATE / 2 / 700), BANDS + 2)
+    low, middle, high = (f[:, None] for f in (lambda f: (f[:-2], f[1:-1], f[2:]))(700 * (10 ** (mel / 2595) - 1)))
+    f = np.linspace(0, RATE / 2, WINDOW // 2 + 1)
+    return torch.from_numpy(np.maximum(0, np.minimum((f - low) / (middle - low), (high - f) / (high - middle)))).float()
+
+
+def spectrogram(waves):
+    """Waves (n, samples) -> log-mel spectrograms (n, BANDS, samples/HOP) in [-1, 1], full scale to DECIBELS below."""
+    S = torch.stft(waves, WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True).abs()[..., :-1]
+    level = 20 * torch.log10((mel_filters() @ S / (WINDOW / 4)).clamp(min=1e-6))
+    return (level / DECIBELS * 2 + 1).clamp(-1, 1)
+
+
+def sound(spectrograms, rounds=60, momentum=0.99):
+    """Spectrograms (n, BANDS, T) -> waves (n, T HOP) in [-1, 1]. The filters are inverted by least squares, kept
+    positive; the phases by the fast Griffin-Lim algorithm (Perraudin, Balazs, Sondergaard, 2013)."""
+    window, length = torch.hann_window(WINDOW), spectrograms.shape[-1] * HOP
+    mel = 10 ** ((spectrograms.float().clamp(-1, 1) - 1) / 2 * DECIBELS / 20) * (WINDOW / 4)
+    mel = mel * (spectrograms > -0.99)
+    S = (torch.linalg.pinv(mel_filters()) @ mel).clamp(min=0)
+    S = torch.cat([S, S[..., -1:]], -1)                                                          # stft's last frame
+    turns = torch.rand(S.shape, generator=torch.Generator().manual_seed(0))
+    z = last = S * torch.exp(2j * math.pi * turns)
+    for _ in range(rounds):
+        wave = torch.istft(z, WINDOW, HOP, window=window, length=length)
+        now = torch.stft(wave, WINDOW, HOP, window=window, return_complex=True)
+        push = now + momentum * (now - last)
+        z, last = S * push / push.abs().clamp(min=1e-8), now
+    wave = torch.istft(z, WINDOW, HOP, window=window, length=length)
+    return wave / wave.abs().amax(-1, keepdim=True).clamp(min=1)
+
+
+def play(indices, steps):
+    """Melodies of six notes on a pentatonic scale: (images uint8 (n, BANDS, steps), labels (n,) into MELODIES,
+    captions)."""
+    index = np.asarray(indices)
+    u, *_ = _attributes(index, 40)
+    label, instrument = index % len(MELODIES), (u[:, 0] * len(INSTRUMENTS)).astype(int)
+    time = np.arange(steps * HOP) / RATE
+    note, into = np.divmod(time, steps * HOP / RATE / 6)
+    degrees = np.array(list(MELODIES.values()))[label][:, note.astype(int).clip(0, 5)]           # (n, samples)
+    root = 220 * 2 ** (u[:, 1] * 7 // 1 / 12)                                                    # semitones above A3
+    frequency = root[:, None] * 2 ** (np.array([0, 2, 4, 7, 9, 12])[degrees] / 12)
+    soft = np.minimum(1, np.minimum(into, steps * HOP / RATE / 6 - into) / 0.02)                 # no clicks
+    waves = np.zeros(degrees.shape, np.float32)
+    for k, (multiples, amplitudes, decay) in enumerate(INSTRUMENTS.values()):
+        rows = instrument == k
+        phase = 2 * np.pi * np.cumsum(frequency[rows], 1) / RATE
+        for multiple, amplitude in zip(multiples, amplitudes):
+            heard = frequency[rows] * multiple < RATE / 2
+            waves[rows] += amplitude * np.sin(multiple * phase) * heard * soft * np.exp(-decay * into)
+    images = spectrogram(torch.from_numpy(waves) * (0.5 + 0.3 * torch.from_numpy(u[:, 2:3]).float()))
+    names = list(MELODIES), list(INSTRUMENTS)
+    captions = [f"{a(names[0][m])} melody on {a(names[1][i])}" for m, i in zip(label, instrument)]
+    return ((images + 1) * 127.5 + 0.5).to(torch.uint8).numpy(), label.astype(np.int64), captions
+
+
+MADE = {"moving-shapes": (render_clips, MOVEMENTS, 16), "turntable": (render_views, list(SOLIDS), 16),
+        "tones": (play, list(MELODIES), 64)}
 
 
 # ---- cifar10, cifar100: the original python archives -------------------------------------------------------
@@ -708,7 +888,8 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     """A Dataset by name (the names are in DATASETS).
 
     data_dir    where its files are, or are downloaded to; for `folder`, the folder of images itself
-    image_size  side in pixels; None: 16 for shapes, 32 for cifar, else 64. cifar and imagenet64 can shrink
+    image_size  side in pixels, for tones the length in time steps; None: 16 for shapes, moving-shapes and turntable, 32
+                for cifar, else 64. cifar and imagenet64 can shrink
     split       "train" or "test"; where no test split is on disk, a fixed part of the images is held out
                 (folder: a tenth; imagenet64: a twentieth, unless there is val_data.npz)
     flip        mirror half of the images in training batches; None: yes for photographs, no for shapes
@@ -730,7 +911,8 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     mixed = aspect != "square"
     if mixed and name not in ("shapes", "folder"):
         raise ValueError(f"aspect {aspect!r}: the images of {name} have one size; shapes and folder have many ratios")
-    size = image_size if image_size is not None else {"shapes": 16, "imagenet64": 64, "folder": 64}.get(name, 32)
+    size = image_size if image_size is not None else {
+        "shapes": 16, "imagenet64": 64, "folder": 64}.get(name, MADE[name][2] if name in MADE else 32)
     sides = pair(size) if name == "shapes" and not mixed else (size,)             # shapes are drawn at any (H, W)
     if not all(isinstance(side, int) and side >= 1 for side in sides):
         raise ValueError(f"image_size is {size!r}: choose a whole number of pixels, such as 32")
@@ -739,6 +921,9 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     if name == "shapes":
         images, labels, classes, captions = (_load_mixed_shapes(split, size, stride, aspect == "mixed") if mixed else
                                              _load_shapes(split, size))
+    elif name in MADE:
+        make, classes, _ = MADE[name]
+        images, labels, captions = make(np.array(FEW[split]), size)
     elif name == "imagenet64":
         images, labels, classes, captions = _load_imagenet64(root, split, size)
     elif name == "folder":
@@ -750,6 +935,6 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
         images = [image.to(device) for image in images]
     elif not isinstance(images, np.memmap):
         images = torch.from_numpy(images).to(device)
-    flip = name != "shapes" if flip is None else flip
+    flip = name != "shapes" and name not in MADE if flip is None else flip
     return Dataset(images, torch.from_numpy(labels).to(device), classes, captions, flip, device, files,
                    budget=size if mixed else 0)

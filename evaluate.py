@@ -3,6 +3,7 @@
     python evaluate.py score runs/shapes-unet-pico      how good a run's samples are, beside real images
     python evaluate.py samplers runs/shapes-unet-pico   what each sampler makes of 5, 10, 20, 50 steps
     python evaluate.py likelihood runs/my-run           bits per dimension of held-out images
+    python evaluate.py sizes runs/fit runs/dit --sizes 32x32,20x40,44x44    class accuracy beyond the training sizes
     python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
 """
 
@@ -185,6 +186,69 @@ def likelihood(args):
           f"images: {'the variational bound' if chain else 'the ODE, with a random estimate of its divergence'}")
 
 
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+
+def size_classifier(sizes, device, steps):
+    """A `Classifier` of shapes of all these sizes, a size a batch, trained once and kept beside the runs."""
+    path = Path("runs/classifiers") / f"shapes-{'-'.join('x'.join(map(str, s)) for s in sizes)}.pt"
+    network = Classifier(len(data.SHAPES)).to(device)
+    if path.exists():
+        network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        return network.eval()
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, steps)
+    for step in tqdm(range(steps), desc=f"training a classifier (once, kept in {path})", unit=" steps", delay=1):
+        x, y = drawn_shapes("train", sizes[step % len(sizes)], step * 64, 64)
+        loss = F.cross_entropy(network(x.to(device)), y.to(device))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write(path, lambda partial: torch.save(network.state_dict(), partial))
+    return network.eval()
+
+
+def drawn_shapes(split, size, first, n):
+    """n shapes of a split, in the order of their numbers and around its end: x (n, 3, H, W), labels (n,)."""
+    numbers = data.SPLITS[split]
+    x, y, _ = data.render([numbers[(first + k) % len(numbers)] for k in range(n)], size)
+    return torch.from_numpy(x).float() / 127.5 - 1, torch.from_numpy(y)
+
+
+def sizes(args):
+    """Sizes and ratios that no training image had, with every way of extrapolating the rotary frequencies."""
+    device, rows, pictures = runs.device(args.device), {}, {size: [] for size in args.sizes}
+    network = size_classifier(args.sizes, device, args.classifier_steps)
+    labels = torch.arange(args.n) % len(data.SHAPES)
+
+    def accuracy(batches, y):
+        return (read(network, batches, device)[1] == y).float().mean().item()
+
+    for folder in args.runs:
+        config, objective = runs.open_run(folder, device, args.weights)
+        if config["classes"] != data.SHAPES:
+            raise ValueError(f"{folder}: this command knows the shapes only, train with --data shapes and classes")
+        ropes = getattr(objective.model, "ropes", [None])
+        for rope in ropes if args.ropes == ["all"] else [name for name in ropes if name in args.ropes or not name]:
+            for size in tqdm(args.sizes, desc=f"{folder} {rope or ''}", unit=" sizes", leave=False):
+                runs.extrapolate(objective, size, rope)
+                x = torch.cat([*runs.draw(objective, labels, args.n, args.seed, args.batch, device, steps=args.steps)])
+                rows.setdefault(f"{Path(folder).name} {rope or ''}", []).append(accuracy([x], labels))
+                pictures[size].append(x[:8].cpu())
+    real = [drawn_shapes("test", size, 0, 512) for size in args.sizes]
+    rows["held-out real"] = [accuracy(x.split(128), y) for x, y in real]
+    print(f"class accuracy of {args.n} samples, {args.steps} steps, the run's own guidance, seed {args.seed}")
+    print(f"{'':32}" + "".join(f"{'x'.join(map(str, size)):>9}" for size in args.sizes))
+    for name, cells in rows.items():
+        print(f"{name:32}" + "".join(f"{cell:9.3f}" for cell in cells))
+    for size, drawn in pictures.items():
+        path = Path(args.runs[0]) / f"size-{'x'.join(map(str, size))}.png"
+        figures.save(figures.grid(figures.to_uint8(torch.cat(drawn)), 8), path)
+        print(f"picture, a line of the table a row: {path}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- speed
 
 
@@ -296,6 +360,18 @@ def flags():
     s.add_argument("--n", type=runs.positive, default=64, help="images (default: %(default)s)")
     s.add_argument("--steps", type=runs.positive, help="of a chain: a sub-grid of so many steps (default: all)")
     s.add_argument("--tolerance", type=float, default=1e-3, help="of the adaptive solver (default: %(default)s)")
+    drawing_flags(s)
+
+    s = commands.add_parser("sizes", help="class accuracy of shapes at other sizes than those of training")
+    s.set_defaults(function=sizes)
+    s.add_argument("runs", nargs="+", help="folders of runs on shapes")
+    s.add_argument("--sizes", type=lambda text: [runs.sides(word) for word in text.split(",")], metavar="HxW,...",
+                   default=[(32, 32), (20, 40), (16, 48), (44, 44), (32, 64)],
+                   help="default: 32x32,20x40,16x48,44x44,32x64")
+    s.add_argument("--ropes", type=lambda text: text.split(","), default=["all"], metavar="NAME,...",
+                   help="ways to extrapolate, of models that have rotary positions (default: all)")
+    s.add_argument("--n", type=runs.positive, default=64, help="images for each entry (default: %(default)s)")
+    s.add_argument("--steps", type=runs.positive, default=10, help="sampling steps (default: %(default)s)")
     drawing_flags(s)
 
     s = commands.add_parser("speed", help="parameters, MACs, time of forward and training step, peak memory")

@@ -379,7 +379,7 @@ class FiT(nn.Module):
     may extent, the (h, w) that the scaling is for (None: of each image its own), and time_shift a, which tells the
     network a t/(1 + (a - 1) t) for t in [0, 1]. The published FiTv2 is told t in [0, 1] from noise to data.
     """
-    ropes = [prefix + name for prefix in ("", "vision-") for name in ROPE]
+    ropes = [*ROPE, *(f"vision-{name}" for name in ROPE if name != "direct")]
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=36, num_heads=16,
                  mlp_ratio=8 / 3, num_classes=1000, learn_sigma=False, null_class=True, swiglu=True, qk_norm=True,
