@@ -8,6 +8,7 @@ parameter names to a model of `models.py` with the weights in place.
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import torch
 from torch import nn
 
 from autoencoders import KLDecoder
-from models import MODELS, DiT, FiT, FlagDiT
+from diffusion import RectifiedFlow
+from layers import PackedLinear, replace_ternary
+from models import MODELS, DiT, DiTMoE, FiT, FlagDiT, Stitched, TerDiT
 
 
 def read_weights(path):
@@ -209,8 +212,121 @@ def infer_flag_dit(state_dict):
                      dict(cap_feat_dim=len(text), video="eof_token" in state_dict))
 
 
+# -------------------------------------------------------------------------------------------------------------- dit-moe
+# Published experts are one by one, ours are stacked: experts.<e>.gate_proj.weight, e = 0 .. E-1 -> gate (E, H, D).
+
+
+def dit_moe(config, state_dict):
+    """feizc/DiT-MoE. pretraining_tp changes how its products are computed, not what they give."""
+    defaults = dict(input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4,
+                    class_dropout_prob=0.1, num_classes=1000, num_experts=8, num_experts_per_tok=2, pretraining_tp=2,
+                    learn_sigma=True, use_flash_attn=False)
+    c = defaults | config
+    size, drop, _ = c.pop("input_size"), c.pop("class_dropout_prob"), c.pop("pretraining_tp")
+    model = DiTMoE(image_size=size, null_class=drop > 0, top_k=c.pop("num_experts_per_tok"),
+                   qk_norm=c.pop("use_flash_attn"), **c)
+    return fill(model, moe_names(state_dict), "this DiT-MoE")
+
+
+def moe_names(state_dict):
+    """Published names and single experts -> ours, stacked."""
+    state, experts = {}, {}
+    for name, value in state_dict.items():
+        if match := re.fullmatch(r"(.*)moe\.experts\.(\d+)\.(gate|up|down)_proj\.weight", name):
+            experts.setdefault(f"{match[1]}mlp.{match[3]}", {})[int(match[2])] = value
+            continue
+        name = name.replace("moe.gate.", "mlp.router.").replace("moe.shared_experts.", "mlp.shared.")
+        name = name.replace("_proj.weight", ".weight") if ".shared." in name else name
+        state[name.replace("attn.Wqkv.", "attn.qkv.").replace("attn.out_proj.", "attn.proj.")] = value
+    return state | {name: torch.stack([each[e] for e in sorted(each)]) for name, each in experts.items()}
+
+
+def infer_dit_moe(state_dict):
+    D = state_dict["x_embedder.proj.weight"].shape[0]
+    depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
+    E, flash = len(state_dict["blocks.0.moe.gate.weight"]), "blocks.0.attn.Wqkv.weight" in state_dict
+    presets = {(k["depth"], k["hidden_size"]): k["num_heads"]
+               for name, (_, k) in MODELS.items() if name.startswith("dit-moe-")}
+    heads = (D // len(state_dict["blocks.0.attn.q_norm.weight"]) if flash else presets.get((depth, D), D // 64))
+    ratio = len(state_dict["blocks.0.moe.experts.0.gate_proj.weight"]) // D
+    shape = infer_dit({**state_dict, "blocks.0.mlp.fc1.weight": state_dict["x_embedder.proj.weight"]})
+    return shape | dict(num_heads=heads, mlp_ratio=ratio, num_experts=E, num_experts_per_tok=min(2, E),
+                        use_flash_attn=flash)
+
+
+class DiTMoEFlow(RectifiedFlow):
+    """The rectified flow of the published XL and G: the network is told t itself, 0 to 1, and the second half of its
+    channels, if it has one (learn_sigma), has no loss and is thrown away."""
+
+    def __init__(self, learn_sigma=True):
+        super().__init__()
+        self.halves = 2 if learn_sigma else 1
+
+    def network_time(self, t): return t
+    def split(self, output): return output.chunk(self.halves, 1)[0], None
+
+
+# --------------------------------------------------------------------------------------------------------------- terdit
+
+
+def terdit(config, state_dict):
+    """Lucky-Lance/TerDiT: master weights of its training layers, or its packed ones (uint8), or both in one file."""
+    defaults = dict(input_size=32, patch_size=2, in_channels=4, dim=4096, n_layers=32, n_heads=32, n_kv_heads=None,
+                    multiple_of=256, ffn_dim_multiplier=None, norm_eps=1e-5, class_dropout_prob=0.1, num_classes=1000,
+                    learn_sigma=True, qk_norm=False)
+    c = defaults | config
+    renamed = {"image_size": "input_size", "hidden_size": "dim", "depth": "n_layers", "num_heads": "n_heads",
+               "kv_heads": "n_kv_heads", "ffn_multiplier": "ffn_dim_multiplier"}
+    c |= {ours: c.pop(theirs) for ours, theirs in renamed.items()}
+    model = TerDiT(null_class=c.pop("class_dropout_prob") > 0, **c)
+    packed = {terdit_name(name.removesuffix(".weight")) for name, value in state_dict.items()
+              if value.dtype == torch.uint8}
+    state = {terdit_name(name): value for name, value in state_dict.items()}
+    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].view_as(model.x_embedder.proj.weight)
+    return fill(replace_ternary(model, PackedLinear, packed), state, "this TerDiT")
+
+
+def terdit_name(name):
+    """Published name -> ours."""
+    name = name.replace("x_embedder.", "x_embedder.proj.")
+    for theirs, ours in {"w1": "gate", "w3": "up", "w2": "down"}.items():
+        name = name.replace(f"feed_forward.{theirs}", f"feed_forward.{ours}")
+    return name
+
+
+def infer_terdit(state_dict):
+    """What the weights cannot say is taken from the presets (heads) or left at 256x256 images (32x32 latents)."""
+    shape = lambda name: (4 if state_dict[name].dtype == torch.uint8 else 1) * len(state_dict[name])
+    D, patch = state_dict["x_embedder.weight"].shape
+    channels = 4
+    hidden, p = shape("layers.0.feed_forward.w1.weight"), math.isqrt(patch // channels)
+    heads = 32 if D >= 1024 else max(1, D // 32)
+    return dict(input_size=32, patch_size=p, in_channels=channels, dim=D,
+                n_layers=1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("layers.")),
+                n_heads=heads, n_kv_heads=shape("layers.0.attention.wk.weight") * heads // D, multiple_of=hidden,
+                num_classes=len(state_dict["y_embedder.embedding_table.weight"]) - 1,
+                learn_sigma=state_dict["final_layer.linear.bias"].numel() == 2 * patch,
+                qk_norm="layers.0.attention.q_norm.weight" in state_dict)
+
+
+# ------------------------------------------------------------------------------------------------------------- t-stitch
+
+
+def t_stitch(config, state_dict):
+    """NVlabs/T-Stitch, folder dit: DiTs named denoisers.0, denoisers.1, ..., and the ratio of the first of two, or the
+    fractions of all."""
+    models = []
+    for k, c in enumerate(config["denoisers"]):
+        prefix = f"denoisers.{k}."
+        own = {name.removeprefix(prefix): v for name, v in state_dict.items() if name.startswith(prefix)}
+        models.append(dit(c, own))
+    fractions = config.get("fractions") or [config["ratio"], 1 - config["ratio"]]
+    return Stitched(models, fractions)
+
+
 OFFICIAL = {
-    "dit": (dit, infer_dit),
+    "dit": (dit, infer_dit), "dit-moe": (dit_moe, infer_dit_moe), "terdit": (terdit, infer_terdit),
+    "t-stitch": (t_stitch, None),                                  # no file of its own is published
     "fit": (fit, infer_fit), "fitv2": (fit, infer_fit),
     "flag-dit": (flag_dit, infer_flag_dit), "flag-dit-text": (flag_dit_text, infer_flag_dit),
 }

@@ -3,11 +3,15 @@
     python evaluate.py score runs/shapes-unet-pico      how good a run's samples are, beside real images
     python evaluate.py samplers runs/shapes-unet-pico   what each sampler makes of 5, 10, 20, 50 steps
     python evaluate.py likelihood runs/my-run           bits per dimension of held-out images
+    python evaluate.py experts runs/shapes-dit-moe-nano what its experts specialise in: class, position, step
+    python evaluate.py stitch runs/small runs/large     quality and time of two runs in one trajectory
+    python evaluate.py pack runs/shapes-terdit-nano     ternary weights at two bits: a file, its size and its speed
     python evaluate.py sizes runs/fit runs/dit --sizes 32x32,20x40,44x44    class accuracy beyond the training sizes
     python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
 """
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -21,6 +25,8 @@ from tqdm import tqdm
 import data
 import diffusion
 import figures
+import layers
+import moe
 import objectives
 import runs
 from layers import pair
@@ -186,6 +192,132 @@ def likelihood(args):
           f"images: {'the variational bound' if chain else 'the ODE, with a random estimate of its divergence'}")
 
 
+# -------------------------------------------------------------------------------------------------------------- experts
+
+
+def dependence(counts):
+    """Mutual information, in bits, of the expert and the row of a matrix of counts (rows, E): 0 if the choice of the
+    expert says nothing about the row."""
+    p = counts.double() / counts.sum()
+    independent = p.sum(0) * p.sum(1, keepdim=True)
+    return (p * (p / independent).log2().nan_to_num()).sum().item()
+
+
+def experts(args):
+    """2407.11633, section 4: how often each expert is chosen, by class, position and denoising step."""
+    device = runs.device(args.device)
+    config, objective = runs.open_run(args.run, device, args.weights)
+    classes, options = config["num_classes"], runs.sampling_options(args)
+    if not classes:
+        raise ValueError(f"{args.run} is unconditional: the analysis by class needs a run with classes")
+    steps = options.get("steps", config["sample_steps"])
+    with moe.Counter(objective.model, classes, steps) as counter:
+        for k in tqdm(range(0, args.n * classes, args.batch), desc="counting", unit=" batches"):
+            indices = range(k, min(k + args.batch, args.n * classes))
+            noise = objectives.ImageNoise(args.seed, indices, device)
+            y = torch.tensor(indices, device=device) % classes
+            counter.step = 0
+            for _ in objective.trajectory(noise((len(y), *objective.shape)), y, noise=noise, **options):
+                counter.step += 1
+    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    # Maps of an analysis: (layers, rows, E). Of more than 100 classes every so many is drawn.
+    maps = {"class": counter.classes.transpose(0, 1), "position": counter.positions, "step": counter.steps}
+    for name, counts in maps.items():
+        drawn = counts[:, ::max(1, counts.shape[1] // 100)] if name == "class" else counts
+        title = f"{args.run}: experts across, {name} down"
+        figures.save(figures.heat_maps(drawn, [f"layer {k}" for k in range(len(drawn))], title),
+                     folder / f"experts-{name}.png")
+    load = counter.classes.sum(0).double()
+    load = load / load.mean(1, keepdim=True)
+    rows = [{"load": load[k].tolist(), "load_cv": load[k].std(correction=0).item(),
+             **{name: dependence(counts[k]) for name, counts in maps.items()}} for k in range(len(load))]
+    result = {"run": str(args.run), "images_per_class": args.n, "seed": args.seed, "layers": rows,
+              "counts": {name: counts.tolist() for name, counts in maps.items()}}
+    runs.write(folder / "experts.json", lambda path: path.write_text(json.dumps(result) + "\n"))
+    print(f"{args.n} images of each of {classes} classes, {steps} steps. Bits that an expert tells of (0: nothing)")
+    print("layer   class  position    step   load: least, most, coefficient of variation")
+    for k, row in enumerate(rows):
+        print(f"{k:5}{row['class']:8.4f}{row['position']:10.4f}{row['step']:8.4f}"
+              f"{min(row['load']):14.2f}{max(row['load']):6.2f}{row['load_cv']:7.2f}")
+    print(f"of at most {math.log2(load.shape[1]):.1f} bits; counts: {folder / 'experts.json'}, pictures: "
+          f"{folder}/experts-class.png, -position.png, -step.png")
+
+
+# --------------------------------------------------------------------------------------------------------------- stitch
+
+
+def stitch(args):
+    """2402.14167, figure 1: quality and time over the fraction of the steps that the smaller model takes."""
+    device, options, folders = runs.device(args.device), runs.sampling_options(args), (args.small, args.large)
+    parts = [runs.open_run(folder, device, args.weights)[1] for folder in folders]
+    config, _ = runs.open_stitched(folders, [0.5])                     # refuses what cannot be stitched
+    network = classifier(config, device, args.classifier_steps)
+    held_out = load_data(config, "test")
+    reference, _ = read(network, (held_out.gather(r)[0] for r in torch.arange(len(held_out)).split(256)), device)
+    labels, rows = torch.arange(args.n) % config["num_classes"], []
+    macs = [cost(part.model, part.shape)[1] for part in parts]
+    for fraction in args.fractions:
+        objective = objectives.Stitch(parts, [fraction, 1 - fraction], args.stitch_rule).eval()
+        rows.append({"fraction": fraction, "macs": fraction * macs[0] + (1 - fraction) * macs[1],
+                     "frechet_classifier": [], "class_accuracy": [], "seconds": []})
+        for seed in tqdm(args.seeds, desc=f"fraction {fraction:g}", unit=" seeds", leave=False):
+            clock = time.perf_counter()
+            images = list(runs.draw(objective, labels, args.n, seed, args.batch, device, **options))
+            rows[-1]["seconds"].append(time.perf_counter() - clock)
+            features, classes = read(network, images, device)
+            rows[-1]["frechet_classifier"].append(frechet_distance(features, reference))
+            rows[-1]["class_accuracy"].append((classes == labels).float().mean().item())
+    mean, spread = statistics.mean, lambda v: statistics.stdev(v) if len(v) > 1 else 0.0
+    print(f"{args.n} images for each of seeds {', '.join(map(str, args.seeds))}: mean and standard deviation over the "
+          f"seeds\n{args.small}: {macs[0] / 1e6:.1f} MMACs, {args.large}: {macs[1] / 1e6:.1f} MMACs a call and image")
+    print(f"fraction{'Frechet distance':>20}{'class accuracy':>20}{'seconds':>10}{'of the first row':>18}{'MACs':>8}")
+    for row in rows:
+        f, a, s = row["frechet_classifier"], row["class_accuracy"], min(row["seconds"])
+        print(f"{row['fraction']:8.2f}{mean(f):12.3f} +- {spread(f):4.3f}{mean(a):12.4f} +- {spread(a):4.3f}{s:10.1f}"
+              f"{s / min(rows[0]['seconds']):18.3f}{row['macs'] / rows[0]['macs']:8.3f}")
+    folder = Path(args.large) if Path(args.large).is_dir() else Path(args.large).parent
+    runs.write(folder / "stitch.json", lambda path: path.write_text(json.dumps(rows, indent=2) + "\n"))
+    lines = {f"_seed {seed}": (args.fractions, [row["frechet_classifier"][k] for row in rows])
+             for k, seed in enumerate(args.seeds)}
+    lines["mean of the seeds"] = args.fractions, [mean(row["frechet_classifier"]) for row in rows]
+    picture = figures.curves(lines, f"{args.small} first, then {args.large}", "fraction of the steps by the first",
+                             "Frechet distance")
+    figures.save(picture, folder / "stitch.png")
+    print(f"numbers: {folder / 'stitch.json'}, picture: {folder / 'stitch.png'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- pack
+
+
+def pack(args):
+    """2405.14854, table 4: the averaged weights at two bits as a file that sample.py draws from; size and speed beside
+    the same weights in ordinary layers, and beside ternary layers as they are trained."""
+    device = runs.device(args.device)
+    config, objective = runs.open_run(args.run, device)
+    if config.get("packed") or not any(isinstance(m, layers.TernaryLinear) for m in objective.modules()):
+        raise ValueError(f"{args.run} has no ternary weights to pack: train a terdit, or another model by --ternary")
+    forms = {name: copy.deepcopy(objective) for name in ("ordinary", "as trained", "packed")}
+    layers.replace_ternary(forms["ordinary"].model, layers.dense)
+    layers.replace_ternary(forms["packed"].model, layers.PackedLinear)
+    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    state, path = forms["packed"].state_dict(), folder / "packed.pt"
+    checkpoint = {"config": config | {"packed": True}, "step": 0, "model": state, "ema": state, "optimiser": {}}
+    runs.write(path, lambda partial: torch.save(checkpoint, partial))
+
+    labels = torch.arange(args.n) % config["num_classes"] if config["num_classes"] else None
+    times, images = {name: [] for name in forms}, {}
+    for _ in tqdm(range(args.rounds), desc="drawing, all forms in turn", leave=False):
+        for name, form in forms.items():
+            clock = time.perf_counter()
+            images[name] = torch.cat(list(runs.draw(form, labels, args.n, 0, args.n, device)))
+            times[name].append(time.perf_counter() - clock)
+    print(f"{args.n} images, {config['sample_steps']} steps, medians of {args.rounds} interleaved rounds")
+    print(f"{'weights':14}{'MB':>8}{'seconds':>10}{'difference of images':>22}")
+    for name, form in forms.items():
+        size = sum(v.numel() * v.element_size() for v in form.state_dict().values()) / 1e6
+        difference = (images[name] - images["ordinary"]).abs().max().item()
+        print(f"{name:14}{size:8.2f}{statistics.median(times[name]):10.2f}{difference:22.1e}")
+    print(f"the file: {path}, {path.stat().st_size / 1e6:.2f} MB; python sample.py {path} draws from it")
 # ---------------------------------------------------------------------------------------------------------------- sizes
 
 
@@ -361,6 +493,32 @@ def flags():
     s.add_argument("--steps", type=runs.positive, help="of a chain: a sub-grid of so many steps (default: all)")
     s.add_argument("--tolerance", type=float, default=1e-3, help="of the adaptive solver (default: %(default)s)")
     drawing_flags(s)
+
+    s = commands.add_parser("experts", help="which experts a run's tokens choose, by class, position and step")
+    s.set_defaults(function=experts)
+    s.add_argument("run", help="folder of a run of a model with experts")
+    s.add_argument("--n", type=runs.positive, default=50, help="images of each class (default: %(default)s)")
+    runs.sampling_flags(s)
+    drawing_flags(s)
+
+    s = commands.add_parser("stitch", help="quality and time of two runs in one trajectory, as a table and a picture")
+    s.set_defaults(function=stitch)
+    s.add_argument("small", help="folder of the run of the smaller model, which takes the first steps")
+    s.add_argument("large", help="folder of the run of the larger model")
+    s.add_argument("--n", type=runs.positive, default=256, help="images for each entry (default: %(default)s)")
+    s.add_argument("--fractions", type=runs.floats, default=[k / 10 for k in range(11)], metavar="F,...",
+                   help="of the steps that the smaller model takes (default: 0,0.1,...,1)")
+    s.add_argument("--seeds", type=runs.wholes, default=[1, 2, 3], metavar="N,...", help="default: 1,2,3")
+    s.add_argument("--stitch-rule", choices=["steps", "time"], default="steps", help="see sample.py --help")
+    runs.sampling_flags(s)
+    drawing_flags(s)
+
+    s = commands.add_parser("pack", help="a ternary run's weights at two bits: a file, its size and its speed")
+    s.set_defaults(function=pack)
+    s.add_argument("run", help="folder of a run with ternary weights")
+    s.add_argument("--n", type=runs.positive, default=16, help="images to draw (default: %(default)s)")
+    s.add_argument("--rounds", type=runs.positive, default=3, help="timed rounds (default: %(default)s)")
+    s.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
 
     s = commands.add_parser("sizes", help="class accuracy of shapes at other sizes than those of training")
     s.set_defaults(function=sizes)

@@ -100,3 +100,26 @@ def curves(series, title="", x_label="", y_label="", size=(800, 460)):
             draw.text((right - 122, top + 12 + 20 * row), name, INK, font, anchor="lm")
             row += 1
     return picture
+
+
+def heat_maps(matrices, names, title="", columns=6, size=(150, 260)):
+    """Matrices, each scaled to its own range, as panels of one picture: dark is the least, yellow the most. Rows of a
+    matrix go down, its columns across."""
+    font, stops = ImageFont.load_default(14), np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98),
+                                                        (253, 231, 37)], np.float64)
+    w, h, gap, top = *size, 16, 36
+    columns = min(columns, len(matrices))
+    rows = -(-len(matrices) // columns)
+    picture = Image.new("RGB", (columns * (w + gap) + gap, top + rows * (h + gap + 20)), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((picture.width / 2, 10), title, INK, font, anchor="mt")
+    for k, (matrix, name) in enumerate(zip(matrices, names)):
+        m = np.asarray(matrix, np.float64)
+        m = (m - m.min()) / (np.ptp(m) or 1.0) * (len(stops) - 1)
+        low = np.minimum(m.astype(int), len(stops) - 2)
+        colour = stops[low] + (m - low)[..., None] * (stops[low + 1] - stops[low])
+        panel = Image.fromarray(colour.round().astype(np.uint8)).resize(size, Image.NEAREST)
+        x, y = gap + k % columns * (w + gap), top + k // columns * (h + gap + 20)
+        draw.text((x + w / 2, y), name, INK, font, anchor="mt")
+        picture.paste(panel, (x, y + 20))
+    return picture

@@ -1,4 +1,4 @@
-"""What several backbones share: embeddings, patches, attention, MLPs, adaLN modulation.
+"""What several backbones share: embeddings, patches, attention, MLPs, adaLN modulation, ternary linear layers.
 
 Letters: B batch, C channels, H W pixels, N tokens, D width, h heads, p patch size.
 """
@@ -254,20 +254,24 @@ def gated(x, gate, branch):
 
 
 class Attention(nn.Module):
-    """Multi-head softmax self-attention (B, N, D) -> (B, N, D), scale (D/h)^-1/2, projections with bias. 1706.03762."""
+    """Multi-head softmax self-attention (B, N, D) -> (B, N, D), scale (D/h)^-1/2, projections with bias. 1706.03762.
+    qk_norm: LayerNorm over each head's channels of q and k, 2302.05442, section 2."""
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, qk_norm=False):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"width {dim} does not divide into {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        norm = lambda: nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x, mask=None):
         """mask (B, N) bool: only these tokens are attended to."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)                # (B, h, N, D/h)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         mask = None if mask is None else mask[:, None, None]
         return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B, N, D))
 
@@ -282,6 +286,111 @@ class Mlp(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SwiGlu(nn.Module):
+    """down(SiLU(gate x) * up x), no biases: (B, N, D) -> (B, N, D). GLU Variants Improve Transformer, 2002.05202."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+# -------------------------------------------------------------------------------------------------------------- ternary
+# Weights that are one of {-alpha, 0, +alpha} in the forward pass. TerDiT, 2405.14854.
+
+
+def ternary(weight):
+    """Codes Q in {-1, 0, 1}, as floats, of a matrix: W over the mean of |W|, rounded (half to even) and clipped. The
+    gradient with respect to Q passes to W unchanged (straight-through)."""
+    with torch.no_grad():
+        q = (weight / (weight.abs().mean() + 1e-6)).round().clamp(-1, 1)
+    return q + (weight - weight.detach())
+
+
+def pack(codes):
+    """Codes (out, in) in {-1, 0, 1} -> uint8 (out/4, in). Row r of the bytes holds rows r, r + out/4, r + 2 out/4 and
+    r + 3 out/4 of Q + 1, the first in the highest two bits."""
+    if len(codes) % 4:
+        raise ValueError(f"packing puts four rows into one, and {len(codes)} rows do not divide by 4")
+    a, b, c, d = (codes + 1).to(torch.uint8).chunk(4)
+    return a << 6 | b << 4 | c << 2 | d
+
+
+def unpack(packed):
+    """The inverse of `pack`: uint8 (out/4, in) -> codes (out, in), int8."""
+    return torch.cat([packed >> shift & 3 for shift in (6, 4, 2, 0)]).to(torch.int8) - 1
+
+
+class TernaryLinear(nn.Module):
+    """A linear layer whose weight is alphas * ternary(W): W (out, in) is the full-precision master that the optimiser
+    updates, alphas (1,) a learned scale. Activations keep their precision."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        # The layer starts as an approximation of W; a zero W (gates), whose codes are 0, has the scale of a Xavier one.
+        gamma = linear.weight.detach().abs().mean()
+        self.alphas = nn.Parameter(torch.where(gamma > 0, gamma, (1.5 / sum(linear.weight.shape)) ** 0.5)[None])
+
+    def forward(self, x):
+        return F.linear(x, self.alphas * ternary(self.weight), self.bias)
+
+
+class PackedLinear(nn.Module):
+    """A `TernaryLinear` for inference, with four weights in a byte: `weight` is uint8 (out/4, in), expanded in each
+    call. So it saves memory, not time."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("weight", pack(ternary(linear.weight.detach())))
+        self.alphas, self.bias = linear.alphas, linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.alphas * unpack(self.weight).to(self.alphas.dtype), self.bias)
+
+
+def ternarize(model, eps=1e-5):
+    """Make every linear layer inside the blocks of a backbone (whatever lies in an nn.ModuleList) ternary, in place,
+    and put an RMSNorm over all its outputs behind each block's adaLN projection, without which ternary modulation is
+    huge (2405.14854). Embeddings and read-out stay as they are. -> the model. Raises ValueError if no such layer is
+    there."""
+    lists = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
+    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and name.startswith(lists)]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no linear layers in its blocks that could become ternary")
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, child, TernaryLinear(parent.get_submodule(child)))
+    for m in model.modules():
+        adaLN = getattr(m, "adaLN_modulation", None)
+        if isinstance(adaLN, nn.Sequential) and isinstance(adaLN[-1], TernaryLinear):
+            adaLN.append(nn.RMSNorm(len(adaLN[-1].weight), eps=eps))
+    return model
+
+
+def replace_ternary(model, make, names=None):
+    """Replace every `TernaryLinear` m (or those of `names`) by make(m), in place. -> the model. make: `PackedLinear`,
+    or `dense` for an ordinary layer with the same weights."""
+    for name, m in list(model.named_modules()):
+        if isinstance(m, TernaryLinear) and (names is None or name in names):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, make(m))
+    return model
+
+
+def dense(m):
+    """An nn.Linear that computes what the `TernaryLinear` m computes."""
+    linear = nn.Linear(*m.weight.shape[::-1], bias=m.bias is not None, device=m.weight.device)
+    state = {"weight": m.alphas * ternary(m.weight), "bias": m.bias}
+    linear.load_state_dict({name: value for name, value in state.items() if value is not None})
+    return linear
 
 
 # ----------------------------------------------------------------------------------------------------------------- text

@@ -8,6 +8,9 @@
 Contents
     DiT       Scalable Diffusion Models with Transformers, 2212.09748
     U-Net     Denoising Diffusion Probabilistic Models, 2006.11239; ADM, 2105.05233
+    DiT-MoE   Scaling Diffusion Transformers to 16 Billion Parameters, 2407.11633
+    TerDiT    Ternary Diffusion Models with Transformers, 2405.14854
+    T-Stitch  Accelerating Sampling in Pre-Trained Diffusion Models with Trajectory Stitching, 2402.14167
     FiT       Flexible Vision Transformer for Diffusion Model, 2402.12376; FiTv2, 2410.13925
     Flag-DiT  Lumina-T2X, 2405.05945: images, clips, views and sounds as one sequence
     Registry  names, presets, create_model
@@ -29,6 +32,7 @@ from layers import (
     Mlp,
     Padding,
     PatchEmbed,
+    SwiGlu,
     Text,
     TimestepEmbedder,
     canvas,
@@ -42,9 +46,11 @@ from layers import (
     rope_2d,
     rotate,
     sequence,
+    ternarize,
     timestep_embedding,
     unpatchify,
 )
+from moe import add_experts
 
 # ================================================================================================================== DiT
 # Scalable Diffusion Models with Transformers, 2212.09748. The U-Net becomes a plain ViT over patches; timestep and
@@ -70,13 +76,13 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN, then the linear read-out of each token's patch: (B, N, D) -> (B, N, p*p*C_out)."""
+    """adaLN, then the linear read-out of each token's patch: (B, N, D) -> (B, N, p*p*C_out). c (B, condition or D)."""
 
-    def __init__(self, dim, patch_size, out_channels):
+    def __init__(self, dim, patch_size, out_channels, condition=None):
         super().__init__()
         self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(dim, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition or dim, 2 * dim))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)
@@ -91,6 +97,7 @@ class DiT(nn.Module):
                  mlp_ratio=4.0, num_classes=1000, learn_sigma=False, null_class=True):
         super().__init__()
         self.patch_size, self.grid = patch_size, patch_grid(image_size, patch_size)
+        self.trained = self.grid
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class) if num_classes else None
@@ -104,7 +111,8 @@ class DiT(nn.Module):
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.flatten(1))
-                nn.init.zeros_(m.bias)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
         # Embeddings of timestep and label start small.
         tables = [self.y_embedder.embedding_table] if self.y_embedder else []
         for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *tables):
@@ -126,10 +134,11 @@ class DiT(nn.Module):
         return unpatchify(x, self.grid, self.patch_size)            # (B, C_out, H, W)
 
     def resize(self, image_size):
-        """From now on images of another size: the position table is interpolated bicubically."""
-        table = self.pos_embed.data.mT.unflatten(2, self.grid)      # (1, D, rows, columns)
-        self.grid = patch_grid(image_size, self.patch_size)
-        self.pos_embed.data = F.interpolate(table, self.grid, mode="bicubic").flatten(2).mT
+        """From now on images of another size: the position table of training is interpolated bicubically."""
+        self.grid, D = patch_grid(image_size, self.patch_size), self.pos_embed.shape[2]
+        table = position_table(D, *self.trained).T.unflatten(1, self.trained)                             # (D, h, w)
+        table = F.interpolate(table[None], self.grid, mode="bicubic")
+        self.pos_embed.data = table.flatten(2).mT.to(self.pos_embed)                                      # (1, N, D)
 
 
 def patch_grid(image_size, patch_size):
@@ -291,6 +300,178 @@ class UNet(nn.Module):
             if str(k) in self.upsample:
                 x = self.upsample[str(k)](x, c)
         return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.patch_size)            # (B, C_out, H, W)
+
+
+# ============================================================================================================== DiT-MoE
+# Scaling Diffusion Transformers to 16 Billion Parameters, 2407.11633. DiT whose feed-forward networks are mixtures of
+# experts: of E routed SwiGLU experts each token takes K, and all tokens share one more, so that capacity grows and the
+# compute of a token does not. A balance loss, which training adds (`moe.balanced`), keeps all experts in use.
+
+
+class DiTMoE(DiT):
+    """DiT with experts. The arguments are DiT's (mlp_ratio: the hidden width of one expert over D), and:
+
+    num_experts, top_k: E and K. shared: hidden width of the shared experts over D. moe_blocks: the blocks with experts
+    (None: all), the others keep DiT's MLP; of one half, the deep one is the better choice (section 3.3). qk_norm: the
+    attention of the large models. renormalise: see `moe.Router`.
+    """
+
+    def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4, num_classes=1000, learn_sigma=False, null_class=True, num_experts=8, top_k=2, shared=2,
+                 moe_blocks=None, qk_norm=False, renormalise=False):
+        super().__init__(image_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes,
+                         learn_sigma, null_class)
+        add_experts(self, num_experts, top_k, moe_blocks, shared, renormalise)
+        if qk_norm:
+            for block in self.blocks:
+                block.attn = Attention(hidden_size, num_heads, qk_norm=True)
+        self.initialise()                              # the new layers too; routers and routed experts drew their own
+
+
+# =============================================================================================================== TerDiT
+# TerDiT: Ternary Diffusion Models with Transformers, 2405.14854. A LLaMA-style DiT (Large-DiT: RMSNorm, rotary
+# positions, SwiGLU, no position table) whose blocks' linear layers have weights in {-alpha, 0, alpha}:
+# `layers.ternarize` makes them so, and puts an RMSNorm behind each block's adaLN projection, the paper's one change.
+
+
+class GroupedAttention(nn.Module):
+    """LLaMA's attention (B, N, D) -> (B, N, D): kv_heads heads of keys and values, each for num_heads/kv_heads heads of
+    queries (2305.13245), no biases. qk_norm: LayerNorm over all heads' channels of q and of k, before the rotation."""
+
+    def __init__(self, dim, num_heads, kv_heads, qk_norm):
+        super().__init__()
+        if dim % num_heads or num_heads % kv_heads or dim // num_heads % 2:
+            raise ValueError(f"{num_heads} heads and {kv_heads} key-value heads do not fit a width of {dim}: heads "
+                             "must divide the width into even parts, and be a multiple of the key-value heads")
+        head = dim // num_heads
+        self.num_heads, self.kv_heads = num_heads, kv_heads
+        self.wq = nn.Linear(dim, num_heads * head, bias=False)
+        self.wk = nn.Linear(dim, kv_heads * head, bias=False)
+        self.wv = nn.Linear(dim, kv_heads * head, bias=False)
+        self.wo = nn.Linear(num_heads * head, dim, bias=False)
+        self.q_norm = nn.LayerNorm(num_heads * head) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(kv_heads * head) if qk_norm else nn.Identity()
+
+    def forward(self, x, angle):
+        q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
+        q, k, v = (z.to(v.dtype).unflatten(-1, (heads, -1)).transpose(1, 2)                           # (B, h, N, D/h)
+                   for z, heads in ((q, self.num_heads), (k, self.kv_heads), (v, self.kv_heads)))
+        q, k = (rotate(z, angle.cos()[None], angle.sin()[None]) for z in (q, k))
+        k, v = (z.repeat_interleave(self.num_heads // self.kv_heads, 1) for z in (k, v))
+        return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TerDiTBlock(nn.Module):
+    """As DiT's block, with RMSNorm, rotary attention and SwiGLU. x (B, N, D), c (B, condition), angle (N, D/2h)."""
+
+    def __init__(self, dim, condition, num_heads, kv_heads, hidden, eps, qk_norm):
+        super().__init__()
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.attention = GroupedAttention(dim, num_heads, kv_heads, qk_norm)
+        self.feed_forward = SwiGlu(dim, hidden)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition, 6 * dim))
+
+    def forward(self, x, c, angle):
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
+        x = gated(x, gate_attn, self.attention(modulate(self.attention_norm(x), shift_attn, scale_attn), angle))
+        return gated(x, gate_mlp, self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp)))
+
+
+class TerDiT(nn.Module):
+    """kv_heads: of keys and values (None: as many as heads). The hidden width is 8/3 of the model's, times
+    ffn_multiplier, rounded up to a multiple of multiple_of. ternary=False: the full-precision Large-DiT. The other
+    arguments are DiT's."""
+
+    def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1536, depth=16, num_heads=32,
+                 kv_heads=None, multiple_of=256, ffn_multiplier=None, norm_eps=1e-5, qk_norm=False, num_classes=1000,
+                 learn_sigma=False, null_class=True, ternary=True):
+        super().__init__()
+        D, condition, self.patch_size = hidden_size, min(hidden_size, 1024), patch_size
+        self.grid, self.head = patch_grid(image_size, patch_size), D // num_heads
+        hidden = int((ffn_multiplier or 1) * int(8 * D / 3))
+        hidden = -(-hidden // multiple_of) * multiple_of
+        self.x_embedder = PatchEmbed(in_channels, D, patch_size)
+        self.t_embedder = TimestepEmbedder(condition)
+        self.y_embedder = LabelEmbedder(num_classes, condition, null_class) if num_classes else None
+        block = lambda: TerDiTBlock(D, condition, num_heads, kv_heads or num_heads, hidden, norm_eps, qk_norm)
+        self.layers = nn.ModuleList(block() for _ in range(depth))
+        self.final_layer = FinalLayer(D, patch_size, in_channels * (2 if learn_sigma else 1), condition)
+        self.initialise()
+        if ternary:
+            ternarize(self, norm_eps)
+
+    def initialise(self):
+        # Linear layers: Xavier uniform, the patch embedding on its (D, p*p*C) view.
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(m.weight.flatten(1))
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        # Embeddings of timestep and label start small.
+        tables = [self.y_embedder.embedding_table] if self.y_embedder else []
+        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *tables):
+            nn.init.normal_(m.weight, std=0.02)
+        # Zero: gates closed, no modulation, output 0.
+        for m in (*(layer.adaLN_modulation[1] for layer in (*self.layers, self.final_layer)), self.final_layer.linear):
+            zeroed(m)
+
+    def forward(self, x, t, y=None):
+        x = self.x_embedder(x)                                      # (B, N, D)
+        c = self.t_embedder(t)                                      # (B, min(D, 1024))
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(y)
+        # Positions are one-dimensional: the token's place in row-major order.
+        place = torch.arange(x.shape[1], device=x.device, dtype=torch.promote_types(c.dtype, torch.float32))
+        period = 10000 ** (torch.arange(0, self.head, 2, device=x.device, dtype=place.dtype) / self.head)
+        angle = place[:, None] * (1 / period)                       # (N, D/2h)
+        for layer in self.layers:
+            x = layer(x, c, angle)                                  # (B, N, D)
+        x = self.final_layer(x, c)                                  # (B, N, p*p*C_out)
+        return unpatchify(x, self.grid, self.patch_size)            # (B, C_out, H, W)
+
+
+# ============================================================================================================= T-Stitch
+# T-Stitch, 2402.14167: no network, but several trained ones in one trajectory. Denoisers of all sizes agree in the
+# noisy first steps, which set layout and low frequencies; so a small model takes these and a large one the rest.
+
+
+class Stitched(nn.Module):
+    """models, the smallest first, in one: model(x, t, y) is the model in whose share of sampling t lies, the first j
+    with progress 1 - t/T <= fractions[0] + ... + fractions[j] (the published rule), the last if there is none.
+
+    A threshold on t gives a model its fraction of the steps on a uniform grid only; for other grids see `stitch_steps`.
+    T: what the network is told at the noisiest end. nulls: each model's null label, in place of the first one's.
+    """
+
+    def __init__(self, models, fractions, T=1000, nulls=None):
+        super().__init__()
+        if len(fractions) != len(models) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=0.02):
+            raise ValueError(f"stitching {len(models)} models takes as many fractions of the steps, which sum to 1, "
+                             f"not {', '.join(f'{f:g}' for f in fractions)}")
+        self.models, self.T, self.nulls = nn.ModuleList(models), T, nulls
+        self.cumulative = torch.tensor(fractions).cumsum(0)            # float32 as published, where it decides a tie
+        self.cumulative[self.cumulative == 0] = -math.inf              # no share, no step
+
+    def choose(self, t):
+        """The index of the model for time t (a number)."""
+        progress = 1 - torch.as_tensor(t, dtype=torch.float32).cpu() / self.T
+        return min(int((self.cumulative < progress).sum()), len(self.models) - 1)
+
+    def forward(self, x, t, y=None):
+        j = self.choose(t[0])
+        if self.nulls is not None and y is not None:
+            y = torch.where(y == self.nulls[0], self.nulls[j], y)
+        return self.models[j](x, t, y)
+
+
+def stitch_steps(steps, fractions):
+    """The index of the model at each of so many steps: model j has taken over round(steps * (fractions[0] + ... +
+    fractions[j-1])) steps from the start. 2402.14167, section 3.2, for more than two models."""
+    total, ends = 0.0, []
+    for f in fractions:
+        total += f
+        ends.append(math.floor(steps * total / sum(fractions) + 0.5))
+    return [next(j for j, end in enumerate(ends) if step < end) for step in range(steps)]
 
 
 # ================================================================================================================== FiT
@@ -691,6 +872,19 @@ MODELS["unet-nano"] = (UNet, dict(channels=48, multipliers=(1, 2, 2), blocks=1, 
 # 2006.11239, appendix B: 35.7 M parameters without classes.
 MODELS["unet-cifar"] = (UNet, dict(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), head_channels=256,
                                    dropout=0.1, scale_shift=False, resblock_updown=False))
+# 2407.11633, table 1: E experts, K activated.
+MODELS["dit-moe-nano"] = (DiTMoE, dict(depth=4, hidden_size=96, num_heads=3, mlp_ratio=2, patch_size=4))
+for size, (depth, width, heads, experts) in {"s": (12, 384, 6, (8, 16)), "b": (12, 768, 12, (8,)),
+                                             "l": (24, 1024, 16, (8,)), "xl": (28, 1152, 16, (8,)),
+                                             "g": (40, 1408, 16, (16,))}.items():
+    for E in experts:
+        MODELS[f"dit-moe-{size}/2-{E}e2a"] = (DiTMoE, dict(
+            depth=depth, hidden_size=width, num_heads=heads, num_experts=E, qk_norm=size in ("l", "xl", "g")))
+# 2405.14854: 600M and 4.2B are the paper's, 7b is in its code.
+MODELS["terdit-nano"] = (TerDiT, dict(depth=6, hidden_size=128, num_heads=4, multiple_of=32, qk_norm=True,
+                                      patch_size=4))
+for size, (depth, width) in {"600m": (16, 1536), "4.2b": (32, 3072), "7b": (32, 4096)}.items():
+    MODELS[f"terdit-{size}"] = (TerDiT, dict(depth=depth, hidden_size=width))
 # 2402.12376, table 1; 2410.13925, table 3. Parameters with 1000 classes: 158.7, 823.6; 128.1, 671.0, 2971.9 M.
 FITS = {"fit-nano": (6, 128, 4, 4), "fit-b/2": (12, 768, 12, 2), "fit-xl/2": (28, 1152, 16, 2),
         "fitv2-nano": (6, 128, 4, 4), "fitv2-b/2": (15, 768, 12, 2), "fitv2-xl/2": (36, 1152, 16, 2),

@@ -14,6 +14,8 @@ from torch import nn
 
 from diffusion import GUIDANCE, SAMPLERS, choose, clipped, ddim_inversion, guided
 from layers import Text, canvas
+from models import Stitched, stitch_steps
+from moe import balanced
 
 
 def seeded(*numbers, device="cpu"):
@@ -78,15 +80,17 @@ class Diffusion(nn.Module):
 
     model: the backbone, model(x, t, y). num_classes: 0 for a model without labels. label_drop: the share of samples
     whose condition becomes the null condition in training, which is what guidance needs. draw: options of `generate`.
+    balance: weight of the balance loss of a model with experts.
 
     A condition is labels (B,) (null: num_classes), byte tokens (B, L), which `encoder` turns into a Text (null: the
     empty caption), or a Text of precomputed embeddings (null: the model's `null_text`). examples: the conditions of
     previews, by default the labels in turn.
     """
 
-    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None, encoder=None, examples=None):
+    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None, encoder=None, examples=None,
+                 balance=0.0):
         super().__init__()
-        self.encoder, self.examples = encoder, examples
+        self.encoder, self.examples, self.balance = encoder, examples, balance
         self.conditional = num_classes or getattr(model, "text_width", 0)
         self.model, self.process, self.shape = model, process, shape
         self.num_classes, self.label_drop, self.draw = num_classes, label_drop, draw or {}
@@ -103,7 +107,8 @@ class Diffusion(nn.Module):
             parts = self.losses(*canvas(x), y, t, eps)
         else:
             parts = self.losses(x, None, y, t, noise.normal(x.shape))
-        return {name: value.mean() for name, value in parts.items()}
+        losses = {name: value.mean() for name, value in parts.items()}
+        return losses | balanced(self.model, losses["loss"], self.balance)
 
     def losses(self, x, sizes, y, t, eps):
         """The process's losses of each image, {name: (B,)}. With sizes (B, 2), x is a `layers.canvas`: the mean is over
@@ -155,3 +160,25 @@ class Diffusion(nn.Module):
         for x in self.trajectory(noise((n, *self.shape)), self.labels(n, device), noise=noise):  # noqa: B007
             pass
         return x.clamp(-1, 1)
+
+
+class Stitch(Diffusion):
+    """T-Stitch, 2402.14167: trained objectives of one process, the smallest model first, each for its fraction of the
+    sampling steps. rule: "steps", the paper's, whole numbers of steps on any grid of times; or "time", the published
+    code's, a threshold on t."""
+
+    def __init__(self, parts, fractions, rule="steps"):
+        model = Stitched([part.model for part in parts], fractions, nulls=[part.num_classes for part in parts])
+        last = parts[-1]
+        super().__init__(model, last.process, last.shape, parts[0].num_classes, draw=last.draw)
+        self.fractions, self.rule = fractions, choose({"steps": "steps", "time": "time"}, rule, "stitching rule")
+
+    def trajectory(self, x, y, **draw):
+        draw = {**self.draw, **draw}
+        if self.rule == "steps":
+            told = self.process.network_time(self.process.times(draw["steps"], draw.get("grid"))[:-1])
+            plan = torch.tensor(stitch_steps(len(told), self.fractions))
+            progress = torch.cat([told.new_tensor([-math.inf]), 1 - told / self.model.T, told.new_tensor([math.inf])])
+            ends = torch.stack([(plan <= j).sum() for j in range(len(self.fractions))])
+            self.model.cumulative = (progress[ends] + progress[ends + 1]).float() / 2    # half-way to the next step
+        yield from super().trajectory(x, y, **draw)

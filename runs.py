@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 import data
 import diffusion
+import layers
+import moe
 import objectives
-from layers import TextEncoder, pair
 from models import MODELS, FiT, FlagDiT, UNet, create_model, patch_grid
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
@@ -157,15 +158,23 @@ def build(config):
     """The training objective that a config describes, with freshly initialised weights. A model of text gets a
     TextEncoder of byte tokens beside it, unless its text is precomputed (config["text"] is "npz")."""
     model = build_model(config)
+    if config.get("moe"):
+        moe.add_experts(model, *config["moe"])
+    if config.get("ternary"):
+        if any(isinstance(m, moe.MoE) for m in model.modules()):
+            raise ValueError("--ternary knows linear layers only, not stacks of experts: leave out one of the two")
+        layers.ternarize(model)
+    if config.get("packed"):
+        layers.replace_ternary(model, layers.PackedLinear)
     encoder = examples = None
     if takes_text(config) and config["text"] == "bytes":
-        encoder = TextEncoder(model.text_width)
+        encoder = layers.TextEncoder(model.text_width)
         examples = data.byte_tokens(config["prompts"], model.text_length)
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
-    shape = config["in_channels"], *pair(config["image_size"])
+    shape = config["in_channels"], *layers.pair(config["image_size"])
     return objectives.Diffusion(model, process(config), shape, config["num_classes"], config["label_drop"], draw,
-                                encoder, examples)
+                                encoder, examples, config.get("balance", 0.0))
 
 
 def process(config):
@@ -308,6 +317,19 @@ def open_run(folder, device="cpu", weights="ema"):
     objective = build(checkpoint["config"])
     load_weights(objective, checkpoint[weights], path)
     return checkpoint["config"], objective.to(device).eval()
+
+
+def open_stitched(folders, fractions, rule="steps", device="cpu", weights="ema"):
+    """As `open_run`, of several runs in one trajectory: the first takes the first share of the sampling steps, and so
+    on; the last run's config and way of sampling hold. fractions: one a run, or one less: the last takes the rest."""
+    configs, parts = zip(*(open_run(folder, device, weights) for folder in folders))
+    for key in ("image_size", "in_channels", "learned_variance", "process", "prediction", "shift"):
+        if len({config[key] for config in configs}) > 1:
+            raise ValueError(f"runs can be stitched only if they have the same {key}, and it is "
+                             + ", ".join(f"{config[key]!r} in {folder}" for config, folder in zip(configs, folders)))
+    if len(fractions) == len(folders) - 1:
+        fractions = [*fractions, 1 - sum(fractions)]
+    return configs[-1], objectives.Stitch(parts, fractions, rule).eval()
 
 
 def draw(objective, labels, n, seed, batch, device, first=0, frames=None, **options):

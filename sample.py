@@ -1,7 +1,9 @@
 """Draw images:  python sample.py runs/shapes-unet-pico --n 64 --guidance 2
                  python sample.py runs/shapes-dimba-nano --prompt "a large green ring on black" --n 16
 
-From the run's averaged (EMA) weights, or from a published checkpoint:
+From the run's averaged (EMA) weights, or from two runs in one trajectory, the small model first (T-Stitch):
+    python sample.py runs/small runs/large --stitch 0.4
+or from a file of ternary weights at two bits (`python evaluate.py pack RUN` makes it), or a published checkpoint:
     python sample.py --official dit --checkpoint DiT-XL-2-256x256.pt --decoder sd-vae-ft-ema.safetensors \\
         --classes 207,360 --n 4
 Image i is a function of the seed and i alone, whatever --batch is.
@@ -27,7 +29,8 @@ import runs
 def flags():
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", nargs="?", help="folder of a run, or a checkpoint file in it")
+    p.add_argument("run", nargs="*", help="folder of a run, or a checkpoint file in it; with --stitch several, "
+                                          "the smallest model first")
     p.add_argument("--n", type=runs.positive, default=64, help="images (default: %(default)s)")
     p.add_argument("--classes",
                    help="class names or numbers, comma separated, drawn in turn (default: all of them in turn)")
@@ -39,6 +42,10 @@ def flags():
                    help="the sampler's own options, for example eta=0.5 or order=3")
     p.add_argument("--weak", metavar="RUN", help="autoguidance: guide away from what this run says (a smaller or less "
                    "trained model of the same data) instead of from the null label")
+    p.add_argument("--stitch", type=runs.floats, metavar="F,...", help="the share of the steps that each of several "
+                   "runs takes, the last one's may be left out: 0.4 gives the first 40%% to the first (T-Stitch)")
+    p.add_argument("--stitch-rule", choices=["steps", "time"], default="steps",
+                   help="whole steps, or a threshold on t as in the published code (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument("--batch", type=runs.positive, default=64, help="images drawn at once (default: %(default)s)")
     p.add_argument("--out", help="FILE.png: a grid (default: sample.png in the run's folder); FILE.npz: arr_0 uint8 "
@@ -50,7 +57,8 @@ def flags():
                    help="averaged or last weights (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     g = p.add_argument_group("published checkpoints")
-    g.add_argument("--official", choices=list(convert.OFFICIAL), help="architecture of the published checkpoint")
+    g.add_argument("--official", choices=[name for name, (_, infer) in convert.OFFICIAL.items() if infer],
+                   help="architecture of the published checkpoint")
     g.add_argument("--checkpoint", help="its file (.pt, .bin or .safetensors)")
     g.add_argument("--decoder", help="Stable Diffusion's autoencoder file, to turn latents into images")
     return p
@@ -66,6 +74,9 @@ def official(args, device):
     process = diffusion.Discrete(diffusion.linear_betas(), learned_variance=config["learn_sigma"])
     # DiT as published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
     draw = dict(sampler="ddpm", steps=250, guidance=4.0, guide_channels=3, clip=False)
+    if config.get("use_flash_attn"):                              # DiT-MoE's XL and G are rectified flows
+        process = convert.DiTMoEFlow(config["learn_sigma"])
+        draw = dict(sampler="euler", steps=50, guidance=7.0, clip=False)
     shape = config["in_channels"], config["input_size"], config["input_size"]
     objective = objectives.Diffusion(model, process, shape, config["num_classes"], draw=draw)
     decoder = convert.load_decoder(args.decoder).to(device) if args.decoder else None
@@ -163,8 +174,12 @@ def sample():
         classes, objective, decoder = official(args, device)
         out = Path(args.out or "sample.png")
     elif args.run:
-        config, objective = runs.open_run(args.run, device, args.weights)
-        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+        if (len(args.run) > 1) != (args.stitch is not None):
+            raise ValueError("several runs and --stitch go together: "
+                             "python sample.py runs/small runs/large --stitch 0.4")
+        config, objective = (runs.open_stitched(args.run, args.stitch, args.stitch_rule, device, args.weights)
+                             if args.stitch is not None else runs.open_run(args.run[0], device, args.weights))
+        folder = Path(args.run[-1]) if Path(args.run[-1]).is_dir() else Path(args.run[-1]).parent
         classes, out = config["classes"], Path(args.out or folder / "sample.png")
     else:
         raise ValueError("name the folder of a run (python sample.py runs/<name>), "

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import figures
+import moe
 import objectives
 import runs
 from models import MODELS, cost, create_model
@@ -83,7 +84,13 @@ def flags():
            {"type": runs.options, "metavar": "NAME=VALUE,..."}),
           ("--post-train", None, "go on from a FiT run's averaged weights at a larger --image-size: only patch "
            "embedding, read-out, biases and modulations learn, positions scale by vision-ntk (FiTv2)",
-           {"metavar": "RUN"}))
+           {"metavar": "RUN"}),
+          ("--moe", None, "replace every feed-forward network of a transformer by E experts, K of them for each token",
+           {"type": runs.wholes, "metavar": "E,K"}),
+          ("--balance", 0.01, "weight of the loss that keeps experts equally busy"),
+          ("--upcycle", None, "start a model with experts from the run of the same model with one expert "
+           "(--model-options num_experts=1,top_k=1) in FOLDER", folder),
+          ("--ternary", False, "weights of -a, 0 or a in all linear layers of the blocks, as in TerDiT", switch))
     group("diffusion",
           ("--process", "flow", "path from data to noise: " + ", ".join(diffusion.PROCESSES), word),
           ("--prediction", "x0", "what the network predicts: " + ", ".join(diffusion.PREDICTIONS)
@@ -139,7 +146,9 @@ def print_list():
         with torch.device("meta"):
             model = create_model(name)
         parameters, macs = cost(model, (3, 32, 32))
-        print(f"  {name:18} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs")
+        active = moe.activated_parameters(model)
+        note = f", {active / 1e6:.2f} M activated" if active < parameters else ""
+        print(f"  {name:18} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs{note}")
     for title, entries in {"datasets": data.DATASETS, "processes": diffusion.PROCESSES,
                            "predictions": diffusion.PREDICTIONS, "weightings": diffusion.WEIGHTINGS,
                            "densities of the training times": diffusion.DENSITIES, "samplers": diffusion.SAMPLERS,
@@ -248,6 +257,8 @@ def train():
     if config["post_train"]:
         for name, weight in objective.model.named_parameters():
             weight.requires_grad_(objective.model.post_trains(name))
+    if config["upcycle"] and not checkpoint:
+        moe.upcycle(objective.model, runs.open_run(config["upcycle"], device)[1].model.state_dict())
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     weights = [p for p in objective.parameters() if p.requires_grad]
     averages = [e for e, p in zip(ema.parameters(), objective.parameters()) if p.requires_grad]

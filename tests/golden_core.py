@@ -823,8 +823,7 @@ class Plan:
 
     def grid_A(self):
         self.chain()
-        base = "leading" if self.name != "DDPMScheduler" or True else None
-        times = self.spaced(base, self.n)
+        times = self.spaced("leading", self.n)
         stride = self.process.T // self.n
         if self.sampler == "ddpm":
             self.finish(times, -1)
@@ -883,8 +882,6 @@ class Plan:
 
     def grid_flow(self):
         c, shift = self.c, self.c.get("shift", 1.0)
-        if self.c["invert_sigmas"]:
-            raise NotImplementedError("inverted sigmas")
         mu = self.given.pop("mu", None)
         if c["use_dynamic_shifting"]:
             shift = math.exp(mu) if c["time_shift_type"] == "exponential" else mu
@@ -903,7 +900,8 @@ class Plan:
             times = 1 - (1 - times) * (1 - c["shift_terminal"]) / (1 - times[-1])
         self.process.shift = 1.0
         levels = self.noise_levels((times[0].item(), times[-1].item()))
-        self.finish(times if levels is None else levels, 0)
+        times = times if levels is None else levels
+        self.finish(1 - times if c["invert_sigmas"] else times, float(c["invert_sigmas"]))
 
     def grid_EDM(self):
         c = self.c

@@ -9,20 +9,27 @@ from golden_core import check_loss, check_sampler, check_schedule
 import convert
 import data
 import diffusion
+import moe
 import objectives
 from layers import (
     LabelEmbedder,
+    PackedLinear,
+    TernaryLinear,
     Text,
     canvas,
     drop_labels,
+    pack,
     position_table,
+    replace_ternary,
     rope_2d,
     rope_factor,
     rope_frequencies,
     rotate,
+    ternary,
     timestep_embedding,
+    unpack,
 )
-from models import create_model
+from models import Stitched, create_model, stitch_steps
 
 
 def same(ours, theirs, what, tolerance=1e-5):
@@ -170,6 +177,303 @@ def check_dit_tables(case):
         same(ours, value, name)
 
 
+# -------------------------------------------------------------------------------------------------------------- dit-moe
+
+
+def watched(modules):
+    """name -> what each module puts out, filled in whenever it is called."""
+    seen = {}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda m, args, output, name=name: seen.__setitem__(name, output))
+    return seen
+
+
+def stacked(name, grads):
+    """The value of a published parameter's name out of {our name: value}: single experts are rows of a stack."""
+    (ours, value), = convert.moe_names({name: torch.zeros(())}).items()
+    if ".experts." in name or name.startswith("experts."):
+        return grads[ours][int(name.split("experts.")[1].split(".")[0])]
+    return grads[ours]
+
+
+def check_dit_moe(case):
+    if "embed_dim" in case.config:
+        check_moe_layer(case)
+    elif not case.state_dict:
+        for name, value in case.outputs.items():
+            with torch.device("meta"):
+                model = create_model("dit-moe-" + name.split(":")[1].lower().replace("_", "/"), 32, 4, 1000,
+                                     learn_sigma=True)
+            counts = sum(p.numel() for p in model.parameters()), moe.activated_parameters(model)
+            same(torch.tensor(counts), value, name)
+    else:
+        model = convert.load_official("dit-moe", case.config, case.state_dict).eval()
+        check = (check_moe_stats if "count_step" in case.outputs else check_moe_upcycle if "upcycled" in case.meta else
+                 check_moe_flow if "t_logit" in case.inputs else check_moe_training if "x0" in case.inputs else
+                 check_moe_forward)
+        check(case, model)
+
+
+def routing(router_output, prefix):
+    """The recorded forms of what a router says."""
+    weight, index, probs = router_output
+    combine = torch.zeros_like(probs).scatter(1, index, weight)
+    return {f"{prefix}router_probs": probs, f"{prefix}router_combine": combine,
+            f"{prefix}router_index_sorted": index.sort(1)[0]}
+
+
+def check_moe_forward(case, model):
+    points = {"final_tokens": model.final_layer, "block_last": model.blocks[-1]}
+    for k, block in enumerate(model.blocks):
+        points |= {f"block{k}.attn": block.attn, f"block{k}.moe": block.mlp, f"block{k}": block,
+                   f"block{k}.moe.shared": block.mlp.shared, f"block{k}.": block.mlp.router}
+        block.mlp.register_forward_pre_hook(lambda m, args, k=k: seen.__setitem__(f"block{k}.moe.input", args[0]))
+    seen = watched(points)
+    seen["out"] = model(*(case.inputs[k] for k in "xty"))
+    for k in range(len(model.blocks)):
+        seen |= routing(seen[f"block{k}."], f"block{k}.")
+    for name, value in case.outputs.items():
+        same(seen[name], value, name)
+
+
+def check_moe_layer(case):
+    c, alpha = case.config, case.meta["aux_loss_alpha"]
+    D = c["embed_dim"]
+    layer = moe.MoE(D, c["mlp_ratio"] * D, c["num_experts"], c["num_experts_per_tok"],
+                    case.meta["n_shared_experts"] * D)
+    state = {name.removeprefix("mlp."): value for name, value in
+             convert.moe_names({f"moe.{name}": value for name, value in case.state_dict.items()}).items()}
+    convert.fill(layer, state, "this layer")
+    for dispatch in (moe.loop, moe.grouped):
+        layer.dispatch = dispatch
+        x, g, router = case.inputs["x"].requires_grad_(), case.inputs["g"], watched({"router": layer.router})
+        ours = {"y_eval": layer.eval()(x), "shared_only": layer.shared(x)} | routing(router["router"], "")
+        ours["routed_only"] = ours["y_eval"] - ours["shared_only"]
+        rows = x.flatten(0, 1)
+        ours["expert_outputs"] = torch.stack([torch.nn.functional.linear(
+            torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T), down)
+            for gate, up, down in zip(layer.gate, layer.up, layer.down)], 1)
+        weights = {"x": x} | {"moe." + name: p for name, p in layer.named_parameters()}
+        aux = alpha * moe.balanced(layer.train(), 0, 1)["loss"] if layer.train()(x) is not None else None
+        y = layer(x)
+        task = (y * g).sum()
+        total = moe.balanced(layer, task, alpha)["loss"]
+        ours |= {"y_train": y, "aux_loss": aux[None]}
+        for kind, loss in {"aux": aux, "task_only": task, "train": total, "zero_task": 0 * task + aux}.items():
+            grads = torch.autograd.grad(loss, list(weights.values()), retain_graph=True, allow_unused=True)
+            grads = {name.replace("moe.", "mlp."): v for (name, v) in zip(weights, grads) if v is not None}
+            ours |= {f"{kind}_grad:x": grads["x"], f"{kind}_grad:gate.weight": grads["mlp.router.weight"]}
+            for name in case.state_dict:
+                if kind in ("task_only", "train"):
+                    value = stacked(f"moe.{name}", grads)
+                    ours |= {f"{kind}_grad:{name}": value, f"{kind}_grad_norm:{name}": value.norm()}
+        for name, value in case.outputs.items():
+            same(ours[name], value, f"{dispatch.__name__}: {name}")
+
+
+def check_moe_training(case, model):
+    process = chain({"learn_sigma": case.config["learn_sigma"], **case.meta.get("diffusion", {})})
+    x0, t, y, noise = (case.inputs[k] for k in ("x0", "t", "y", "noise"))
+    ours = {"mse_eval_mode": process.loss(model, x0, y, t, noise)["mse"]}
+    ours |= process.loss(model.train(), x0, y, t, noise)
+    alpha, task = case.meta["aux_loss_alpha"], ours["loss"].mean()
+    ours["aux_losses"] = torch.stack([alpha * block.mlp.balance[0] for block in model.blocks])
+    total = moe.balanced(model, task, alpha)["loss"]
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # What is recorded as task only is the total less the gradient of all balance losses, taken through the published
+    # trick: there the last layer's loss, on its way up, calls forth the losses of all other layers a second time.
+    for kind, loss in {"_task_only": task - ours["aux_losses"][:-1].sum(), "": total}.items():
+        grads = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), retain_graph=True)))
+        for name in case.state_dict:
+            if name != "pos_embed":
+                grad = stacked(name, grads)
+                ours |= {f"grad{kind}:{name}": grad, f"grad_norm{kind}:{name}": grad.norm()}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_moe_flow(case, model):
+    process = convert.DiTMoEFlow(case.config["learn_sigma"])
+    x0, noise, z, y = (case.inputs[k] for k in ("x0", "noise", "z", "y"))
+    t = torch.sigmoid(case.inputs["t_logit"])
+    ours = {"t": t, "loss_per_sample": process.loss(model, x0, y, t, noise)["loss"]}
+    ours["loss"] = ours["loss_per_sample"].mean()[None]
+    null, kept = torch.full_like(y, case.config["num_classes"]), []
+    denoise = diffusion.guided(process.denoiser(model, y), process.denoiser(model, null), case.meta["cfg_scale"])
+
+    def keeping(x, t):
+        kept.append(denoise(x, t))
+        return kept[-1]
+
+    with torch.no_grad():
+        walk = diffusion.SAMPLERS["euler"](keeping, z, process.times(case.meta["sample_steps"]), process, None)
+        ours["trajectory"] = torch.stack([z, *walk])
+    ours |= {"x0_predictions": torch.stack([d.x0 for d in kept]), "final": ours["trajectory"][-1]}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_moe_upcycle(case, dense):
+    x, t, y = (case.inputs[k] for k in "xty")
+    c = case.meta["upcycled"]
+    model = create_model("dit-moe-nano", c["input_size"], c["in_channels"], c["num_classes"], **{
+        k: c[k] for k in ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "learn_sigma",
+                          "num_experts")}, top_k=c["num_experts_per_tok"], qk_norm=c["use_flash_attn"],
+        null_class=c["class_dropout_prob"] > 0).eval()
+    moe.upcycle(model, dense.state_dict())
+    for k, block in enumerate(model.blocks):
+        assert 0.5 < block.mlp.router.weight.std() / 0.02 < 2
+        block.mlp.router.weight.data = case.inputs[f"gate:blocks.{k}.moe.gate.weight"]
+    seen = watched({f"block{k}.gate_sum": block.mlp.router for k, block in enumerate(model.blocks)})
+    ours = {"out_dense": dense(x, t, y), "out_upcycled": model(x, t, y)}
+    ours |= {name: output[0].sum(1) for name, output in seen.items()}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+    for block in model.blocks:                          # our own form keeps the dense model's function
+        block.mlp.router.renormalise = True
+    same(model(x, t, y), ours["out_dense"], "the output, upcycled with renormalised weights")
+
+
+def check_moe_stats(case, model):
+    process = chain({"learn_sigma": case.config["learn_sigma"], **case.meta.get("diffusion", {})})
+    kept = diffusion.respaced(process.T, case.meta["respacing"])
+    times = torch.tensor([*reversed(kept), -1], dtype=torch.float64)
+    classes, null = case.meta["classes"], case.config["num_classes"]
+    counter, finals = moe.Counter(model, null, len(kept)), []
+    with torch.no_grad(), counter:
+        for z, y, noises in zip(case.inputs["z"], case.inputs["y"], case.inputs["noises"]):
+            cond, uncond = process.denoiser(model, y[None]), process.denoiser(model, torch.full_like(y[None], null))
+            denoise, pool = diffusion.guided(cond, uncond, case.meta["cfg_scale"], channels=3), iter(noises)
+            walk = diffusion.SAMPLERS["ddpm"](denoise, z[None], times, process, lambda shape: next(pool)[None])
+            for counter.step, x in enumerate(walk, start=1):            # noqa: B007
+                pass
+            finals.append(x[0])
+            counter.step = 0
+    ours = {"count_class": counter.classes[classes], "count_position": counter.positions, "count_step": counter.steps,
+            "final": torch.stack(finals)}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+# --------------------------------------------------------------------------------------------------------------- terdit
+
+
+def check_terdit(case):
+    if "in_features" in case.config:
+        check_terdit_linear(case)
+        return
+    model = convert.load_official("terdit", case.config, case.state_dict).eval()
+    (check_terdit_training if "x0" in case.inputs else check_terdit_forward)(case, model)
+
+
+def check_terdit_linear(case):
+    c, (x, g) = case.config, (case.inputs.get(k) for k in "xg")
+    layer = TernaryLinear(torch.nn.Linear(c["in_features"], c["out_features"], c["bias"]))
+    convert.fill(layer, case.state_dict, "this layer")
+    y, q = layer(x.requires_grad_()), ternary(layer.weight)
+    (y * g).sum().backward()
+    ours = {"y": y, "ternary": q.detach().round(), "gamma": layer.weight.abs().mean()[None], "grad:x": x.grad,
+            "fraction_zero": (q == 0).float().mean()[None], "packed_uint8": pack(q.detach()),
+            "unpacked_minus1": unpack(pack(q.detach())).float()}
+    ours |= {f"grad:{name}": p.grad for name, p in layer.named_parameters()}
+    ours |= {name: ternary(value) for name, value in case.inputs.items() if name.startswith("edge_")}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_terdit_forward(case, model):
+    x, t, y = (case.inputs[k] for k in "xty")
+    points = {"patch_tokens": model.x_embedder, "final_tokens": model.final_layer, "layer_last": model.layers[-1]}
+    for k, layer in enumerate(model.layers):
+        points |= {f"layer{k}": layer, f"layer{k}.attention": layer.attention,
+                   f"layer{k}.feed_forward": layer.feed_forward, f"layer{k}.adaLN": layer.adaLN_modulation,
+                   f"layer{k}.adaLN_before_rms": layer.adaLN_modulation[1]}
+    seen = watched(points)
+    seen["out"] = model(x, t, y)
+    ours = dict(seen)
+    for name, m in model.named_modules():
+        if isinstance(m, TernaryLinear):
+            published = name.replace("forward.gate", "forward.w1").replace("forward.up", "forward.w3")
+            published = published.replace("forward.down", "forward.w2")
+            codes = ternary(m.weight).detach()
+            ours |= {f"{published}.ternary": codes, f"packed_uint8:{published}.weight": pack(codes)}
+    ours["out_packed"] = replace_ternary(model, PackedLinear)(x, t, y)
+    assert torch.equal(ours["out_packed"], ours["out"]), "packing changes nothing, to the last bit"
+    # the packed weights, under their published names, make the same model
+    packed = {name: ours.get(f"packed_uint8:{name}", value) for name, value in case.state_dict.items()}
+    again = convert.load_official("terdit", case.config, packed).eval()
+    assert torch.equal(again(x, t, y), ours["out_packed"])
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_terdit_training(case, model):
+    process = chain({"learn_sigma": case.config["learn_sigma"], **case.meta.get("diffusion", {})})
+    ours = process.loss(model, *(case.inputs[k] for k in ("x0", "y", "t", "noise")))
+    ours["loss"].mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    for name in case.state_dict:
+        grad = grads[convert.terdit_name(name)]
+        ours |= {f"grad:{name}": grad.view_as(case.state_dict[name]), f"grad_norm:{name}": grad.norm()}
+    for name, value in case.outputs.items():
+        tolerance = 1e-5
+        if name.endswith(("wq.alphas", "wk.alphas")) and case.config["qk_norm"]:
+            # the norm behind it undoes any scale: a sum of terms that cancel, known no better than its terms
+            layer = model.get_submodule(name.split(":")[1].removesuffix(".alphas"))
+            terms = (layer.weight.grad / layer.alphas * ternary(layer.weight)).norm()
+            tolerance *= max(1.0, (terms / value.norm()).item())
+        same(ours[name], value, name, tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------------- t-stitch
+
+
+def check_stitch(case):
+    if not case.state_dict:
+        check_stitch_schedule(case)
+        return
+    model = convert.load_official("t-stitch", case.config, case.state_dict).eval()
+    configs = case.config["denoisers"]
+    process = chain({"learn_sigma": configs[0]["learn_sigma"], **case.meta.get("diffusion", {})})
+    z, y, noises, scale = *(case.inputs[k] for k in ("z", "y", "noises")), case.meta["cfg_scale"]
+    times, chosen, kept = process.times(case.meta["steps"]), [], []
+    denoise = process.denoiser(model, y)
+    if scale is not None:
+        null = torch.full_like(y, configs[0]["num_classes"])
+        denoise = diffusion.guided(denoise, process.denoiser(model, null), scale, channels=3)
+    if case.meta["clip_denoised"]:
+        denoise = diffusion.clipped(denoise, process)
+
+    def keeping(x, t):
+        chosen.append(model.choose(t))
+        kept.append(denoise(x, t))
+        return kept[-1]
+
+    pool, options = iter(noises), {"eta": case.meta["eta"]} if case.meta["solver"] == "ddim" else {}
+    with torch.no_grad():
+        sampler = diffusion.SAMPLERS[case.meta["solver"]]
+        steps = list(sampler(keeping, z, times, process, lambda shape: next(pool), **options))
+    ours = {"model_index": torch.tensor(chosen), "timesteps": times[:-1], "steps": torch.stack(steps),
+            "final": steps[-1], "pred_xstart": torch.stack([d.x0 for d in kept])}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
+def check_stitch_schedule(case):
+    for name, value in case.outputs.items():
+        kind, S = name.split(":")
+        times = [float(t) for t in reversed(diffusion.respaced(1000, S))]
+        if kind == "timesteps":
+            ours = torch.tensor(times)
+        else:
+            rows = [[r, 1 - r] for r in case.config["ratios"]] if kind == "two" else case.config["fractions"]
+            models = [torch.nn.Identity()] * len(rows[0])
+            ours = torch.tensor([[Stitched(models, row).choose(t) for t in times] for row in rows])
+            if int(S) >= 10 and kind == "two":              # where the fractions are whole numbers of steps, both agree
+                same(torch.tensor([stitch_steps(int(S), row) for row in rows]), value, f"{name}, by steps")
+        same(ours, value, name)
+
+
 # ---------------------------------------------------------------------------- fit, fitv2, flag-dit, rope, preprocessing
 
 
@@ -283,9 +587,10 @@ def check_sizes(case):
         same(ours[name], value, name)
 
 
-CHECKS = {"dit": check_dit, "fit": check_tokens, "fitv2": check_tokens, "flag-dit": check_tokens,
-          "flag-dit-text": check_tokens, "rope2d": check_rope2d, "fit-resize": check_sizes, "lumina-crops": check_sizes,
-          "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler}
+CHECKS = {"dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler,
+          "dit-moe": check_dit_moe, "terdit": check_terdit, "t-stitch": check_stitch,
+          "fit": check_tokens, "fitv2": check_tokens, "flag-dit": check_tokens, "flag-dit-text": check_tokens,
+          "rope2d": check_rope2d, "fit-resize": check_sizes, "lumina-crops": check_sizes}
 
 
 def test_golden(golden_file):

@@ -1,14 +1,32 @@
 """What holds for every backbone of the registry, and what DiT and the U-Net promise."""
 
+import copy
+
+import golden
 import pytest
 import torch
 import torch.nn.functional as F
 
+import objectives
 from convert import KLDecoder, fill, infer_config, load_official, read_weights
-from layers import PatchEmbed, unpatchify
-from models import MODELS, DiT, DiTBlock, UNet, cost, create_model
+from diffusion import create_process
+from layers import (
+    PackedLinear,
+    PatchEmbed,
+    TernaryLinear,
+    dense,
+    pack,
+    replace_ternary,
+    rotate,
+    ternarize,
+    ternary,
+    unpack,
+    unpatchify,
+)
+from models import MODELS, DiT, DiTBlock, Stitched, TerDiT, UNet, cost, create_model, stitch_steps
 
-NANO = [name for name in MODELS if name.endswith(("-nano", "-pico"))]
+NANO = [name for name, (_, preset) in MODELS.items() if name.endswith(("-nano", "-pico"))
+        and not preset.get("text_width")]
 
 
 def inputs(batch=3, size=(32, 32), channels=3, classes=10):
@@ -170,6 +188,18 @@ def test_published_files(tmp_path):
         read_weights(tmp_path / "junk.pt")
 
 
+@pytest.mark.parametrize("name, arch, guessed", [("dit-moe-qknorm", "dit-moe", {"pretraining_tp"}), (
+    "terdit-base", "terdit", {"input_size", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps"})])
+def test_published_configs_are_read_off_the_shapes(name, arch, guessed):
+    case = golden.load(f"{golden.__file__.removesuffix('golden.py')}{name}.npz")
+    inferred = infer_config(arch, case.state_dict)
+    known = set(case.config) - guessed - {"class_dropout_prob"}
+    assert {k: inferred[k] for k in known} == {k: case.config[k] for k in known}
+    load_official(arch, inferred, case.state_dict)
+    with pytest.raises(ValueError, match=f"not the weights of a published {arch}"):
+        infer_config(arch, {"a": torch.zeros(1)})
+
+
 def test_safetensors(tmp_path):
     import json
     import struct
@@ -281,3 +311,150 @@ def test_block_is_exact_in_double_precision():
     w = torch.randn_like(ours)
     gradients = (torch.autograd.grad((o * w).sum(), x, retain_graph=True)[0] for o in (ours, theirs))
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-10)
+
+
+# -------------------------------------------------------------------------------------------------------------- DiT-MoE
+
+
+@pytest.mark.parametrize("name, macs", [("s/2-8e2a", 15.43), ("b/2-8e2a", 61.68)])
+def test_dit_moe_costs_what_the_paper_says(name, macs):
+    """2407.11633, table 1: multiply-accumulates without attention's two products."""
+    with torch.device("meta"):
+        model = create_model(f"dit-moe-{name}", 32, 4, 1000, learn_sigma=True)
+    D, depth = model.x_embedder.proj.out_channels, len(model.blocks)
+    assert (cost(model, (4, 32, 32))[1] - 2 * 256**2 * D * depth) / 1e9 == pytest.approx(macs, rel=0.005)
+
+
+# --------------------------------------------------------------------------------------------------------------- TerDiT
+
+
+@pytest.mark.parametrize("size, millions", [("600m", 609.89), ("4.2b", 4238.02)])
+def test_terdit_sizes(size, millions):
+    with torch.device("meta"):
+        model = create_model(f"terdit-{size}", 32, 4, 1000, learn_sigma=True)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
+    codes = sum(m.weight.numel() for m in model.modules() if isinstance(m, TernaryLinear)) / 1e6
+    assert codes == pytest.approx({"600m": 603.98, "4.2b": 4227.86}[size], abs=0.006)
+
+
+def test_ternary_codes():
+    w = torch.randn(400, 600, generator=torch.Generator().manual_seed(0))
+    q = ternary(w)
+    assert set(q.unique().tolist()) == {-1.0, 0.0, 1.0}
+    assert (q == 0).float().mean().item() == pytest.approx(0.310, abs=0.004), "P(|z| < 0.5 sqrt(2/pi))"
+    assert torch.equal(ternary(-w), -q) and torch.equal(ternary(1000 * w), q)
+    assert not ternary(torch.zeros(4, 4)).any()
+    assert torch.equal(unpack(pack(q)), q.to(torch.int8)) and pack(q).numel() * 4 == w.numel()
+    with pytest.raises(ValueError, match="6 rows do not divide by 4"):
+        pack(torch.zeros(6, 2))
+
+
+def test_ternary_gradients():
+    """Straight through: dL/dW = alphas dL/dW_eff, dL/dalphas = sum(Q dL/dW_eff), float64."""
+    layer = TernaryLinear(torch.nn.Linear(6, 8)).double()
+    x, g = torch.randn(5, 6, dtype=torch.float64, requires_grad=True), torch.randn(5, 8, dtype=torch.float64)
+    got = torch.autograd.grad((layer(x) * g).sum(), [layer.weight, layer.alphas, x])
+    q, G = ternary(layer.weight).detach(), g.T @ x.detach()
+    for ours, formula in zip(got, [layer.alphas * G, (G * q).sum()[None], g @ (layer.alphas * q)]):
+        torch.testing.assert_close(ours, formula, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["dit-nano", "terdit-nano", "unet-pico"])
+def test_any_backbone_becomes_ternary_and_packed(name):
+    model = create_model(name)
+    model = randomised(model if name.startswith("terdit") else ternarize(model))
+    x, t, y = inputs()
+    out = model(x, t, y)
+    codes = sum(m.weight.numel() for m in model.modules() if isinstance(m, TernaryLinear))
+    before = sum(p.numel() for p in model.parameters())
+    dense_out = replace_ternary(copy.deepcopy(model), dense)(x, t, y)
+    replace_ternary(model, PackedLinear)
+    assert torch.equal(model(x, t, y), out) and torch.equal(dense_out, out), "to the last bit"
+    bytes_ = sum(v.numel() for v in model.state_dict().values() if v.dtype == torch.uint8)
+    assert bytes_ == codes / 4 and sum(p.numel() for p in model.parameters()) == before - codes
+    with pytest.raises(ValueError, match="no linear layers in its blocks"):
+        ternarize(model)
+
+
+def test_ternary_modulation_is_bounded():
+    """Behind the adaLN projection one RMSNorm over all 6 D numbers: their mean square is below 1 at any scale, which
+    without the norm it follows."""
+    model = randomised(create_model("terdit-nano"))
+    adaLN, c = model.layers[0].adaLN_modulation, torch.randn(4, 128)
+    adaLN[2].weight.data.fill_(1)
+    for scale in (1.0, 1e4):
+        adaLN[1].alphas.data.fill_(scale)
+        before = adaLN[1](F.silu(c))
+        assert (adaLN(c).square().mean(1) <= 1.0001).all() and before.square().mean() > 0.1 * scale**2
+
+
+def test_grouped_heads_are_shared_heads():
+    """Two key-value heads for four query heads: as four whose weights repeat. Positions count by difference only."""
+    size = dict(image_size=16, patch_size=4, in_channels=3, hidden_size=32, depth=1, num_heads=4, multiple_of=8,
+                ternary=False, num_classes=10)
+    small, large = randomised(TerDiT(**size, kv_heads=2)), TerDiT(**size).eval()
+    repeat = lambda w: w.view(2, 8, 32).repeat_interleave(2, 0).flatten(0, 1)
+    large.load_state_dict({name: repeat(w) if "wk" in name or "wv" in name else w
+                           for name, w in small.state_dict().items()})
+    x, t, y = inputs(size=(16, 16))
+    torch.testing.assert_close(small(x, t, y), large(x, t, y), rtol=1e-4, atol=1e-5)
+    q, k = torch.randn(2, 1, 1, 1, 8)
+    angle = lambda n: torch.tensor([[n]]) * 10000 ** (-torch.arange(0, 8, 2) / 8)
+    turn = lambda z, n: rotate(z, angle(n).cos()[None], angle(n).sin()[None])
+    product = lambda m, n: (turn(q, float(m)) * turn(k, float(n))).sum()
+    torch.testing.assert_close(product(5, 2), product(13, 10), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="do not fit a width"):
+        TerDiT(16, 4, 3, 32, 1, 4, kv_heads=3)
+
+
+# ------------------------------------------------------------------------------------------------------------- T-Stitch
+
+
+def stitching(fractions, rule="steps", sampler="dpmpp-2m", grid=None, parts=None, process="flow", steps=10):
+    """(images, the model of each call) of stitched small backbones; the same noise in every call."""
+    backbone = lambda k: randomised(create_model("dit-nano", 8, hidden_size=16 + 16 * k, depth=1 + k))
+    parts = parts or [objectives.Diffusion(backbone(k), create_process(process, "x0"), (3, 8, 8), 10)
+                      for k in range(len(fractions))]
+    objective, calls = objectives.Stitch(parts, fractions, rule).eval(), []
+    hooks = [m.register_forward_hook(lambda *a, k=k: calls.append(k)) for k, m in enumerate(objective.model.models)]
+    noise = objectives.ImageNoise(0, range(2))
+    frames = list(objective.trajectory(noise((2, 3, 8, 8)), torch.tensor([1, 2]), noise=noise, sampler=sampler,
+                                       steps=steps, grid=grid, guidance=1.5))
+    for hook in hooks:
+        hook.remove()
+    return frames, calls, parts
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp-2m", "ddpm"])
+def test_stitching(sampler):
+    """r = 0 and r = 1 are the models alone; until the switch the trajectory is the small one's; both halves of guidance
+    go to one model; the shares are as asked for; three models with an empty share are two."""
+    frames, calls, parts = stitching([0.4, 0.6], sampler=sampler)
+    assert calls == [0] * 8 + [1] * 12
+    alone = []
+    for part in parts:
+        noise = objectives.ImageNoise(0, range(2))
+        alone.append(list(part.trajectory(noise((2, 3, 8, 8)), torch.tensor([1, 2]), noise=noise, sampler=sampler,
+                                          steps=10, guidance=1.5)))
+    for fractions, k, rule in (([0.0, 1.0], 1, "steps"), ([0.0, 1.0], 1, "time"), ([1.0, 0.0], 0, "steps")):
+        ours, calls, _ = stitching(fractions, rule, sampler, parts=parts)
+        assert torch.equal(ours[-1], alone[k][-1]) and set(calls) == {k}
+    same, _, _ = stitching([0.4, 0.0, 0.6], sampler=sampler, parts=[parts[0], parts[0], parts[1]])
+    assert torch.equal(same[-1], frames[-1]) and not torch.equal(frames[-1], alone[1][-1])
+    # dpmpp-2m's third and later steps look back: up to the switch, everything is the small model's
+    assert all(torch.equal(a, b) for a, b in zip(frames[:4], alone[0][:4])) and not torch.equal(frames[4], alone[0][4])
+
+
+@pytest.mark.parametrize("process, grid", [("edm", "karras"), ("linear", "karras"), ("flow", "beta"),
+                                           ("cosine", "leading")])
+def test_stitching_counts_steps_on_any_grid(process, grid):
+    _, calls, _ = stitching([0.3, 0.2, 0.5], grid=grid, process=process, sampler="ddim", steps=20)
+    assert calls == [0] * 12 + [1] * 8 + [2] * 20
+
+
+def test_what_cannot_be_stitched():
+    with pytest.raises(ValueError, match="sum to 1, not 0.4, 0.4"):
+        Stitched([torch.nn.Identity()] * 2, [0.4, 0.4])
+    with pytest.raises(ValueError, match="as many fractions"):
+        Stitched([torch.nn.Identity()] * 3, [0.5, 0.5])
+    assert [stitch_steps(5, [r / 10, 1 - r / 10]).count(0) for r in range(11)] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]

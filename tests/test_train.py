@@ -96,6 +96,8 @@ def test_a_run_leaves_what_it_promises(here):
     ["--process", "edm", "--prediction", "own"],
     ["--weighting", "min-snr", "--density", "mode"],
     ["--unconditional"],
+    ["--moe", "4,2"],
+    ["--ternary"],
     ["--model", "unet-nano", "--model-options", "channels=16;multipliers=(1,2);attention=()",
      "--model-options", "channels=16;multipliers=(1,2);attention=();dropout=0.3"],
 ])
@@ -379,6 +381,58 @@ def test_every_guidance_rule_draws(run, rule):
     argv = ["--guidance", "3", "--guidance-rule", rule, "--interval", "0.1,0.9", "--grid", "karras"]
     call(sample.sample, "r", "--n", "4", *argv)
     assert Image.open("r/sample.png").size[0] > 64
+
+
+def test_experts(here, capsys):
+    """Training logs their balance; upcycling starts from one expert; the analysis counts and draws."""
+    small = [*TINY[2:], "--model", "dit-moe-nano", "--image-size", "16"]
+    call(train.train, *small, "--model-options", "depth=2,hidden_size=24,num_heads=2,num_experts=1,top_k=1",
+         "--out", "dense")
+    call(train.train, *small, "--model-options", "depth=2,hidden_size=24,num_heads=2", "--upcycle", "dense",
+         "--balance", "0.5", "--out", "moe")
+    entry = runs.history(Path("moe"))[0]
+    assert entry["loss"] > 0.5 * 2 * entry["balance"] > 0.99 and entry["load_cv"] > 0
+    first = runs.load_checkpoint("dense/ckpt.pt")["ema"]["model.blocks.0.mlp.gate"]
+    moved = runs.load_checkpoint("moe/ckpt.pt")["ema"]["model.blocks.0.mlp.gate"]
+    assert moved.shape[0] == 8 and (moved - first).norm() < 0.5 * first.norm() * 8**0.5
+    call(evaluate.evaluate, "experts", "moe", "--n", "2")
+    assert "position" in capsys.readouterr().out
+    result = json.load(open("moe/experts.json"))
+    assert np.array(result["counts"]["step"]).sum((1, 2)).tolist() == [2 * len(data.SHAPES) * 2 * 16 * 2] * 2
+    assert Image.open("moe/experts-position.png").size[0] > 300
+    assert "leave out one of the two" in refused(capsys, train.train, *TINY, "--moe", "4,2", "--ternary")
+    assert "UNet has 0" in refused(capsys, train.train, "--model", "unet-pico", "--moe", "4,2", "--out", "u")
+    call(train.train, *TINY, "--out", "dit")
+    assert "cannot be upcycled" in refused(capsys, train.train, *small, "--upcycle", "dit", "--out", "v")
+    assert "no experts" in refused(capsys, evaluate.evaluate, "experts", "dit")
+
+
+def test_packed_weights_draw_the_same_images(here, capsys):
+    call(train.train, *TINY, "--ternary", "--out", "r")
+    call(evaluate.evaluate, "pack", "r", "--n", "4", "--rounds", "1")
+    assert "packed" in capsys.readouterr().out
+    assert Path("r/packed.pt").stat().st_size < 0.5 * Path("r/ckpt.pt").stat().st_size
+    for file in ("r", "r/packed.pt"):
+        call(sample.sample, file, "--n", "4", "--out", Path(file).stem + ".npz")
+    assert np.array_equal(np.load("r.npz")["arr_0"], np.load("packed.npz")["arr_0"])
+    assert "no ternary weights to pack" in refused(capsys, evaluate.evaluate, "pack", "r/packed.pt")
+
+
+def test_stitched_runs(run, capsys):
+    call(train.train, *TINY, "--model-options", "depth=2,hidden_size=32,num_heads=2", "--prediction", "own",
+         "--out", "large")
+    call(sample.sample, "r", "large", "--stitch", "0.5", "--n", "4", "--out", "x.npz")
+    call(sample.sample, "r", "large", "r", "--stitch", "0.5,0.25,0.25", "--stitch-rule", "time", "--n", "4")
+    assert np.load("x.npz")["arr_0"].shape == (4, 8, 8, 3)
+    call(evaluate.evaluate, "stitch", "r", "large", "--n", "8", "--fractions", "0,0.5,1", "--seeds", "1,2",
+         "--classifier-steps", "2")
+    said, rows = capsys.readouterr().out, json.load(open("large/stitch.json"))
+    assert "class accuracy" in said and [row["fraction"] for row in rows] == [0, 0.5, 1]
+    assert rows[0]["macs"] > rows[1]["macs"] > rows[2]["macs"] and Image.open("large/stitch.png").size == (800, 460)
+    assert "--stitch 0.4" in refused(capsys, sample.sample, "r", "large")
+    assert "sum to 1" in refused(capsys, sample.sample, "r", "large", "--stitch", "0.4,0.4")
+    call(train.train, *TINY, "--out", "x0")
+    assert "same prediction" in refused(capsys, sample.sample, "r", "x0", "--stitch", "0.4")
 
 
 def test_official_dit_without_a_decoder(here, capsys):

@@ -1,0 +1,233 @@
+"""Mixtures of experts: a layer that has E feed-forward networks and lets each token pass through K of them.
+
+    Router         scores the experts for each token, softmax first and then the K best (DiT-MoE, 2407.11633)
+    loop, grouped  two ways to run the chosen experts: the definition, and the fast one; equal in values and gradients
+    MoE            router, routed experts and shared experts as one layer, in place of a feed-forward network
+    balanced       the balance loss, an explicit term of the training loss
+    add_experts    the feed-forward networks of any backbone -> MoE;   upcycle: their weights from a dense run
+
+Letters: B batch, N tokens of an image, T = B N tokens in all, D width, H hidden width, E experts, K experts a token.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layers import Mlp, SwiGlu
+
+# ------------------------------------------------------------------------------------------------------------- dispatch
+# dispatch(x (T, D), index (T, K), weight (T, K), gate (E, H, D), up (E, H, D), down (E, D, H)) -> (T, D): the sum of
+# weight * expert(x) over the experts that `index` names, an expert being down(SiLU(gate x) * up x).
+
+
+def loop(x, index, weight, gate, up, down):
+    """The definition: one expert after the other, each on the tokens that chose it."""
+    y = torch.zeros_like(x)
+    for e in range(len(gate)):
+        token, choice = (index == e).nonzero(as_tuple=True)
+        rows = x[token]                                                                               # (its tokens, D)
+        rows = F.linear(F.silu(F.linear(rows, gate[e])) * F.linear(rows, up[e]), down[e])
+        y = y.index_add(0, token, (weight[token, choice, None] * rows).to(y.dtype))
+    return y
+
+
+def grouped(x, index, weight, gate, up, down):
+    """The fast way: sort the (token, choice) pairs by expert, then one grouped matrix product a projection. The number
+    of tokens of each expert stays on the device: a GPU is never waited for."""
+    expert, order = index.flatten().sort(stable=True)                                                 # (T K,)
+    ends = torch.searchsorted(expert, torch.arange(len(gate), device=x.device), right=True)           # (E,)
+    token = order // index.shape[1]
+    rows = x.index_select(0, token)                                                                   # (T K, D)
+    rows = products(F.silu(products(rows, gate, ends)) * products(rows, up, ends), down, ends)
+    rows = weight.flatten().index_select(0, order)[:, None] * rows
+    return torch.zeros_like(x).index_add(0, token, rows.to(x.dtype))
+
+
+def products(x, weights, ends):
+    """Rows ends[e-1] .. ends[e] of x (n, D_in) times weights[e] (D_out, D_in), for all e -> (n, D_out)."""
+    if not x.is_cuda:
+        return slices(x, weights, ends)
+    if torch.is_autocast_enabled("cuda"):
+        x, weights = (v.to(torch.get_autocast_dtype("cuda")) for v in (x, weights))
+    return F.grouped_mm(x, weights.mT, offs=ends.int())
+
+
+@torch.compiler.disable
+def slices(x, weights, ends):
+    """`products` by ordinary matrix products of slices. On the meta device, where nothing is chosen, loads are even."""
+    n, E = len(x), len(weights)
+    ends = [n * (e + 1) // E for e in range(E)] if x.is_meta else ends.tolist()
+    rows = x.split([b - a for a, b in pairwise([0, *ends])])
+    return torch.cat([F.linear(r, w) for r, w in zip(rows, weights.unbind())])
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+class Router(nn.Module):
+    """Tokens (T, D) -> weight (T, K), index (T, K), probs (T, E). p = softmax over all E experts of a linear map
+    without bias; a token takes the K best, each weighed by its p, so that its weights sum to less than 1 (2407.11633).
+
+    renormalise: divide the K weights by their sum. Under autocast it keeps the precision of its weights.
+    """
+
+    def __init__(self, dim, num_experts, top_k, renormalise=False):
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"a token cannot take {top_k} of {num_experts} experts: choose 1 to {num_experts}")
+        self.top_k, self.renormalise = top_k, renormalise
+        self.weight = nn.Parameter(torch.empty(num_experts, dim).uniform_(-dim**-0.5, dim**-0.5))
+
+    def forward(self, x):
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+            probs = F.linear(x.to(self.weight.dtype), self.weight).softmax(-1)                        # (T, E)
+        weight, index = probs.topk(self.top_k, sorted=False)
+        if self.renormalise:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return weight, index, probs
+
+
+class MoE(nn.Module):
+    """Routed SwiGLU experts of hidden width `hidden` without biases, and shared experts, which every token passes: one
+    SwiGLU of hidden width `shared` (0: none), added unweighted. (B, N, D) -> (B, N, D). 2407.11633, section 2.2.
+
+    In training mode each call leaves its balance loss and the experts' loads behind, for `balanced` to take.
+    """
+
+    def __init__(self, dim, hidden, num_experts, top_k, shared=0, renormalise=False):
+        super().__init__()
+        self.router = Router(dim, num_experts, top_k, renormalise)
+        self.gate = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.up = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        for stack in (self.gate, self.up, self.down):                  # Xavier uniform, each expert by itself
+            nn.init.uniform_(stack, -(6 / (dim + hidden)) ** 0.5, (6 / (dim + hidden)) ** 0.5)
+        self.shared = SwiGlu(dim, shared) if shared else None
+        self.dispatch, self.balance = grouped, None
+
+    def forward(self, x):
+        tokens = x.flatten(0, -2)                                                                     # (T, D)
+        weight, index, probs = self.router(tokens)
+        if self.training:
+            self.balance = balance_loss(probs, index)
+        y = self.dispatch(tokens, index, weight, self.gate, self.up, self.down).view_as(x)
+        return y if self.shared is None else y + self.shared(x)
+
+    def __getstate__(self):                                            # a copy takes no graph along
+        return {**self.__dict__, "balance": None}
+
+
+# -------------------------------------------------------------------------------------------------------------- balance
+
+
+def balance_loss(probs, index):
+    """(loss, load): load (E,) is each expert's share of the choices, 1 on average, without gradient; the loss, the sum
+    of load * mean probability over the experts, is 1 for even loads, E/K if all tokens choose alike. 2407.11633, eq. 4
+    (over all tokens of the batch, as the published code counts)."""
+    E = probs.shape[1]
+    load = torch.zeros_like(probs[0]).index_add_(0, index.flatten(), probs.new_ones(index.numel())) * E / index.numel()
+    return (load * probs.mean(0)).sum(), load
+
+
+def balanced(model, loss, alpha):
+    """What training adds for a model with experts: {"loss": loss + alpha * the sum of the layers' balance losses,
+    "balance": their mean (1: even), "load_cv": the mean coefficient of variation of the loads (0: even)}. {} for a
+    model without experts, or after a call in evaluation mode."""
+    layers = [m for m in model.modules() if isinstance(m, MoE) and m.balance is not None]
+    if not layers:
+        return {}
+    losses, loads = zip(*(layer.balance for layer in layers))
+    for layer in layers:
+        layer.balance = None
+    total = torch.stack(losses).sum()
+    return {"loss": loss + alpha * total, "balance": total.detach() / len(layers),
+            "load_cv": torch.stack(loads).std(1, correction=0).mean()}
+
+
+def activated_parameters(model):
+    """The parameters that a token meets: all but the experts that it does not choose."""
+    unused = sum((len(m.gate) - m.router.top_k) * 3 * m.gate[0].numel() for m in model.modules() if isinstance(m, MoE))
+    return sum(p.numel() for p in model.parameters()) - unused
+
+
+# ------------------------------------------------------------------------------------------ experts for a dense network
+
+
+def add_experts(model, num_experts, top_k, blocks=None, shared=2, renormalise=False):
+    """Replace, in place, the feed-forward networks (`layers.Mlp`, `layers.SwiGlu`) of a backbone by fresh `MoE`
+    layers: routed experts of the same hidden width, shared ones of `shared` times the model's width. -> the model.
+
+    blocks: only those, counted from 0 in the order of the network (None: all). Raises ValueError if there are none.
+    """
+    if any(isinstance(m, MoE) for m in model.modules()):
+        raise ValueError("this model has experts already: change them by --model-options num_experts=8,top_k=2")
+    names = [name for name, m in model.named_modules() if isinstance(m, (Mlp, SwiGlu))]
+    if not names or any(b not in range(len(names)) for b in blocks or ()):
+        raise ValueError(f"experts replace feed-forward networks, and {type(model).__name__} has {len(names)} of them"
+                         + (f": blocks {tuple(blocks)} are not all among 0 to {len(names) - 1}" if names else ""))
+    for k, name in enumerate(names):
+        if blocks is None or k in blocks:
+            parent, _, child = name.rpartition(".")
+            hidden, dim = next(model.get_submodule(name).parameters()).shape                          # fc1, or gate
+            layer = MoE(dim, hidden, num_experts, top_k, shared * dim, renormalise)
+            setattr(model.get_submodule(parent), child, layer)
+    return model
+
+
+def upcycle(model, dense):
+    """Fill a model with experts from the state dict of the same model with one expert: every expert becomes that one,
+    routers are drawn from N(0, 0.02), all else is copied. As published: the K weights of a token sum to about K/E, so
+    the routed branch shrinks; a model with renormalise=True keeps the dense model's function exactly."""
+    for name, own in model.state_dict().items():
+        given = dense.get(name)
+        if name.endswith("router.weight"):
+            nn.init.normal_(own, std=0.02)
+        elif given is not None and (given.shape == own.shape or given.shape == (1, *own.shape[1:])):
+            own.copy_(given)
+        else:
+            raise ValueError(f"these weights cannot be upcycled: {name} is {tuple(own.shape)} here and "
+                             f"{'absent' if given is None else tuple(given.shape)} there; upcycling starts from a "
+                             "run of the same model with --model-options num_experts=1,top_k=1")
+
+
+# ------------------------------------------------------------------------------------------------------------- analysis
+
+
+class Counter:
+    """Counts which experts a model's layers L choose while it samples: classes (classes, L, E), positions (L, N, E),
+    steps (L, steps, E). The three analyses of 2407.11633, section 4. Only calls with a true label are counted, not
+    those with the null label; set `step` as sampling goes on. `with Counter(...) as c:` listens to the model."""
+
+    def __init__(self, model, num_classes, steps):
+        self.layers = [m for m in model.modules() if isinstance(m, MoE)]
+        if not self.layers:
+            raise ValueError("this model has no experts: train one, for example --model dit-moe-nano")
+        self.model, self.step, L, E = model, 0, len(self.layers), len(self.layers[0].gate)
+        self.classes = torch.zeros(num_classes, L, E, dtype=torch.long)
+        self.steps = torch.zeros(L, steps, E, dtype=torch.long)
+        self.positions = None                                          # the number of tokens is known at the first call
+
+    def __enter__(self):
+        hear = lambda module, args: setattr(self, "labels", args[2])
+        self.hooks = [self.model.register_forward_pre_hook(hear)]
+        for k, layer in enumerate(self.layers):
+            self.hooks.append(layer.router.register_forward_hook(
+                lambda module, args, output, k=k: self.count(k, output[1])))
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+    def count(self, layer, index):
+        """index (B N, K), the choices in one call of a layer."""
+        y = self.labels.cpu()
+        chosen = F.one_hot(index.cpu(), self.steps.shape[2]).sum(1).unflatten(0, (len(y), -1))        # (B, N, E)
+        y, chosen = y[y < len(self.classes)], chosen[y < len(self.classes)]
+        if self.positions is None:
+            self.positions = torch.zeros(len(self.layers), *chosen.shape[1:], dtype=torch.long)
+        self.classes[:, layer].index_add_(0, y, chosen.sum(1))
+        self.positions[layer] += chosen.sum(0)
+        self.steps[layer, min(self.step, self.steps.shape[1] - 1)] += chosen.sum((0, 1))
