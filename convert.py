@@ -165,7 +165,7 @@ def infer_fit(state_dict):
     presets = {(k["depth"], k["hidden_size"]): k["num_heads"] for _, (kind, k) in MODELS.items() if kind is FiT}
     swiglu, lora = "blocks.0.mlp.fc1_g.weight" in state_dict, "global_adaLN_modulation.1.weight" in state_dict
     hidden = state_dict[f"blocks.0.mlp.fc1{'_g' * swiglu}.weight"].shape[0]
-    return dict(hidden_size=D, depth=depth, num_heads=presets.get((depth, D), D // 64), patch_size=2,
+    return dict(context_size=256, hidden_size=D, depth=depth, num_heads=presets.get((depth, D), D // 64), patch_size=2,
                 in_channels=state_dict["x_embedder.proj.weight"].shape[1] // 4, use_swiglu=swiglu,
                 use_swiglu_large=hidden == 4 * D, adaln_type="lora" if lora else "normal",
                 adaln_lora_dim=state_dict["blocks.0.adaLN_modulation.1.weight"].shape[0] if lora else None,
@@ -201,15 +201,12 @@ def flag_dit_text(config, state_dict):
 def infer_flag_dit(state_dict):
     D, patch = state_dict["x_embedder.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("layers."))
-    text, labels = state_dict.get("cap_embedder.0.weight"), state_dict.get("y_embedder.embedding_table.weight")
-    heads = 32 if text is None else len(state_dict["layers.0.attention.gate"])
-    config = dict(patch_size=2, in_channels=patch // 4, dim=D, n_layers=depth, n_heads=heads,
-                  n_kv_heads=state_dict["layers.0.attention.wk.weight"].shape[0] * heads // D, multiple_of=1,
-                  ffn_dim_multiplier=(len(state_dict["layers.0.feed_forward.w1.weight"]) + 0.5) / int(8 * D / 3),
-                  learn_sigma=len(state_dict["final_layer.linear.bias"]) == 2 * patch,
-                  qk_norm="layers.0.attention.q_norm.weight" in state_dict)
-    return config | (dict(num_classes=len(labels) - 1) if text is None else
-                     dict(cap_feat_dim=len(text), video="eof_token" in state_dict))
+    return dict(input_size=32, patch_size=2, in_channels=patch // 4, dim=D, n_layers=depth, n_heads=32,
+                n_kv_heads=len(state_dict["layers.0.attention.wk.weight"]) * 32 // D, multiple_of=1,
+                ffn_dim_multiplier=(len(state_dict["layers.0.feed_forward.w1.weight"]) + 0.5) / int(8 * D / 3),
+                num_classes=len(state_dict["y_embedder.embedding_table.weight"]) - 1,
+                learn_sigma=len(state_dict["final_layer.linear.bias"]) == 2 * patch,
+                qk_norm="layers.0.attention.q_norm.weight" in state_dict)
 
 
 # -------------------------------------------------------------------------------------------------------------- dit-moe
@@ -328,7 +325,8 @@ OFFICIAL = {
     "dit": (dit, infer_dit), "dit-moe": (dit_moe, infer_dit_moe), "terdit": (terdit, infer_terdit),
     "t-stitch": (t_stitch, None),                                  # no file of its own is published
     "fit": (fit, infer_fit), "fitv2": (fit, infer_fit),
-    "flag-dit": (flag_dit, infer_flag_dit), "flag-dit-text": (flag_dit_text, infer_flag_dit),
+    "flag-dit": (flag_dit, infer_flag_dit),
+    "flag-dit-text": (flag_dit_text, None),                        # its text is LLaMA's, which is not here
 }
 
 

@@ -38,9 +38,10 @@ from models import MODELS, cost, create_model
 
 def classifier(config, device, steps):
     """A `Classifier` of the run's dataset, trained once and kept beside the runs: (network, its file)."""
-    name = f"{config['data']}-{config['image_size']}-{config['data_size']}-{config['num_classes']}"
-    path = Path("runs/classifiers") / f"{name}.pt"
-    network = Classifier(config["num_classes"], config["in_channels"]).to(device)
+    sides = pair(config["image_size"])
+    size = config["image_size"] if len(set(sides)) == 1 < len(sides) else "x".join(map(str, sides))
+    path = Path("runs/classifiers") / f"{config['data']}-{size}-{config['data_size']}-{config['num_classes']}.pt"
+    network = Classifier(config["num_classes"], config["in_channels"] if len(sides) > 1 else 1).to(device)
     if path.exists():
         network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return network.eval()
@@ -52,7 +53,7 @@ def classifier(config, device, steps):
                delay=1)
     for step in bar:
         x, y = dataset.gather(*dataset.plan(step, 128, seed=0))
-        loss = F.cross_entropy(network(x), y)
+        loss = F.cross_entropy(network(as_image(x)), y)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -70,12 +71,17 @@ def load_data(config, split, device="cpu"):
                      download=config["download"], bad_images=config["bad_images"])
 
 
+def as_image(x):
+    """What the classifier sees of clips (B, C, F, H, W): a strip; of sounds (B, bands, T): one channel."""
+    return x.transpose(2, 3).flatten(3) if x.ndim == 5 else x[:, None] if x.ndim == 3 else x
+
+
 @torch.no_grad()
 def read(network, batches, device):
     """Features (n, 128) and predicted classes (n,) of batches of images in [-1, 1]."""
     features, classes = [], []
     for x in batches:
-        f = network.features(x.to(device).clamp(-1, 1))
+        f = network.features(as_image(x).to(device).clamp(-1, 1))
         features.append(f.cpu())
         classes.append(network.head(f).argmax(1).cpu())
     return torch.cat(features), torch.cat(classes)

@@ -132,10 +132,12 @@ def post_trained(config):
     return old["ema"]
 
 
-def extrapolate(objective, size=None, rope=None):
-    """Let a run draw images of another size, sides in pixels (one number: a square), and with other rotary frequencies.
-    A plain DiT interpolates its position table. Raises ValueError."""
-    model, sides, own = objective.model, len(objective.shape) - 1, "x".join(map(str, objective.shape[1:]))
+def extrapolate(objective, size=None, rope=None, shift=None):
+    """Let a run draw images of another size, sides in pixels (one number: a square), with other rotary frequencies, and
+    with sigma/alpha of every time multiplied by `shift`. A plain DiT interpolates its position table. ValueError if the
+    model cannot."""
+    model, sides = getattr(objective.model, "model", objective.model), len(objective.shape) - 1
+    own = "x".join(map(str, objective.shape[1:]))
     if size is not None:
         size = size * sides if len(size) == 1 and sides == 2 else size
         if len(size) != sides:
@@ -152,6 +154,10 @@ def extrapolate(objective, size=None, rope=None):
             raise ValueError(f"--rope {rope}: this model has no rotary positions")
         check("rope", rope, model.ropes)
         model.rope = rope
+    if shift is not None:
+        if isinstance(objective.process, diffusion.Discrete) or shift <= 0:
+            raise ValueError(f"--shift {shift}: it must be above 0, and a discrete chain is shifted in training only")
+        objective.process.shift = shift
 
 
 def build(config):
@@ -220,13 +226,20 @@ def sampling_flags(parser):
     add("--grid", help="grid of sampling times (default: the run's own); " + ", ".join(diffusion.GRIDS))
     add("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
     add("--guidance-rule", help="how it is applied (default: the run's own); " + ", ".join(diffusion.GUIDANCE))
-    add("--size", type=sides, metavar="HxW", help="draw images of this height and width (clips: FxHxW, sounds: T), if "
-        "the model can")
-    add("--rope", metavar="NAME", help="rotary frequencies for sizes beyond training: FiT: "
-        f"{', '.join(FiT.ropes[:7])}, each also after vision-; Flag-DiT: {', '.join(FlagDiT.ropes)}")
     add("--interval", type=floats, metavar="LOW,HIGH", help="guide only between these times of the process")
     add("--threshold", type=float, metavar="Q",
         help="dynamic thresholding: clip at this quantile of |x0|, for example 0.995, and rescale (default: clip at 1)")
+
+
+def size_flags(parser):
+    """The flags of `extrapolate`."""
+    add = parser.add_argument
+    add("--size", type=sides, metavar="HxW", help="draw images of this height and width (clips: FxHxW, sounds: T), if "
+        "the model can")
+    add("--shift", type=float, metavar="M", help="multiplies sigma/alpha of every time: above 1 for larger images, "
+        "which need more steps at noise (default: the run's own)")
+    add("--rope", metavar="NAME", help="rotary frequencies for sizes beyond training: FiT: "
+        f"{', '.join(FiT.ropes[:7])}, each also after vision-; Flag-DiT: {', '.join(FlagDiT.ropes)}")
 
 
 def check(flag, value, choices):

@@ -38,6 +38,7 @@ def flags():
                    help="what to draw, for a run with text (may be repeated; drawn in turn; default: some captions of "
                         "the training set); a file .npz if the run reads precomputed embeddings")
     runs.sampling_flags(p)
+    runs.size_flags(p)
     p.add_argument("--sampler-options", type=runs.options, default={}, metavar="NAME=VALUE,...",
                    help="the sampler's own options, for example eta=0.5 or order=3")
     p.add_argument("--weak", metavar="RUN", help="autoguidance: guide away from what this run says (a smaller or less "
@@ -77,7 +78,14 @@ def official(args, device):
     if config.get("use_flash_attn"):                              # DiT-MoE's XL and G are rectified flows
         process = convert.DiTMoEFlow(config["learn_sigma"])
         draw = dict(sampler="euler", steps=50, guidance=7.0, clip=False)
-    shape = config["in_channels"], config["input_size"], config["input_size"]
+    elif args.official == "fit":
+        draw |= dict(guidance=1.5)
+    elif args.official in ("fitv2", "flag-dit"):
+        process, model = diffusion.RectifiedFlow("flow"), convert.Reversed(model)
+        guidance = {"fitv2": 1.5, "flag-dit": 4.0}[args.official]
+        draw = dict(sampler="rk45", rtol=1e-3, atol=1e-6, guidance=guidance, guide_channels=3, clip=False)
+    size = config.get("input_size", 32)
+    shape = config["in_channels"], size, size
     objective = objectives.Diffusion(model, process, shape, config["num_classes"], draw=draw)
     decoder = convert.load_decoder(args.decoder).to(device) if args.decoder else None
     return [], objective.to(device).eval(), decoder
@@ -195,7 +203,12 @@ def sample():
         raise ValueError(f"--prompt {args.prompt[0]}: this model reads no text")
     else:
         labels = choose_labels(args.classes, classes, objective.num_classes, args.n)
-    runs.extrapolate(objective, args.size, args.rope)
+    size = args.size
+    if args.official and size:                         # eight pixels a latent
+        if any(side % 16 for side in size):
+            raise ValueError(f"--size {'x'.join(map(str, size))}: the sides must be multiples of 16")
+        size = tuple(side // 8 for side in size)
+    runs.extrapolate(objective, size, args.rope, args.shift)
     check_out(out, len(objective.shape) - 1)
     options = runs.sampling_options(args) | args.sampler_options
     if args.weak:

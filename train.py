@@ -25,7 +25,7 @@ import figures
 import moe
 import objectives
 import runs
-from models import MODELS, cost, create_model
+from models import MODELS, FlagDiT, cost, create_model
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -239,6 +239,8 @@ def train():
     text = runs.takes_text(config)
     classes = [] if config["unconditional"] or text else list(dataset.classes)
     channels, *sides = dataset.shape
+    if len(sides) != 2 and not issubclass(MODELS[config["model"]][0], FlagDiT):
+        raise ValueError(f"--data {config['data']} holds {dataset.kind}: choose a Flag-DiT, such as flag-dit-nano")
     config |= {"image_size": sides[0] if sides == 2 * sides[:1] else sides, "in_channels": channels, "classes": classes,
                "num_classes": len(classes), "data_size": len(dataset), "flip": dataset.flip}
     if text:

@@ -458,3 +458,32 @@ def test_a_large_model_costs_what_the_tokens_cost():
     with torch.device("meta"):
         model = create_model("fitv2-b/2", 32, 4, 1000)
     assert cost(model, (4, 32, 32))[1] / 1e9 == pytest.approx(28.7, abs=0.1)
+
+
+@pytest.mark.slow
+def test_padding_costs_little():
+    """A training step on shapes of mixed sizes against one on as many tokens without padding; medians, interleaved.
+    python -m pytest -m slow -k padding_costs -s"""
+    import statistics
+    import time
+    sizes = [tuple(reversed(data.fit_size(*data.native_size(i, 32), 32, 4))) for i in range(32)]
+    tokens = sum(h * w for h, w in sizes) // 16
+    x, sizes = canvas([torch.randn(3, *size) for size in sizes])
+    plain = torch.randn(32, 3, 20, 4 * round(tokens / 32 / 5))
+    t, y = torch.rand(32) * 1000, torch.arange(32) % 8
+    for name in ("fitv2-nano", "flag-dit-nano"):
+        model = create_model(name, 32, 3, 8)
+        optimiser, times = torch.optim.AdamW(model.parameters()), {"mixed": [], "plain": []}
+        for k in range(14):
+            for kind, batch in (("mixed", (x, t, y, sizes)), ("plain", (plain, t, y))):
+                clock = time.perf_counter()
+                model(*batch).square().mean().backward()
+                optimiser.step()
+                optimiser.zero_grad()
+                times[kind] += [time.perf_counter() - clock] if k > 1 else []
+        mixed, alike = (statistics.median(times[kind]) for kind in ("mixed", "plain"))
+        ratio = mixed / alike * (plain[:, 0].numel() // 16) / tokens
+        longest = 32 * (sizes.prod(1).max() // 16).item()
+        print(f"\n{name}: {tokens} tokens of 32 images, {longest} with padding: {mixed * 1e3:.0f} ms, without padding "
+              f"{alike * 1e3:.0f} ms, per token {ratio:.3f} times")
+        assert ratio < 1.2
