@@ -150,13 +150,17 @@ class Padding(NamedTuple):
         return cls(*(v.to(device) for v in (mask[:, None, None], mask.flatten().nonzero()[:, 0], mask.nonzero()[:, 0])))
 
     def padded(self, x):
-        """(T, 1, K) -> (B, L, K)."""
+        """(T, ...) -> (B, L, ...)."""
         B, L = len(self.mask), self.mask.shape[3]
-        return x.new_zeros(B * L, x.shape[2]).index_copy(0, self.place, x[:, 0]).view(B, L, -1)
+        return x.new_zeros(B * L, *x.shape[1:]).index_copy(0, self.place, x).unflatten(0, (B, L))
+
+    def padded_heads(self, *xs):
+        """Queries, keys and values (T, h, 1, D/h) -> (B, h, L, D/h) each."""
+        return (self.padded(x[:, :, 0]).transpose(1, 2) for x in xs)
 
     def unpadded(self, x):
         """(B, L, K) -> (T, 1, K)."""
-        return x.flatten(0, 1)[self.place][:, None]
+        return x.flatten(0, 1).index_select(0, self.place)[:, None]
 
 
 def put_back(tokens, place, n):

@@ -497,9 +497,9 @@ class FiTAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, rope, padding):
-        qkv = self.qkv(x) if padding is None else padding.padded(self.qkv(x))                       # (B, N, 3D)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)                  # (B, h, N, D/h)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)          # (B, h, N, D/h)
         q, k = rotate(self.q_norm(q), *rope).type_as(v), rotate(self.k_norm(k), *rope).type_as(v)
+        q, k, v = (q, k, v) if padding is None else padding.padded_heads(q, k, v)
         x = F.scaled_dot_product_attention(q, k, v, padding and padding.mask).transpose(1, 2).flatten(2)
         return self.proj(x if padding is None else padding.unpadded(x))
 
@@ -530,7 +530,7 @@ class FiTBlock(nn.Module):
 
     def forward(self, x, c, rope, padding, common):
         modulation = self.adaLN_modulation(c) + common                                              # (B, 6D)
-        modulation = modulation if padding is None else modulation[padding.image]
+        modulation = modulation if padding is None else modulation.index_select(0, padding.image)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
         x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rope, padding))
         return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
@@ -547,7 +547,7 @@ class FiTFinalLayer(nn.Module):
 
     def forward(self, x, c, padding):
         modulation = self.adaLN_modulation(c)
-        shift, scale = (modulation if padding is None else modulation[padding.image]).chunk(2, 1)
+        shift, scale = (modulation if padding is None else modulation.index_select(0, padding.image)).chunk(2, 1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -609,6 +609,8 @@ class FiT(nn.Module):
         grid = self.extent or ((h, w) if sizes is None else size.T)
         rope = [v.to(x.device) for v in rope_2d(row, column, grid, self.head_dim, self.rope, self.trained, self.theta)]
         place, padding = place.to(x.device), None if mask is None else Padding.of(mask, x.device)
+        if padding is not None:
+            rope = [padding.unpadded(v.expand(len(x), -1, -1)) for v in rope]       # (T, 1, D/2h)
         z = F.pixel_unshuffle(x, p).flatten(2).mT                                   # (B, h w, C p p)
         z = z if sizes is None else pick(F.pad(z, (0, 0, 0, 3)), place)             # (B, N, C p p)
         z = self.x_embedder["proj"](z if padding is None else padding.unpadded(z))  # (B, N, D), or (T, 1, D)
@@ -621,7 +623,7 @@ class FiT(nn.Module):
         for block in self.blocks:
             z = block(z, c, rope, padding, common)                                  # (B, N, D), or (T, 1, D)
         z = self.final_layer(z, c, padding)                                         # (B, N, C_out p p), or (T, 1, ...)
-        z = z if padding is None else padding.padded(z)
+        z = z if padding is None else padding.padded(z[:, 0])
         z = z if sizes is None else put_back(z, place, h * w)                       # (B, h w, C_out p p)
         return F.pixel_shuffle(z.mT.unflatten(2, (h, w)), p)                        # (B, C_out, H, W)
 
@@ -661,10 +663,10 @@ class FlagAttention(nn.Module):
         """stretch (B, 1, 1, 1): factor of the scores of self-attention. text: the normalised `Text`, or None."""
         heads = lambda z, n: z.unflatten(2, (n, -1)).transpose(1, 2)                                # (B, n, N, D/h)
         q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
-        q, k, v = (q, k, v) if padding is None else map(padding.padded, (q, k, v))
         v, grouped = heads(v, self.num_kv_heads), self.num_heads != self.num_kv_heads
         q = rotate(heads(q, self.num_heads), *rope).type_as(v)
         k = rotate(heads(k, self.num_kv_heads), *rope).type_as(v)
+        q, k, v = (q, k, v) if padding is None else padding.padded_heads(q, k, v)
         out = F.scaled_dot_product_attention(q * stretch, k, v, padding and padding.mask, enable_gqa=grouped)
         if text is not None:
             k, v = self.ky_norm(self.wk_y(text.tokens)), self.wv_y(text.tokens)
@@ -703,7 +705,7 @@ class FlagBlock(nn.Module):
 
     def forward(self, x, c, rope, padding, stretch, text):
         modulation = self.adaLN_modulation(c)                                                       # (B, 6D)
-        modulation = modulation if padding is None else modulation[padding.image]
+        modulation = modulation if padding is None else modulation.index_select(0, padding.image)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
         text = text and Text(self.attention_y_norm(text.tokens), text.mask)
         h = modulate(self.attention_norm(x), shift_attn, scale_attn)
@@ -722,7 +724,7 @@ class FlagFinalLayer(nn.Module):
 
     def forward(self, x, c, padding):
         modulation = self.adaLN_modulation(c)
-        shift, scale = (modulation if padding is None else modulation[padding.image]).chunk(2, 1)
+        shift, scale = (modulation if padding is None else modulation.index_select(0, padding.image)).chunk(2, 1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -821,6 +823,8 @@ class FlagDiT(nn.Module):
         place, mask, _, _ = sequence(grid, size, *special)
         place, padding = place.to(x.device), None if mask is None else Padding.of(mask, x.device)
         *rope, stretch = (v.to(x.device) for v in self.positions(lengths, patches))
+        if padding is not None:
+            rope = [padding.unpadded(v.expand(B, -1, -1)) for v in rope]            # (T, 1, D/2h)
 
         z = x.reshape(B, -1, grid[0], grid[1], p, grid[2], p).permute(0, 2, 3, 5, 1, 4, 6)
         z = self.x_embedder(z.reshape(B, math.prod(grid), -1))                      # (B, n, D)
@@ -835,7 +839,7 @@ class FlagDiT(nn.Module):
         for layer in self.layers:
             z = layer(z, c, rope, padding, stretch, y if self.cap_embedder else None)
         z = self.final_layer(z, c, padding)                                         # (B, N, p p C_out), or (T, 1, ...)
-        z = z if padding is None else padding.padded(z)
+        z = z if padding is None else padding.padded(z[:, 0])
         if padding is not None or special[0]:
             z = put_back(z, place, math.prod(grid))                                 # (B, n, p p C_out)
         z = z.view(B, *grid, p, p, -1).permute(0, 6, 1, 2, 4, 3, 5)
