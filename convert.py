@@ -18,8 +18,23 @@ from torch import nn
 
 from autoencoders import KLDecoder
 from diffusion import RectifiedFlow
-from layers import PackedLinear, replace_ternary
-from models import MODELS, DiT, DiTMoE, FiT, FlagDiT, Stitched, TerDiT
+from layers import TDLN, PackedLinear, replace_ternary
+from models import (
+    MODELS,
+    Branch,
+    CompactChannelAttention,
+    DiCo,
+    DiCoBlock,
+    DiMR,
+    DiT,
+    DiTMoE,
+    FiT,
+    FlagDiT,
+    Stitched,
+    TerDiT,
+    UViT,
+    UViTBlock,
+)
 
 
 def read_weights(path):
@@ -101,6 +116,144 @@ def infer_dit(state_dict):
                 mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / D,
                 num_classes=state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
                 learn_sigma=state_dict["final_layer.linear.bias"].numel() == 2 * C * p * p)
+
+
+# ------------------------------------------------------------------------------- dico, uvit, dimr and its norms, td-ln
+
+
+def renamed(rules, name):
+    """A published parameter's name in our model: every rule (pattern, replacement) in turn."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def translated(rules, state_dict):
+    return {renamed(rules, name): value for name, value in state_dict.items()}
+
+
+DICO = [(r"^x_embedder\.proj", "x_embedder"), (r"^t_embedder_(\d)", lambda m: f"t_embedder.{int(m[1]) - 1}"),
+        (r"embedding_table_(\d)", r"\1.embedding_table"), (r"^(en|de)coder_level_", r"\1coder"), (r"^latent", "middle"),
+        (r"^(down|up)(\d)_(\d)\.body\.0", lambda m: f"{m[1]}{min(m[2], m[3])}"), (r"^reduce_chan_level", "join"),
+        (r"\bca\.1\.", "cca.conv.")]
+
+
+def dico(config, state_dict):
+    """shallowdream204/DiCo. config["part"], as in the golden cases: "cca" and "block" are parts of the model."""
+    c = dict(in_channels=4, hidden_size=1152, depth=[2, 5, 8, 5, 2], mlp_ratio=4, class_dropout_prob=0.1,
+             num_classes=1000, learn_sigma=True, part=None) | config
+    if c["part"] == "cca":
+        gate = CompactChannelAttention(c["hidden_size"])
+        return fill(gate, translated([(r"^1\.", "conv.")], state_dict), "this gate")
+    if c["part"] == "block":
+        return fill(DiCoBlock(c["hidden_size"], c["mlp_ratio"]), translated(DICO, state_dict), "this DiCo block")
+    own = {k: c[k] for k in ("in_channels", "hidden_size", "depth", "mlp_ratio", "num_classes", "learn_sigma")}
+    return fill(DiCo(null_class=c["class_dropout_prob"] > 0, **own), translated(DICO, state_dict), "this DiCo")
+
+
+def infer_dico(state_dict):
+    stages = "encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1"
+    D, C, _, _ = state_dict["x_embedder.proj.weight"].shape
+    return dict(input_size=32, in_channels=C, hidden_size=D,
+                depth=[len({n.split(".")[1] for n in state_dict if n.startswith(s)}) for s in stages],
+                mlp_ratio=state_dict["latent.0.conv4.weight"].shape[0] / (4 * D),
+                num_classes=state_dict["y_embedder.embedding_table_0.weight"].shape[0] - 1,
+                learn_sigma=state_dict["final_layer.out_proj.bias"].numel() == 2 * C)
+
+
+UVIT = [(r"^patch_embed", "x_embedder"), (r"^time_embed", "t_embedder"), (r"^context_embed", "text_embedder"),
+        (r"^label_emb", "y_embedder.embedding_table")]
+
+
+def uvit(config, state_dict):
+    """baofff/U-ViT, with labels or, given clip_dim, with text. Its num_classes counts the null label; -1 is none."""
+    c = dict(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
+             qkv_bias=False, mlp_time_embed=False, num_classes=-1, conv=True, skip=True, part=None,
+             num_clip_token=77) | config
+    if c["part"] == "block":
+        block = UViTBlock(c["dim"], c["num_heads"], c["mlp_ratio"], c["qkv_bias"], c["skip"])
+        return fill(block, state_dict, "this U-ViT block")
+    model = UViT(c["img_size"], c["patch_size"], c["in_chans"], c["embed_dim"], c["depth"], c["num_heads"],
+                 c["mlp_ratio"], max(0, c["num_classes"] - 1), null_class=True, qkv_bias=c["qkv_bias"],
+                 time_mlp=c["mlp_time_embed"], conv=c["conv"],
+                 skip=c["skip"], text_width=c.get("clip_dim", 0), text_length=c["num_clip_token"])
+    return fill(model, translated(UVIT, state_dict), "this U-ViT")
+
+
+def infer_uvit(state_dict):
+    D, C, p, _ = state_dict["patch_embed.proj.weight"].shape
+    depth = 2 * len({n.split(".")[1] for n in state_dict if n.startswith("in_blocks.")})
+    classes = state_dict["label_emb.weight"].shape[0] if "label_emb.weight" in state_dict else -1
+    presets = {(k["depth"], k["hidden_size"]): k["num_heads"] for n, (_, k) in MODELS.items() if n.startswith("uvit-")}
+    patches = state_dict["pos_embed"].shape[1] - 1 - (classes > 0)
+    return dict(img_size=p * math.isqrt(patches), patch_size=p, in_chans=C, embed_dim=D, depth=depth,
+                num_heads=presets.get((depth, D), D // 64), num_classes=classes,
+                mlp_ratio=state_dict["mid_block.mlp.fc1.weight"].shape[0] / D,
+                qkv_bias="mid_block.attn.qkv.bias" in state_dict, mlp_time_embed="time_embed.0.weight" in state_dict,
+                conv="final_layer.weight" in state_dict, skip="out_blocks.0.skip_linear.weight" in state_dict)
+
+
+TD_LN = [(r"\b(weight|scale)\.(?=param|nodecay)", "gain."), (r"param([01])$", r"p\1"), (r"nodecay_weight$", "a"),
+         (r"nodecay_bias$", "b")]
+DIMR = TD_LN + [(r"^stages", "branches"), (r"input_layer\.1\.", "x_embedder."), (r"input_layer\.3\..*", "pos_embed"),
+                (r"class_embeds", "y_embedder.embedding_table"), (r"upsample\.0", "cascade_norm"),
+                (r"upsample\.1\.kernel", "up"), (r"upsample\.2", "up_norm"), (r"output_layer\.0", "norm"),
+                (r"output_layer\.2", "head"), (r"skip_denses", "joins"), (r"block([12])\.norm", r"norm\1"),
+                (r"block1\.query_key_value", "mixer.qkv"), (r"block1\.dense", "mixer.proj"), (r"block1\.1\.", "mixer."),
+                (r"block2", "mlp")]
+
+
+def td_ln(config, state_dict):
+    """The time-dependent norm of qihao067/DiMR by itself."""
+    return fill(TDLN(config["dim"], config["kind"] == "rmsnorm"), translated(TD_LN, state_dict), "this norm")
+
+
+def dimr(config, state_dict):
+    """qihao067/DiMR. Its num_classes counts the null label; 0 or None is none. config["part"] "branch": one branch."""
+    state = translated(DIMR, state_dict)
+    common = dict(num_classes=max(0, (config.get("num_classes") or 0) - 1))
+
+    def branch(s):
+        return dict(grid=(s["max_height"], s["max_width"]), dim=s["dim"], hidden=s["hidden_dim"],
+                    blocks=s["num_blocks"], image_ratio=s["image_input_ratio"], patch_size=s["input_feature_ratio"],
+                    num_heads=s["num_attention_heads"] if s["block_type"] == "TransformerBlock" else None,
+                    kernel_size=s.get("kernel_size", 7), final_kernel=s["final_kernel_size"])
+
+    if config.get("part") == "branch":
+        own, C = branch(config["stage"]), config["channels"]
+        if "up.weight" in state:
+            width, L = state["up.weight"].shape
+            own["cascade"] = L, math.isqrt(width // own["dim"])
+        model = Branch(channels=C, out_channels=C, rms=config["norm_type"] == "TDRMSN", **common, **own)
+    else:
+        stages = [branch(s) for s in config["stage_configs"]]
+        last = stages[-1]
+        model = DiMR([side * last["patch_size"] * last["image_ratio"] for side in last["grid"]], config["channels"],
+                     patch_sizes=[s["patch_size"] for s in stages], branches=stages,
+                     norm="td-rms" if config["norm_type"] == "TDRMSN" else "td-ln", **common)
+    own = model.state_dict()                                             # position tables: (h w, D) -> (h, w, D)
+    state = {k: v.view(own[k].shape) if k.endswith("pos_embed") and k in own and v.numel() == own[k].numel() else v
+             for k, v in state.items()}
+    return fill(model, state, "this DiMR")
+
+
+def infer_dimr(state_dict):
+    names = sorted({n.split(".")[1] for n in state_dict if n.startswith("stages.")})
+    stages = []
+    for k in names:
+        s = {n.removeprefix(f"stages.{k}."): v for n, v in state_dict.items() if n.startswith(f"stages.{k}.")}
+        D, C, p, _ = s["input_layer.1.weight"].shape
+        side, blocks = math.isqrt(len(s["input_layer.3.position_embeddings.weight"])), len(
+            {n.split(".")[1] for n in s if n.startswith("blocks.")})
+        conv = s.get("blocks.0.block1.1.weight")
+        stages.append(dict(block_type="TransformerBlock" if conv is None else "ConvNeXtBlock", dim=D, num_blocks=blocks,
+                           hidden_dim=s["blocks.0.block2.w0.weight"].shape[0], num_attention_heads=16,
+                           max_height=side, max_width=side, image_input_ratio=1, input_feature_ratio=p,
+                           kernel_size=7 if conv is None else conv.shape[-1],
+                           final_kernel_size=s["output_layer.2.weight"].shape[-1]))
+    classes = state_dict.get("stages.0.class_embeds.weight")
+    return dict(channels=C, stage_configs=stages, num_classes=None if classes is None else len(classes),
+                norm_type="TDRMSN" if "stages.0.blocks.0.block2.norm.scale.param0" in state_dict else "LN")
 
 
 # ----------------------------------------------------------------------------------------------- fit, fitv2, flag-dit
@@ -321,9 +474,11 @@ def t_stitch(config, state_dict):
     return Stitched(models, fractions)
 
 
+# architecture: (its builder, the reader of its arguments, None for parts of which no file is published)
 OFFICIAL = {
-    "dit": (dit, infer_dit), "dit-moe": (dit_moe, infer_dit_moe), "terdit": (terdit, infer_terdit),
-    "t-stitch": (t_stitch, None),                                  # no file of its own is published
+    "dit": (dit, infer_dit),
+    "dit-moe": (dit_moe, infer_dit_moe), "terdit": (terdit, infer_terdit), "t-stitch": (t_stitch, None),
+    "dico": (dico, infer_dico), "uvit": (uvit, infer_uvit), "dimr": (dimr, infer_dimr), "td-ln": (td_ln, None),
     "fit": (fit, infer_fit), "fitv2": (fit, infer_fit),
     "flag-dit": (flag_dit, infer_flag_dit),
     "flag-dit-text": (flag_dit_text, None),                        # its text is LLaMA's, which is not here

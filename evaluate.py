@@ -8,9 +8,11 @@
     python evaluate.py pack runs/shapes-terdit-nano     ternary weights at two bits: a file, its size and its speed
     python evaluate.py sizes runs/fit runs/dit --sizes 32x32,20x40,44x44    class accuracy beyond the training sizes
     python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
+    python evaluate.py speed dico-s dit-s/2 --fair      the same at equal MACs, each at its best batch
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -419,41 +421,118 @@ def seconds(device, call):
     return time.perf_counter() - clock
 
 
+def matched(name, given, image_size, macs):
+    """The options that bring a model to `macs` multiply-accumulates, within 3 % if it can be: another width (heads stay
+    whole) and, where depth is a number, another depth, as near the preset as may be."""
+    preset = MODELS[name][1] | given
+    key = next(k for k in ("hidden_size", "channels") if k in preset)
+    step, depth = 4 * preset.get("num_heads", 1), preset.get("depth")
+
+    def count(**change):
+        with torch.device("meta"):
+            return cost(create_model(name, image_size, **given, **change), (3, image_size, image_size))[1]
+
+    middle = preset[key] * (macs / count()) ** 0.5 / step               # MACs grow with about the square of the width
+    found = {}
+    for width in {max(1, math.floor(middle) + k) * step for k in (-1, 0, 1, 2)}:
+        with contextlib.suppress(ValueError):                           # a width that the model refuses
+            found[width, depth] = count(**{key: width})
+            if isinstance(depth, int) and (d := max(1, round(depth * macs / found[width, depth]))) != depth:
+                found[width, d] = count(**{key: width, "depth": d})
+    width, depth = min(found, key=lambda k: (
+        max(0.03, abs(math.log(found[k] / macs))),
+        abs(math.log(k[0] / preset[key])) + (abs(math.log(k[1] / depth)) if isinstance(depth, int) else 0)))
+    return given | {key: width} | ({"depth": depth} if isinstance(depth, int) else {})
+
+
+def timed_calls(model, batch, shape, device, args):
+    """(forward, training step) of a batch, each sample with a time and a label of its own."""
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    x = torch.randn(batch, *shape, device=device).contiguous(memory_format=layout)
+    t, y = torch.rand(batch, device=device) * 1000, torch.randint(10, (batch,), device=device)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    half = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    def forward():
+        with torch.no_grad(), half():
+            model(x, t, y)
+
+    def step():
+        with half():
+            loss = model(x, t, y).float().pow(2).mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return forward, step
+
+
+def best_batch(device, make, largest):
+    """The batch, of 1, 2, 4, ... up to `largest`, at which make(batch) handles most images a second; the search ends
+    when twice the batch is clearly slower, or memory is out."""
+    rates, batch = {}, 1
+    while batch <= largest:
+        try:
+            call = make(batch)
+            call()
+            rates[batch] = batch / min(seconds(device, call) for _ in range(3))
+        except torch.OutOfMemoryError:
+            break
+        if rates[batch] < 0.9 * max(rates.values()):
+            break
+        batch *= 2
+    return max(rates, key=rates.get)
+
+
 def speed(args):
     device = runs.device(args.device)
-    shape, calls, rows = (3, args.image_size, args.image_size), {}, {}
-    for name in args.models:
-        model = create_model(name, args.image_size).to(device)
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        x, t = torch.randn(args.batch, *shape, device=device), torch.full((args.batch,), 500.0, device=device)
-        y = torch.zeros(args.batch, dtype=torch.long, device=device)
-
-        def forward(model=model, x=x, t=t, y=y):
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                model(x, t, y)
-
-        def step(model=model, optimiser=optimiser, x=x, t=t, y=y):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                loss = model(x, t, y).float().pow(2).mean()
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-
-        rows[name] = [*cost(model, shape), peak_memory(device, step)]
-        calls[name] = forward, step
-    times = {name: ([], []) for name in args.models}
+    shape, rows, calls = (3, args.image_size, args.image_size), {}, {}
+    for text in tqdm(args.models, desc="preparing", delay=2, leave=False):
+        name, _, options = text.partition(":")
+        try:
+            options = runs.options(options)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(error) from None
+        if args.fair and rows:
+            options = matched(name, options, args.image_size, next(iter(rows.values()))[1])
+            text = f"{name}:" + ",".join(f"{k}={v}" for k, v in options.items())
+        model = create_model(name, args.image_size, **options).to(device)
+        counts = cost(model, shape)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if args.compile:
+            model.compile()
+        make = lambda batch: timed_calls(model, batch, shape, device, args)
+        batches = [best_batch(device, lambda b: make(b)[k], args.batch) if args.fair else args.batch for k in (0, 1)]
+        calls[text] = [make(batch)[k] for k, batch in enumerate(batches)]
+        clean = device.type == "cuda" or not args.fair                  # a CPU's memory is only known the first time
+        rows[text] = *counts, batches, peak_memory(device, calls[text][1]) if clean else math.nan
+        calls[text][0]()
+    times = {text: ([], []) for text in rows}
     for _ in tqdm(range(args.rounds), desc="timing, all models in turn", delay=2, leave=False):
-        for name in args.models:
-            for call, kept in zip(calls[name], times[name]):
+        for text in rows:
+            for call, kept in zip(calls[text], times[text]):
                 kept.append(seconds(device, call))
-    print(f"{args.image_size}x{args.image_size}, batch {args.batch}, {device.type}, {torch.get_num_threads()} threads, "
-          f"{args.precision}; medians of {args.rounds} interleaved rounds")
-    print(f"{'model':20}{'parameters':>12}{'GMACs':>9}{'forward ms':>12}{'step ms':>10}"
+    batch = f"each at its best batch up to {args.batch}" if args.fair else f"batch {args.batch}"
+    print(f"{args.image_size}x{args.image_size}, {device.type}, {torch.get_num_threads()} threads, {args.precision}"
+          f"{', channels-last' * args.channels_last}{', compiled' * args.compile}; medians of {args.rounds} "
+          f"interleaved rounds; {batch}")
+    wide = max(20, *(len(text) + 2 for text in rows))
+    print(f"{'model':{wide}}{'parameters':>12}{'GMACs':>9}{'forward ms':>12}{'images/s':>10}{'step ms':>10}"
           f"{'images/s':>10}{'peak MiB':>10}")
-    for name, (parameters, macs, memory) in rows.items():
-        forward, step = (statistics.median(t) for t in times[name])
-        print(f"{name:20}{parameters / 1e6:10.2f} M{macs / 1e9:9.3f}{forward * 1e3:12.1f}{step * 1e3:10.1f}"
-              f"{args.batch / step:10.1f}{memory / 2**20:10.0f}")
+    rates = {}
+    for text, (parameters, macs, batches, memory) in rows.items():
+        medians = [statistics.median(t) for t in times[text]]
+        rates[text] = [batch / median for batch, median in zip(batches, medians)]
+        print(f"{text:{wide}}{parameters / 1e6:10.2f} M{macs / 1e9:9.3f}{medians[0] * 1e3:12.1f}{rates[text][0]:10.1f}"
+              f"{medians[1] * 1e3:10.1f}{rates[text][1]:10.1f}{memory / 2**20:10.0f}")
+    if args.fair:
+        first, *others = rows
+        for text in others:
+            table = zip(("forward", "training"), rates[first], rates[text], rows[first][2], rows[text][2])
+            print(f"{first} over {text}: " + ", ".join(
+                f"{what} {ours / theirs:.2f} times the images/s (batches {a} and {b})"
+                for what, ours, theirs, a, b in table) + f", at {rows[first][1] / rows[text][1]:.3f} times the MACs")
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -540,7 +619,12 @@ def flags():
 
     s = commands.add_parser("speed", help="parameters, MACs, time of forward and training step, peak memory")
     s.set_defaults(function=speed)
-    s.add_argument("models", nargs="+", help=f"names out of {', '.join(MODELS)}")
+    s.add_argument("models", nargs="+", metavar="MODEL",
+                   help=f"NAME or NAME:OPTION=VALUE,...; names are {', '.join(MODELS)}")
+    s.add_argument("--fair", action="store_true", help="bring every model to the first one's MACs, by its width and "
+                   "depth, and let each have the batch that suits it best, of 1, 2, 4, ... up to --batch")
+    s.add_argument("--channels-last", action="store_true", help="weights and images in this layout")
+    s.add_argument("--compile", action="store_true", help="torch.compile every model")
     s.add_argument("--image-size", type=runs.positive, default=32, help="default: %(default)s")
     s.add_argument("--batch", type=runs.positive, default=16, help="default: %(default)s")
     s.add_argument("--rounds", type=runs.positive, default=5, help="timed rounds (default: %(default)s)")

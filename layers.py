@@ -254,19 +254,57 @@ def gated(x, gate, branch):
     return torch.addcmul(x, gate[:, None], branch)
 
 
+# ----------------------------------------------------------------------------------------- time-dependent normalisation
+
+
+class TimeDependent(nn.Module):
+    """A vector that slides from p1 to p0 as noise grows: tau (B,) -> g p0 + (1 - g) p1, (B, D), with a gate for each
+    channel, g = sigmoid(tau (a + 1) + b). It starts constant; the 1 is what lets p0 and p1 part. As in the code
+    published with 2406.09416, a and b are spared weight decay."""
+
+    def __init__(self, dim, value):
+        super().__init__()
+        self.p0, self.p1 = (nn.Parameter(torch.full((dim,), float(value))) for _ in range(2))
+        self.a, self.b = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+        self.a.no_decay = self.b.no_decay = True
+
+    def forward(self, tau):
+        return torch.lerp(self.p1, self.p0, torch.sigmoid(tau[:, None] * (self.a + 1) + self.b))
+
+
+class TDLN(nn.Module):
+    """Time-dependent layer normalisation, TD-LN: x (B, ..., D), tau (B,) -> gain(tau) LN(x) + bias(tau). It tells the
+    time in a few vectors where adaLN takes a large linear map. rms: gain(tau) x / (rms(x) + 1e-8), TD-RMS, no bias.
+
+    tau = t/500 - 1, from -1 for clean images to 1 for noise. Alleviating Distortion in Image Generation via
+    Multi-Resolution Diffusion Models, 2406.09416, section 3.3, with the gates of its code: one a channel, those of gain
+    and bias apart.
+    """
+
+    def __init__(self, dim, rms=False):
+        super().__init__()
+        self.gain, self.bias = TimeDependent(dim, 1), None if rms else TimeDependent(dim, 0)
+
+    def forward(self, x, tau):
+        gain, bias = (v and v(tau).view(len(x), *[1] * (x.ndim - 2), -1) for v in (self.gain, self.bias))
+        if bias is None:
+            return x * (gain / (x.square().mean(-1, keepdim=True).sqrt() + 1e-8))
+        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), gain)
+
+
 # ------------------------------------------------------------------------------------------------------ attention, MLPs
 
 
 class Attention(nn.Module):
-    """Multi-head softmax self-attention (B, N, D) -> (B, N, D), scale (D/h)^-1/2, projections with bias. 1706.03762.
-    qk_norm: LayerNorm over each head's channels of q and k, 2302.05442, section 2."""
+    """Multi-head softmax self-attention (B, N, D) -> (B, N, D), scale (D/h)^-1/2, projections with bias (that of q, k
+    and v is optional). 1706.03762. qk_norm: LayerNorm over each head's channels of q and k, 2302.05442, section 2."""
 
-    def __init__(self, dim, num_heads, qk_norm=False):
+    def __init__(self, dim, num_heads, qk_norm=False, qkv_bias=True):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"width {dim} does not divide into {num_heads} heads")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         norm = lambda: nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.q_norm, self.k_norm = norm(), norm()
@@ -281,15 +319,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (tanh form), Linear: (B, N, D) -> (B, N, D)."""
+    """Linear, GELU, Linear: (B, N, D) -> (B, N, D). gelu: "tanh", the approximation, or "none", the exact one."""
 
-    def __init__(self, dim, hidden):
+    def __init__(self, dim, hidden, gelu="tanh"):
         super().__init__()
+        self.gelu = gelu
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
 
 
 class SwiGlu(nn.Module):

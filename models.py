@@ -11,6 +11,9 @@ Contents
     DiT-MoE   Scaling Diffusion Transformers to 16 Billion Parameters, 2407.11633
     TerDiT    Ternary Diffusion Models with Transformers, 2405.14854
     T-Stitch  Accelerating Sampling in Pre-Trained Diffusion Models with Trajectory Stitching, 2402.14167
+    DiCo      Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling, 2505.11196
+    U-ViT     All are Worth Words: A ViT Backbone for Diffusion Models, 2209.12152
+    DiMR      Alleviating Distortion in Image Generation via Multi-Resolution Diffusion Models, 2406.09416
     FiT       Flexible Vision Transformer for Diffusion Model, 2402.12376; FiTv2, 2410.13925
     Flag-DiT  Lumina-T2X, 2405.05945: images, clips, views and sounds as one sequence
     Registry  names, presets, create_model
@@ -27,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layers import (
     ROPE,
+    TDLN,
     Attention,
     LabelEmbedder,
     Mlp,
@@ -58,18 +62,28 @@ from moe import add_experts
 # 3.2). The gates start at zero, so that every block starts as the identity. N = (H/p)(W/p) tokens, width D.
 
 
-class DiTBlock(nn.Module):
-    """Attention and MLP, each between adaLN modulation and a gate. Figure 3, "DiT Block with adaLN-Zero"."""
+def dit_norm(dim, norm):
+    """The norm that adaLN modulates, or a time-dependent one."""
+    if norm not in ("adaln", "td-ln", "td-rms"):
+        raise ValueError(f"norm {norm!r}: choose adaln, td-ln or td-rms")
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) if norm == "adaln" else TDLN(dim, norm == "td-rms")
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0):
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each between adaLN modulation and a gate. Figure 3, "DiT Block with adaLN-Zero". norm "td-ln"
+    or "td-rms": plain residual branches behind DiMR's time-dependent norms, and c is tau."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, norm="adaln"):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm1, self.norm2 = dit_norm(dim, norm), dit_norm(dim, norm)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if norm == "adaln" else None
 
     def forward(self, x, c):
+        if self.adaLN_modulation is None:
+            x = x + self.attn(self.norm1(x, c))
+            return x + self.mlp(self.norm2(x, c))
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
         x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
         return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
@@ -78,32 +92,37 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """adaLN, then the linear read-out of each token's patch: (B, N, D) -> (B, N, p*p*C_out). c (B, condition or D)."""
 
-    def __init__(self, dim, patch_size, out_channels, condition=None):
+    def __init__(self, dim, patch_size, out_channels, condition=None, norm="adaln"):
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm_final = dit_norm(dim, norm)
         self.linear = nn.Linear(dim, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition or dim, 2 * dim))
+        self.adaLN_modulation = None
+        if norm == "adaln":
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition or dim, 2 * dim))
 
     def forward(self, x, c):
+        if self.adaLN_modulation is None:
+            return self.linear(self.norm_final(x, c))
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class DiT(nn.Module):
     """Diffusion transformer. image_size: int or (H, W), divisible by patch_size. num_classes 0: no labels.
-    learn_sigma: 2C output channels, the second half the variance's v. null_class: a table row for the null label."""
+    learn_sigma: 2C output channels, the second half the variance's v. null_class: a table row for the null label.
+    norm: "adaln", or DiMR's "td-ln" or "td-rms" in its place, where the class comes as a token, as in DiMR."""
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4.0, num_classes=1000, learn_sigma=False, null_class=True):
+                 mlp_ratio=4.0, num_classes=1000, learn_sigma=False, null_class=True, norm="adaln"):
         super().__init__()
         self.patch_size, self.grid = patch_size, patch_grid(image_size, patch_size)
         self.trained = self.grid
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size) if norm == "adaln" else None
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class) if num_classes else None
         self.pos_embed = nn.Parameter(position_table(hidden_size, *self.grid)[None], requires_grad=False)    # (1, N, D)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, norm) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1), norm=norm)
         self.initialise()
 
     def initialise(self):
@@ -115,22 +134,25 @@ class DiT(nn.Module):
                     nn.init.zeros_(m.bias)
         # Embeddings of timestep and label start small.
         tables = [self.y_embedder.embedding_table] if self.y_embedder else []
-        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *tables):
+        for m in (*(self.t_embedder.mlp[::2] if self.t_embedder else []), *tables):
             nn.init.normal_(m.weight, std=0.02)
         # Zero: gates closed (identity blocks), no modulation, output 0.
-        modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
+        layers = (*self.blocks, self.final_layer)
+        modulations = [layer.adaLN_modulation[1] for layer in layers if layer.adaLN_modulation]
         for m in (*modulations, self.final_layer.linear):
             nn.init.zeros_(m.weight)
             nn.init.zeros_(m.bias)
 
     def forward(self, x, t, y=None):
         x = self.x_embedder(x) + self.pos_embed                     # (B, N, D)
-        c = self.t_embedder(t)                                      # (B, D)
-        if self.y_embedder is not None:
+        c = self.t_embedder(t) if self.t_embedder else t / 500 - 1  # (B, D), or tau (B,)
+        if self.y_embedder is not None and self.t_embedder is not None:
             c = c + self.y_embedder(y)                              # (B, D)
+        elif self.y_embedder is not None:
+            x = torch.cat([self.y_embedder(y)[:, None], x], 1)      # (B, 1 + N, D)
         for block in self.blocks:
             x = block(x, c)                                         # (B, N, D)
-        x = self.final_layer(x, c)                                  # (B, N, p*p*C_out)
+        x = self.final_layer(x[:, -self.pos_embed.shape[1]:], c)    # (B, N, p*p*C_out)
         return unpatchify(x, self.grid, self.patch_size)            # (B, C_out, H, W)
 
     def resize(self, image_size):
@@ -141,12 +163,12 @@ class DiT(nn.Module):
         self.pos_embed.data = table.flatten(2).mT.to(self.pos_embed)                                      # (1, N, D)
 
 
-def patch_grid(image_size, patch_size):
+def patch_grid(image_size, patch_size, what="the patch size"):
     """(rows, columns) of patches; ValueError if the patch does not divide the image."""
     H, W = pair(image_size)
     if H % patch_size or W % patch_size:
         near = "x".join(str(side // patch_size * patch_size or patch_size) for side in (H, W))
-        raise ValueError(f"image size {H}x{W} is not divisible by the patch size {patch_size}: try {near}")
+        raise ValueError(f"image size {H}x{W} is not divisible by {what} {patch_size}: try {near}")
     return H // patch_size, W // patch_size
 
 
@@ -472,6 +494,331 @@ def stitch_steps(steps, fractions):
         total += f
         ends.append(math.floor(steps * total / sum(fractions) + 0.5))
     return [next(j for j, end in enumerate(ends) if step < end) for step in range(steps)]
+# ================================================================================================================= DiCo
+# DiCo: Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling, 2505.11196. Attention, whose maps in a
+# trained DiT are local, gives way to 1x1 and depthwise 3x3 convolutions; what that loses, because channels go idle,
+# compact channel attention gives back. The blocks stand in a U of three levels, of widths D, 2D, 4D, with adaLN-Zero as
+# in DiT. No position table: any size that 4 divides.
+
+
+class CompactChannelAttention(nn.Module):
+    """A gate in (0, 1) for each channel from the image's mean: x * sigmoid(conv1x1(mean(x))), (B, C, H, W). Eq. 5."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x):
+        return x * self.conv(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+def channel_norm(x):
+    """LayerNorm over the channels of each pixel, no affine. Costs no copy if x (B, C, H, W) is channels-last."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(0, 3, 1, 2)
+
+
+class DiCoBlock(nn.Module):
+    """Conv module and feedforward, each between adaLN modulation and a gate. x (B, C, H, W), c (B, C). Figure 4."""
+
+    def __init__(self, dim, mlp_ratio=2):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 1)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)      # depthwise
+        self.cca = CompactChannelAttention(dim)
+        self.conv3 = nn.Conv2d(dim, dim, 1)
+        self.conv4 = nn.Conv2d(dim, int(dim * mlp_ratio), 1)
+        self.conv5 = nn.Conv2d(int(dim * mlp_ratio), dim, 1)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, :, None, None].chunk(6, 1)
+        h = torch.addcmul(shift1, channel_norm(x), 1 + scale1)
+        x = torch.addcmul(x, gate1, self.conv3(self.cca(F.gelu(self.conv2(self.conv1(h))))))
+        h = torch.addcmul(shift2, channel_norm(x), 1 + scale2)
+        return torch.addcmul(x, gate2, self.conv5(F.gelu(self.conv4(h))))
+
+
+class DiCoHead(nn.Module):
+    """adaLN, then a 3x3 convolution to the output's channels."""
+
+    def __init__(self, dim, out_channels):
+        super().__init__()
+        self.out_proj = nn.Conv2d(dim, out_channels, 3, padding=1)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c)[:, :, None, None].chunk(2, 1)
+        return self.out_proj(torch.addcmul(shift, channel_norm(x), 1 + scale))
+
+
+class DiCo(nn.Module):
+    """hidden_size: D. depth: blocks of encoder 1, encoder 2, middle, decoder 2, decoder 1. The others as in DiT.
+
+    As in the published code, the last decoder works at full resolution with width 2D, under the second level's
+    condition: most of the compute is there. One skip a level.
+    """
+
+    def __init__(self, image_size=32, in_channels=4, num_classes=1000, hidden_size=128, depth=(5, 4, 4, 4, 4),
+                 mlp_ratio=2, learn_sigma=False, null_class=True):
+        super().__init__()
+        patch_grid(image_size, 4, "the coarsest level's")
+        D = hidden_size
+        self.t_embedder = nn.ModuleList(TimestepEmbedder(w) for w in (D, 2 * D, 4 * D))
+        self.y_embedder = nn.ModuleList(LabelEmbedder(num_classes, w, null_class) for w in (D, 2 * D, 4 * D)
+                                        ) if num_classes else None
+        self.x_embedder = nn.Conv2d(in_channels, D, 3, padding=1)
+        stage = lambda width, k: nn.ModuleList(DiCoBlock(width, mlp_ratio) for _ in range(depth[k]))
+        self.encoder1, self.down1 = stage(D, 0), nn.Conv2d(D, D // 2, 3, padding=1, bias=False)
+        self.encoder2, self.down2 = stage(2 * D, 1), nn.Conv2d(2 * D, D, 3, padding=1, bias=False)
+        self.middle = stage(4 * D, 2)
+        self.up2, self.join2 = nn.Conv2d(4 * D, 8 * D, 3, padding=1, bias=False), nn.Conv2d(4 * D, 2 * D, 1)
+        self.decoder2 = stage(2 * D, 3)
+        self.up1, self.join1 = nn.Conv2d(2 * D, 4 * D, 3, padding=1, bias=False), nn.Conv2d(2 * D, 2 * D, 1)
+        self.decoder1 = stage(2 * D, 4)
+        self.final_layer = DiCoHead(2 * D, in_channels * (2 if learn_sigma else 1))
+        self.initialise()
+
+    def initialise(self):
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(m.weight)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Embedding):
+                nn.init.normal_(m.weight, std=0.02)
+        for embedder in self.t_embedder:
+            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+        for m in self.modules():                                        # closed gates, no modulation, output 0
+            if isinstance(m, (DiCoBlock, DiCoHead)):
+                zeroed(m.adaLN_modulation[1])
+        zeroed(self.final_layer.out_proj)
+
+    def forward(self, x, t, y=None):
+        c1, c2, c3 = (e(t) for e in self.t_embedder)                                # (B, D), (B, 2D), (B, 4D)
+        if self.y_embedder is not None:
+            c1, c2, c3 = (c + e(y) for c, e in zip((c1, c2, c3), self.y_embedder))
+
+        def through(blocks, x, c):
+            x = x.contiguous(memory_format=torch.channels_last)
+            for block in blocks:
+                x = block(x, c)
+            return x
+
+        e1 = through(self.encoder1, self.x_embedder(x), c1)                         # (B, D, H, W)
+        e2 = through(self.encoder2, F.pixel_unshuffle(self.down1(e1), 2), c2)       # (B, 2D, H/2, W/2)
+        x = through(self.middle, F.pixel_unshuffle(self.down2(e2), 2), c3)          # (B, 4D, H/4, W/4)
+        x = torch.cat([F.pixel_shuffle(self.up2(x), 2), e2], 1)                     # (B, 4D, H/2, W/2)
+        x = through(self.decoder2, self.join2(x), c2)                               # (B, 2D, H/2, W/2)
+        x = torch.cat([F.pixel_shuffle(self.up1(x), 2), e1], 1)                     # (B, 2D, H, W)
+        x = through(self.decoder1, self.join1(x), c2)                               # (B, 2D, H, W)
+        return self.final_layer(x, c2)                                              # (B, C_out, H, W)
+
+
+# ================================================================================================================ U-ViT
+# All are Worth Words: A ViT Backbone for Diffusion Models, 2209.12152. Time, label or text, and noisy patches are alike
+# tokens of a plain ViT, whose first half is joined to its second by long skips, as in a U-Net. No adaLN, no change of
+# resolution. After un-patchifying, a 3x3 convolution against the patches' seams.
+
+
+class UViTBlock(nn.Module):
+    """Pre-norm attention and MLP (B, N, D); a decoder block first takes a skip in, concatenated. Figure 1."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, qkv_bias=False, skip=False):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu="none")
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+
+    def forward(self, x, skip=None):
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], -1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class UViT(nn.Module):
+    """depth // 2 blocks, one in the middle, depth // 2 that take the skips in. text_width: of text instead of labels; y
+    is a Text, or its tokens (B, L, text_width), L at most text_length; what is missing is zeros. time_mlp: the time
+    token through Linear, SiLU, Linear. conv: the last 3x3 convolution. skip: the long skips. The others as in DiT."""
+
+    def __init__(self, image_size=32, patch_size=2, in_channels=3, hidden_size=512, depth=12, num_heads=8,
+                 mlp_ratio=4.0, num_classes=0, learn_sigma=False, null_class=True, qkv_bias=False, time_mlp=False,
+                 conv=True, skip=True, text_width=0, text_length=77):
+        super().__init__()
+        D, out_channels = hidden_size, in_channels * (2 if learn_sigma else 1)
+        self.patch_size, self.grid, self.width = patch_size, patch_grid(image_size, patch_size), D
+        self.x_embedder = PatchEmbed(in_channels, D, patch_size)
+        self.t_embedder = nn.Sequential(
+            nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D)) if time_mlp else nn.Identity()
+        self.y_embedder = LabelEmbedder(num_classes, D, null_class) if num_classes and not text_width else None
+        self.text_embedder, self.text_width = nn.Linear(text_width, D) if text_width else None, text_width
+        self.text_length = text_length if text_width else 0
+        self.extras = 1 + self.text_length + (self.y_embedder is not None)          # tokens that are not patches
+        self.pos_embed = nn.Parameter(torch.empty(1, self.extras + self.grid[0] * self.grid[1], D))
+        block = lambda skip: UViTBlock(D, num_heads, mlp_ratio, qkv_bias, skip)
+        self.in_blocks = nn.ModuleList(block(False) for _ in range(depth // 2))
+        self.mid_block = block(False)
+        self.out_blocks = nn.ModuleList(block(skip) for _ in range(depth // 2))
+        self.norm = nn.LayerNorm(D)
+        self.decoder_pred = nn.Linear(D, patch_size**2 * out_channels)
+        self.final_layer = nn.Conv2d(out_channels, out_channels, 3, padding=1) if conv else nn.Identity()
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        nn.init.normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x, t, y=None):
+        x = self.x_embedder(x)                                                      # (B, N, D)
+        tokens = [self.t_embedder(timestep_embedding(t, self.width).to(x.dtype))[:, None], x]
+        if self.text_embedder is not None:                                          # time, text, patches
+            y = y if isinstance(y, torch.Tensor) else y.tokens * y.mask[..., None]
+            tokens.insert(1, self.text_embedder(F.pad(y, (0, 0, 0, self.text_length - y.shape[1]))))
+        elif self.y_embedder is not None:                                           # label, time, patches
+            tokens.insert(0, self.y_embedder(y)[:, None])
+        x, skips = torch.cat(tokens, 1) + self.pos_embed, []                        # (B, extras + N, D)
+        for block in self.in_blocks:
+            skips.append(x := block(x))
+        x = self.mid_block(x)
+        for block in self.out_blocks:
+            x = block(x, skips.pop())
+        x = self.decoder_pred(self.norm(x))[:, self.extras:]                        # (B, N, p*p*C_out)
+        return self.final_layer(unpatchify(x, self.grid, self.patch_size))          # (B, C_out, H, W)
+
+
+# ================================================================================================================= DiMR
+# Alleviating Distortion in Image Generation via Multi-Resolution Diffusion Models, 2406.09416. Several branches see the
+# same noisy image, each at its own resolution: transformer blocks at the lowest, ConvNeXt blocks above. Each predicts
+# at its resolution (objectives.MultiScale trains them all) and hands its features up, the cascade. Time enters through
+# the norms alone (layers.TDLN). Long skips as in U-ViT. Everything in here is channels-last: (B, h, w, D).
+
+
+class GEGLU(nn.Module):
+    """w2(GELU(w0 x) * w1 x), exact GELU. 2002.05202."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.w0, self.w1, self.w2 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.w2(F.gelu(self.w0(x)) * self.w1(x))
+
+
+class DiMRBlock(nn.Module):
+    """A mixer of positions, then GEGLU, each with its residual connection. With num_heads the mixer is attention over
+    tokens (B, N, D); without, a depthwise convolution (B, h, w, D), which has no norm before it. Figure 3."""
+
+    def __init__(self, dim, hidden, num_heads=None, kernel_size=7, rms=True):
+        super().__init__()
+        self.norm1 = TDLN(dim, rms) if num_heads else None
+        self.mixer = (Attention(dim, num_heads, qkv_bias=False) if num_heads else
+                      nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim))
+        self.norm2 = TDLN(dim, rms)
+        self.mlp = GEGLU(dim, hidden)
+
+    def forward(self, x, tau):
+        if self.norm1:
+            x = x + self.mixer(self.norm1(x, tau))
+        else:
+            x = x + self.mixer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.mlp(self.norm2(x, tau))
+
+
+class Branch(nn.Module):
+    """One resolution: x (B, C, H, W), cascade (B, h/k, w/k, L) of the branch below or None
+    -> prediction (B, C_out, h, w), cascade (B, h, w, dim (2 (blocks // 2) + 2)): the states of all blocks.
+
+    grid: the largest (h, w). image_ratio, patch_size: area downsampling of the image, then patches, so that h is
+    H/(image_ratio patch_size). cascade: its (L, k) or None. blocks: an even number gets one more. num_heads: None for
+    ConvNeXt blocks.
+    """
+
+    def __init__(self, grid, channels, out_channels, dim, blocks, patch_size=1, num_heads=None, num_classes=0,
+                 cascade=None, hidden=None, kernel_size=7, final_kernel=3, image_ratio=1, rms=True, null_class=True):
+        super().__init__()
+        self.grid, self.image_ratio, self.num_heads = grid, image_ratio, num_heads
+        self.reduction = image_ratio * patch_size
+        self.x_embedder = nn.Conv2d(channels, dim, patch_size, patch_size)
+        self.pos_embed = nn.Parameter(torch.empty(*grid, dim))
+        self.y_embedder = LabelEmbedder(num_classes, dim, null_class) if num_heads and num_classes else None
+        if cascade:
+            L, self.k = cascade
+            self.cascade_norm, self.up, self.up_norm = TDLN(L), nn.Linear(L, dim * self.k**2), TDLN(dim)
+        self.blocks = nn.ModuleList(DiMRBlock(dim, hidden or 2 * dim, num_heads, kernel_size, rms)
+                                    for _ in range(2 * (blocks // 2) + 1))
+        self.joins = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(blocks // 2))
+        self.norm = TDLN(dim)
+        self.head = nn.Conv2d(dim, out_channels, final_kernel, padding=final_kernel // 2)
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=0.02)
+                if getattr(m, "bias", None) is not None:
+                    nn.init.zeros_(m.bias)
+        nn.init.normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x, tau, y=None, cascade=None):
+        x = self.x_embedder(F.avg_pool2d(x, self.image_ratio)).permute(0, 2, 3, 1)              # (B, h, w, D)
+        B, h, w, D = x.shape
+        x = x + self.pos_embed[:h, :w]
+        if cascade is not None:
+            x = x + self.up_norm(self.shuffled(self.up(self.cascade_norm(cascade, tau))), tau)
+        if self.num_heads:
+            x = x.flatten(1, 2)                                                                 # (B, h w, D)
+        if self.y_embedder is not None:
+            x = torch.cat([self.y_embedder(y)[:, None], x], 1)                                  # (B, 1 + h w, D)
+        states, skips, n = [x], [], len(self.joins)
+        for k, block in enumerate(self.blocks):
+            if k > n:
+                x = self.joins[k - n - 1](torch.cat([x, skips.pop()], -1))
+            states.append(x := block(x, tau))
+            if k < n:
+                skips.append(x)
+        if self.num_heads:                                                                      # the class token goes
+            states = [s[:, -h * w:].unflatten(1, (h, w)) for s in states]
+        x = self.norm(states[-1], tau).permute(0, 3, 1, 2)
+        return self.head(x), torch.cat(states, -1)
+
+    def shuffled(self, x):
+        """(B, h, w, k k D), position-major as in `unpatchify` -> (B, h k, w k, D)."""
+        B, h, w, _ = x.shape
+        return x.view(B, h, w, self.k, self.k, -1).transpose(2, 3).reshape(B, h * self.k, w * self.k, -1)
+
+
+class DiMR(nn.Module):
+    """hidden_size: width of the lowest branch; it halves from each to the next. depth: blocks of the lowest; the others
+    have half as many. patch_sizes: of the branches, lowest resolution first. norm: "td-rms" or "td-ln", inside blocks.
+    branches: for each branch a dict of arguments of `Branch` that differ from this rule. detach: the cascade carries no
+    gradient down. image_size is the largest; a smaller image takes the top left of the position tables."""
+
+    def __init__(self, image_size=64, in_channels=3, num_classes=1000, hidden_size=768, depth=15, num_heads=12,
+                 patch_sizes=(4, 2, 1), norm="td-rms", learn_sigma=False, null_class=True, branches=None, detach=False):
+        super().__init__()
+        if norm not in ("td-rms", "td-ln"):
+            raise ValueError(f"norm {norm!r}: choose td-rms or td-ln")
+        self.detach, self.branches, below = detach, nn.ModuleList(), None
+        for k, patch in enumerate(patch_sizes):
+            own = dict(dim=hidden_size >> k, blocks=(depth + 1) // 2 if k else depth, patch_size=patch,
+                       num_heads=None if k else num_heads) | (branches[k] if branches else {})
+            own.setdefault("grid", patch_grid(image_size, own["patch_size"] * own.get("image_ratio", 1)))
+            cascade = below and (below["dim"] * (2 * (below["blocks"] // 2) + 2), own["grid"][0] // below["grid"][0])
+            self.branches.append(Branch(channels=in_channels, out_channels=in_channels * (2 if learn_sigma else 1),
+                                        num_classes=num_classes, cascade=cascade, rms=norm == "td-rms",
+                                        null_class=null_class, **own))
+            below = own
+
+    def forward(self, x, t, y=None, every=False):
+        """The last branch's prediction (B, C_out, H, W); every: a list of all, (B, C_out, h, w), lowest first."""
+        (H, W), (h, w), r = x.shape[2:], self.branches[0].grid, self.branches[0].reduction
+        if H > h * r or W > w * r or H % r or W % r:
+            raise ValueError(f"an image of {H}x{W} pixels: this DiMR takes up to {h * r}x{w * r}, divisible by {r}")
+        tau, cascade, outputs = t / 500 - 1, None, []                               # (B,): -1 clean, 1 noise
+        for branch in self.branches:
+            output, cascade = branch(x, tau, y, cascade.detach() if self.detach and outputs else cascade)
+            outputs.append(output)
+        return outputs if every else outputs[-1]
 
 
 # ================================================================================================================== FiT
@@ -889,6 +1236,25 @@ MODELS["terdit-nano"] = (TerDiT, dict(depth=6, hidden_size=128, num_heads=4, mul
                                       patch_size=4))
 for size, (depth, width) in {"600m": (16, 1536), "4.2b": (32, 3072), "7b": (32, 4096)}.items():
     MODELS[f"terdit-{size}"] = (TerDiT, dict(depth=depth, hidden_size=width))
+# 2505.11196, table 7.
+MODELS["dico-nano"] = (DiCo, dict(hidden_size=32, depth=(1, 1, 1, 1, 1)))
+for size, (width, depth, ratio) in {"s": (128, (5, 4, 4, 4, 4), 2), "b": (256, (5, 4, 4, 4, 4), 2),
+                                    "l": (352, (9, 8, 9, 8, 9), 2), "xl": (416, (9, 9, 10, 9, 9), 2),
+                                    "h": (416, (14, 12, 10, 12, 14), 4)}.items():
+    MODELS[f"dico-{size}"] = (DiCo, dict(hidden_size=width, depth=depth, mlp_ratio=ratio))
+# 2209.12152, table 4; its H has no last convolution.
+MODELS["uvit-nano"] = (UViT, dict(hidden_size=128, depth=6, num_heads=4, patch_size=4))
+for size, (depth, width, heads) in {"s": (12, 512, 8), "m": (16, 768, 12),
+                                    "l": (20, 1024, 16), "h": (28, 1152, 16)}.items():
+    for patch in (2, 4):
+        MODELS[f"uvit-{size}/{patch}"] = (UViT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch,
+                                                     conv=size != "h"))
+# 2406.09416: the 2R sizes as in the published code; the 3R sizes follow its rule and match the published parameters.
+MODELS["dimr-nano"] = (DiMR, dict(hidden_size=96, depth=5, num_heads=4, patch_sizes=(2, 1)))
+for size, (depth, width, heads) in {"m/3r": (15, 768, 12), "l/3r": (33, 768, 12), "xl/2r": (39, 960, 16),
+                                    "xl/3r": (39, 960, 16), "g/2r": (57, 1152, 16)}.items():
+    MODELS[f"dimr-{size}"] = (DiMR, dict(depth=depth, hidden_size=width, num_heads=heads,
+                                         patch_sizes=(4, 2, 1) if size.endswith("3r") else (2, 1)))
 # 2402.12376, table 1; 2410.13925, table 3. Parameters with 1000 classes: 158.7, 823.6; 128.1, 671.0, 2971.9 M.
 FITS = {"fit-nano": (6, 128, 4, 4), "fit-b/2": (12, 768, 12, 2), "fit-xl/2": (28, 1152, 16, 2),
         "fitv2-nano": (6, 128, 4, 4), "fitv2-b/2": (15, 768, 12, 2), "fitv2-xl/2": (36, 1152, 16, 2),

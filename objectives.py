@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from diffusion import GUIDANCE, SAMPLERS, choose, clipped, ddim_inversion, guided
@@ -104,19 +105,20 @@ class Diffusion(nn.Module):
         if isinstance(x, list):                    # a strip of numbers for each image: no other image shapes its noise
             strips = noise.normal((len(x), x[0].shape[0], math.prod(self.shape[1:])))
             eps, _ = canvas([strip[:, :image[0].numel()].view(image.shape) for strip, image in zip(strips, x)])
-            parts = self.losses(*canvas(x), y, t, eps)
+            x, sizes = canvas(x)
+            parts = self.parts(x, y, t, eps, sizes)
         else:
-            parts = self.losses(x, None, y, t, noise.normal(x.shape))
+            parts = self.parts(x, y, t, noise.normal(x.shape))
         losses = {name: value.mean() for name, value in parts.items()}
         return losses | balanced(self.model, losses["loss"], self.balance)
 
-    def losses(self, x, sizes, y, t, eps):
-        """The process's losses of each image, {name: (B,)}. With sizes (B, 2), x is a `layers.canvas`: the mean is over
-        each image's own pixels, so that a small image weighs as much as a large one (2402.12376). x, eps and output are
-        zero beyond the image, and so is their error."""
+    def parts(self, x, y, t, noise, sizes=None):
+        """The losses of each sample: {"loss": (B,), ...}. With sizes (B, 2), x is a `layers.canvas`: the mean is over
+        each image's own pixels, so that a small image weighs as much as a large one (2402.12376). x, noise and output
+        are zero beyond the image, and so is their error."""
         if sizes is None:
-            return self.process.loss(self.model, x, y, t, eps)
-        parts = self.process.loss(partial(self.model, sizes=sizes), x, y, t, eps)
+            return self.process.loss(self.model, x, y, t, noise)
+        parts = self.process.loss(partial(self.model, sizes=sizes), x, y, t, noise)
         return {name: value * (x[0, 0].numel() / sizes.prod(1)).to(value) for name, value in parts.items()}
 
     forward = loss                                 # DistributedDataParallel calls the module itself
@@ -182,3 +184,41 @@ class Stitch(Diffusion):
             ends = torch.stack([(plan <= j).sum() for j in range(len(self.fractions))])
             self.model.cumulative = (progress[ends] + progress[ends + 1]).float() / 2    # half-way to the next step
         yield from super().trajectory(x, y, **draw)
+
+
+class MultiScale(Diffusion):
+    """DiMR's objective: each branch of the model predicts, at its own resolution, what the process asks for, and only
+    the last one draws. Weights from 1/4 of the lowest branch to 1 of the last. 2406.09416, section 3.2."""
+
+    def parts(self, x, y, t, noise):
+        outputs = []
+
+        def last(*inputs):
+            outputs[:] = self.model(*inputs, every=True)
+            return outputs[-1]
+
+        parts = self.process.loss(last, x, y, t, noise)
+        below = [self.process.split(output)[0].to(x.dtype) for output in outputs[:-1]]
+        errors = multi_scale_errors(below, self.process.target(x, noise, t))
+        for k, mse in enumerate(errors):
+            share = self.process.weight(t).to(mse) * 4 ** (k / len(errors) - 1)
+            parts |= {"loss": parts["loss"] + share * mse, f"mse_{below[k].shape[-1]}": mse}
+        return parts
+
+
+def multi_scale_errors(predictions, target):
+    """Mean squared error (B,) of each prediction (B, C, h, w) against the target (B, C, H, W) at its resolution."""
+    return [(p - area_target(target, p.shape[-1])).square().flatten(1).mean(1) for p in predictions]
+
+
+def area_target(target, width):
+    """(B, C, H, W) -> (B, C, H/R, W/R = width): sums over R x R blocks divided by R, so that white noise keeps variance
+    1. Odd sizes, as published: windows of R + 1 that overlap, ((H - 1)/R + 1, (W - 1)/R + 1); variance 1 but at borders
+    and for the overlap's correlation."""
+    W = target.shape[-1]
+    if width == W:
+        return target
+    R, rest = divmod(W - W % 2, width - W % 2)
+    if rest:
+        raise ValueError(f"a prediction {width} pixels wide is no whole fraction of a target of {W}")
+    return F.avg_pool2d(target, R + W % 2, R, padding=(W % 2) * (R // 2)) * (R + W % 2)

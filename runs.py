@@ -28,7 +28,7 @@ import diffusion
 import layers
 import moe
 import objectives
-from models import MODELS, FiT, FlagDiT, UNet, create_model, patch_grid
+from models import MODELS, DiMR, FiT, FlagDiT, UNet, create_model, patch_grid
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
 HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum",
@@ -179,8 +179,9 @@ def build(config):
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
     shape = config["in_channels"], *layers.pair(config["image_size"])
-    return objectives.Diffusion(model, process(config), shape, config["num_classes"], config["label_drop"], draw,
-                                encoder, examples, config.get("balance", 0.0))
+    objective = objectives.MultiScale if isinstance(model, DiMR) else objectives.Diffusion
+    return objective(model, process(config), shape, config["num_classes"], config["label_drop"], draw, encoder,
+                     examples, config.get("balance", 0.0))
 
 
 def process(config):

@@ -58,7 +58,7 @@ def flags():
                    help="averaged or last weights (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     g = p.add_argument_group("published checkpoints")
-    g.add_argument("--official", choices=[name for name, (_, infer) in convert.OFFICIAL.items() if infer],
+    g.add_argument("--official", choices=["dit", "dit-moe", "terdit", "dico"],
                    help="architecture of the published checkpoint")
     g.add_argument("--checkpoint", help="its file (.pt, .bin or .safetensors)")
     g.add_argument("--decoder", help="Stable Diffusion's autoencoder file, to turn latents into images")
@@ -73,8 +73,9 @@ def official(args, device):
     config = convert.infer_config(args.official, state)
     model = convert.load_official(args.official, config, state)
     process = diffusion.Discrete(diffusion.linear_betas(), learned_variance=config["learn_sigma"])
-    # DiT as published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
-    draw = dict(sampler="ddpm", steps=250, guidance=4.0, guide_channels=3, clip=False)
+    # As published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
+    scale = 1.4 if args.official == "dico" else 4.0
+    draw = dict(sampler="ddpm", steps=250, guidance=scale, guide_channels=3, clip=False)
     if config.get("use_flash_attn"):                              # DiT-MoE's XL and G are rectified flows
         process = convert.DiTMoEFlow(config["learn_sigma"])
         draw = dict(sampler="euler", steps=50, guidance=7.0, clip=False)

@@ -264,8 +264,10 @@ def train():
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     weights = [p for p in objective.parameters() if p.requires_grad]
     averages = [e for e, p in zip(ema.parameters(), objective.parameters()) if p.requires_grad]
-    optimiser = torch.optim.AdamW(weights, config["lr"], tuple(config["betas"]), weight_decay=config["weight_decay"],
-                                  fused=True)
+    groups = [{"params": [p for p in weights if not hasattr(p, "no_decay")]},
+              {"params": [p for p in weights if hasattr(p, "no_decay")], "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW([g for g in groups if g["params"]], config["lr"], tuple(config["betas"]),
+                                  weight_decay=config["weight_decay"], fused=True)
     first = 0
     if checkpoint:
         runs.check_resumable(checkpoint["config"], config)

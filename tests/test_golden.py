@@ -1,9 +1,12 @@
 """Every golden case, numbers recorded from the published implementations, against our computation. A case of an unknown
 architecture fails and is named. `pytest tests/test_golden.py --golden FOLDER` runs a folder of other cases."""
 
+from pathlib import Path
+
 import golden
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_core import check_loss, check_sampler, check_schedule
 
 import convert
@@ -29,7 +32,7 @@ from layers import (
     timestep_embedding,
     unpack,
 )
-from models import Stitched, create_model, stitch_steps
+from models import Stitched, channel_norm, create_model, stitch_steps
 
 
 def same(ours, theirs, what, tolerance=1e-5):
@@ -474,6 +477,138 @@ def check_stitch_schedule(case):
         same(ours, value, name)
 
 
+# --------------------------------------------------------------------------------------------- dico, uvit, dimr, td-ln
+
+
+def captured(module, take=lambda args, output: output):
+    """A dict that holds, after the module's next call, take(its arguments, its output) under "value"."""
+    seen = {}
+    module.register_forward_hook(lambda m, args, output: seen.__setitem__("value", take(args, output)))
+    return seen
+
+
+def compare(case, ours, model=None, rules=(), skip=()):
+    """Every recorded output with ours, by name. Points of `watched` are opened; gradients are the model's."""
+    names = {name: p for name, p in model.named_parameters()} if model else {}
+    for name, value in case.outputs.items():
+        kind, _, parameter = name.partition(":")
+        if kind in ("grad", "grad_norm") and name not in ours:
+            p = names[convert.renamed(rules, parameter)]
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            same(grad.norm() if kind == "grad_norm" else grad.reshape(value.shape), value, name)
+        elif name not in skip:
+            same(ours[name]["value"] if isinstance(ours[name], dict) else ours[name], value, name)
+
+
+def backward_of_mse(case, out, ours):
+    if "target" in case.inputs:
+        ours["loss"] = (out - case.inputs["target"]).square().mean()
+        ours["loss"].backward()
+
+
+def check_dico(case):
+    model, i = convert.load_official("dico", case.config, case.state_dict).eval(), case.inputs
+    part = case.config.get("part")
+    if part == "cca":
+        gate = captured(model.conv, lambda args, output: output.sigmoid().flatten(1))
+        return compare(case, {"out": model(i["x"]), "gate": gate})
+    if part == "block":
+        x, c = i["x"].requires_grad_(), i["c"].requires_grad_()
+        ours = {"norm1": channel_norm(x), "modulation": captured(model.adaLN_modulation),
+                "cca_gate": captured(model.cca.conv, lambda args, output: output.sigmoid().flatten(1)),
+                **{name: captured(getattr(model, name)) for name in ("conv1", "conv2", "conv3")}, "out": model(x, c)}
+        (ours["out"] * i["probe"]).mean().backward()
+        return compare(case, ours | {"grad:x": x.grad, "grad:c": c.grad}, model, convert.DICO)
+    if part == "train_loss":
+        process = chain({"learn_sigma": case.config["learn_sigma"]})
+        x0 = i.get("x0", i.get("x"))
+        ours = process.loss(model, x0, i["y"], i["t"], i["noise"]) | {"x_t": process.noised(x0, i["noise"], i["t"])}
+        ours["loss"].mean().backward()
+        return compare(case, ours, model, convert.DICO)
+    if part == "cfg":
+        process = chain({"learn_sigma": case.config["learn_sigma"]})
+        null = torch.full_like(i["y"], case.config["num_classes"])
+        cond, uncond = (process.denoiser(model, y) for y in (i["y"], null))
+        d = diffusion.guided(cond, uncond, case.config["cfg_scale"], channels=3)(i["x"], i["t"])
+        guided = torch.cat([d.eps] + ([] if d.variance is None else [2 * d.variance - 1]), 1)
+        return compare(case, {"guided_3ch": guided, "cond": model(i["x"], i["t"], i["y"]),
+                              "uncond": model(i["x"], i["t"], null)})
+    ours = {"x_embed": captured(model.x_embedder), "t_embed_1": captured(model.t_embedder[0]),
+            "enc_1": captured(model.encoder1[-1]), "down_1": captured(model.encoder2[0], lambda args, output: args[0]),
+            "enc_2": captured(model.encoder2[-1]), "latent": captured(model.middle[-1]),
+            "up_2": captured(model.up2, lambda args, output: F.pixel_shuffle(output, 2)),
+            "dec_2": captured(model.decoder2[-1]), "dec_1": captured(model.decoder1[-1])}
+    ours["out"] = model(i["x"], i["t"], i.get("y"))
+    backward_of_mse(case, ours["out"], ours)
+    compare(case, ours, model, convert.DICO)
+
+
+def check_uvit(case):
+    model, i = convert.load_official("uvit", case.config, case.state_dict).eval(), case.inputs
+    if case.config.get("part") == "block":
+        return compare(case, {"out": model(i["x"], i.get("skip")), "attn": model.attn(i["x"])})
+    ours = {"patch_embed": captured(model.x_embedder), "time_token": captured(model.t_embedder),
+            "in_block0": captured(model.in_blocks[0]), "mid_block": captured(model.mid_block),
+            "out_block0": captured(model.out_blocks[0]), "decoder_pred": captured(model.decoder_pred)}
+    ours["out"] = model(i["x"], i["t"], i.get("y", i.get("context")))
+    backward_of_mse(case, ours["out"], ours)
+    compare(case, ours, model, convert.UVIT)
+
+
+def check_td_ln(case):
+    model, tau = convert.load_official("td-ln", case.config, case.state_dict), case.inputs["log_snr"] / 4
+    same(case.inputs["t"] / 500 - 1, tau, "tau")
+    gain, out = model.gain(tau), model(case.inputs["x"], tau)
+    (out * case.inputs["probe"]).mean().backward()
+    ours = {"current:weight": gain, "current:scale": gain, "current:bias": model.bias and model.bias(tau), "out": out}
+    compare(case, ours, model, convert.TD_LN)
+
+
+def check_dimr(case):
+    i, part = case.inputs, case.config.get("part")
+    if part == "loss":
+        predictions = [i[f"pred_{k}"] for k in range(len(case.config["loss_coeffs"]))]
+        errors = objectives.multi_scale_errors(predictions, i["noise"])
+        ours = {"loss": sum(w * e for w, e in zip(case.config["loss_coeffs"], errors))}
+        for k, (p, e) in enumerate(zip(predictions, errors)):
+            ours |= {f"target_{k}": objectives.area_target(i["noise"], p.shape[-1]), f"mse_{k}": e}
+        return compare(case, ours)
+    model, planes = convert.load_official("dimr", case.config, case.state_dict).eval(), lambda x: x.permute(0, 3, 1, 2)
+
+    def entry(branch):                                                       # patches with their positions
+        return captured(branch.x_embedder, lambda args, out: out + planes(
+            branch.pos_embed[None, :out.shape[2], :out.shape[3]]))
+
+    if part == "branch":
+        cascade, embedded = i["cascade"].permute(0, 2, 3, 1) if "cascade" in i else None, entry(model)
+        out, cascade = model(i["x"], i["t"] / 500 - 1, i.get("y"), cascade)
+        return compare(case, {"input_layer": embedded, "out": out, "cascade": planes(cascade)})
+    ours = {}
+    for k, branch in enumerate(model.branches):
+        ours |= {f"branch{k}_input": entry(branch), f"branch{k}_block0": captured(branch.blocks[0])}
+    outputs = model(i["x"], i["t"], i.get("y"), every=True)
+    ours |= {f"out_{k}": out for k, out in enumerate(outputs)} | {"out": model(i["x"], i["t"], i.get("y"))}
+    if "noise" in i:
+        n = len(outputs) - 1
+        errors = objectives.multi_scale_errors(outputs, i["noise"])
+        ours["loss"] = sum(e * 4 ** (k / max(1, n) - 1 + (n == 0)) for k, e in enumerate(errors))
+        ours["loss"].mean().backward()
+    compare(case, ours, model, convert.DIMR)
+
+
+@pytest.mark.parametrize("name", ["dico-model", "dico-pixel", "uvit-cond", "uvit-uncond", "dimr-2r", "dimr-3r"])
+def test_sizes_are_read_off_the_weights(name):
+    case = golden.load(Path(__file__).parent / "golden" / f"{name}.npz")
+    unknown = {"num_attention_heads", "num_heads", "dropout_prob"}
+    read = convert.infer_config(case.arch, case.state_dict)
+    stages = read.pop("stage_configs", [])
+    for k, stage in enumerate(stages):
+        theirs = case.config["stage_configs"][k]
+        wrong = [key for key in theirs if key not in unknown and theirs[key] != stage[key]]
+        assert wrong in ([], ["num_blocks"]) and theirs["num_blocks"] // 2 == stage["num_blocks"] // 2
+    assert [key for key in read if key in case.config and key not in unknown and read[key] != case.config[key]] == []
+
+
 # ---------------------------------------------------------------------------- fit, fitv2, flag-dit, rope, preprocessing
 
 
@@ -527,7 +662,7 @@ def check_tokens(case):
         objective = objectives.Diffusion(net, process, None)
         x0, sizes = canvas(x) if mixed else (x, None)
         eps = canvas(noise)[0] if mixed else noise
-        ours |= objective.losses(x0, sizes, y, t if case.arch == "fit" else 1 - t, eps)
+        ours |= objective.parts(x0, y, t if case.arch == "fit" else 1 - t, eps, sizes)
         ours |= {"loss_mse_mean": ours["mse"].mean(), "loss_mean": ours["loss"].mean()}
         ours["loss_mse_mean" if mixed and variance else "loss_mean"].backward()
         for name, p in model.named_parameters():
@@ -589,6 +724,7 @@ def check_sizes(case):
 
 CHECKS = {"dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler,
           "dit-moe": check_dit_moe, "terdit": check_terdit, "t-stitch": check_stitch,
+          "dico": check_dico, "uvit": check_uvit, "td-ln": check_td_ln, "dimr": check_dimr,
           "fit": check_tokens, "fitv2": check_tokens, "flag-dit": check_tokens, "flag-dit-text": check_tokens,
           "rope2d": check_rope2d, "fit-resize": check_sizes, "lumina-crops": check_sizes}
 

@@ -11,6 +11,7 @@ import objectives
 from convert import KLDecoder, fill, infer_config, load_official, read_weights
 from diffusion import create_process
 from layers import (
+    TDLN,
     PackedLinear,
     PatchEmbed,
     TernaryLinear,
@@ -23,7 +24,21 @@ from layers import (
     unpack,
     unpatchify,
 )
-from models import MODELS, DiT, DiTBlock, Stitched, TerDiT, UNet, cost, create_model, stitch_steps
+from models import (
+    MODELS,
+    DiCo,
+    DiMR,
+    DiT,
+    DiTBlock,
+    Stitched,
+    TerDiT,
+    UNet,
+    UViT,
+    cost,
+    create_model,
+    stitch_steps,
+)
+from objectives import MultiScale, StepNoise, area_target
 
 NANO = [name for name, (_, preset) in MODELS.items() if name.endswith(("-nano", "-pico"))
         and not preset.get("text_width")]
@@ -40,15 +55,18 @@ def randomised(model):
     g = torch.Generator().manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:
-            p.data = torch.randn(p.shape, generator=g) * (0.02 if p.ndim == 1 else p[0].numel() ** -0.5)
+            noise = torch.randn(p.shape, generator=g)
+            p.data = p.data + 0.05 * noise if p.ndim == 1 else noise * p[0].numel() ** -0.5
     return model.eval()
 
 
 @pytest.mark.parametrize("name", NANO)
 def test_starts_at_zero_and_trains(name):
-    model = create_model(name)
-    x, t, y = inputs()
-    assert (model(x, t, y) == 0).all(), "the output is zero at initialisation"
+    torch.manual_seed(0)
+    model = create_model(name, 16)
+    x, t, y = inputs(size=(16, 16))
+    zero = (model(x, t, y) == 0).all()
+    assert zero or name.startswith(("uvit", "dimr")), "the output is zero at initialisation, where the paper has it so"
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
     target, losses = x.flip(1), []
     for _ in range(20):
@@ -58,8 +76,9 @@ def test_starts_at_zero_and_trains(name):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.75 * losses[0], "one fixed batch is learnt"
+    elsewhere = "y_embedder", "pad_token", "branches.0.norm", "branches.0.head"      # rows without samples; DiMR's own
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if p.requires_grad
-               and not n.startswith(("y_embedder", "pad_token"))), "every weight is trained"
+               and not n.startswith(elsewhere)), "every weight is trained"
 
 
 @pytest.mark.parametrize("name", NANO)
@@ -89,6 +108,27 @@ def test_shapes(name, options):
 
 
 @pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("size", [28, 36, 40])
+def test_odd_sizes_work_or_are_refused(name, size):
+    try:
+        model = randomised(create_model(name, size))
+    except ValueError as error:
+        assert f"{size}x{size} is not divisible by" in str(error)
+        return
+    x, t, y = inputs(1, (size, size))
+    assert model(x, t, y).shape == x.shape
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_channels_last_is_the_same(name):
+    model = randomised(create_model(name, 16))
+    x, t, y = inputs(size=(16, 16))
+    out = model(x, t, y)
+    last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t, y)
+    torch.testing.assert_close(last, out, rtol=1e-4, atol=1e-5 * out.abs().max().item())
+
+
+@pytest.mark.parametrize("name", NANO)
 def test_half_precision_is_close(name):
     model = randomised(create_model(name))
     x, t, y = inputs()
@@ -106,6 +146,29 @@ def test_unknown_names_and_sizes_are_refused_with_advice():
         create_model("dit-nano", layers=3)
     with pytest.raises(ValueError, match="not divisible"):
         create_model("unet-nano", image_size=30)
+
+
+@pytest.mark.parametrize("name, size, channels, classes, parameters, macs", [
+    # 2505.11196, table 1, whose counter adds normalisation to the multiply-accumulates
+    ("dico-s", 32, 4, 1000, 33.1, 4.25), ("dico-b", 32, 4, 1000, 130.0, 16.88), ("dico-l", 32, 4, 1000, 463.9, 60.24),
+    ("dico-xl", 32, 4, 1000, 701.2, 87.30), ("dico-h", 32, 4, 1000, 1037.4, 194.15),
+    ("dico-xl", 64, 4, 1000, 701.2, 349.8),
+    # 2209.12152, table 4
+    ("uvit-s/2", 32, 3, 0, 44.3, 12.2), ("uvit-s/4", 64, 3, 0, 44.3, 12.2), ("uvit-m/4", 64, 3, 1000, 130.9, 35.2),
+    ("uvit-l/4", 64, 3, 1000, 286.8, 76.5), ("uvit-l/2", 32, 4, 1000, 286.8, 76.5),
+    ("uvit-h/2", 32, 4, 1000, 500.8, 133.2), ("uvit-l/4", 64, 4, 1000, 286.9, 76.5),
+    ("uvit-h/4", 64, 4, 1000, 500.9, 133.2),
+    # 2406.09416
+    ("dimr-xl/2r", 32, 4, 1000, 505.0, 160.2), ("dimr-g/2r", 32, 4, 1000, 1056.4, 331.1),
+    ("dimr-xl/3r", 64, 4, 1000, 525.0, 206.1), ("dimr-l/3r", 64, 3, 1000, 284.1, 110.6),
+    ("dimr-m/3r", 64, 3, 1000, 132.8, 53.5)])
+def test_sizes_are_the_papers(name, size, channels, classes, parameters, macs):
+    variance = {"learn_sigma": True} if name.startswith("dico") else {}
+    with torch.device("meta"):
+        model = create_model(name, size, channels, classes, **variance)
+    ours = cost(model, (channels, size, size))
+    assert round(ours[0] / 1e6, 1) == parameters
+    assert ours[1] / 1e9 == pytest.approx(macs, rel=6e-3 if name.startswith("dico") else 0, abs=0.06)
 
 
 # ------------------------------------------------------------------------------------------------------------------ DiT
@@ -284,8 +347,21 @@ def test_unet_options(scale_shift, updown):
     x, t, y = inputs(size=(16, 16))
     out = model(x, t, y)
     assert out.shape == x.shape and torch.equal(out, model(x, t, y)), "eval() removes dropout"
-    channels_last = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t, y)
-    torch.testing.assert_close(channels_last, out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["td-ln", "td-rms"])
+def test_dit_takes_time_dependent_norms(norm):
+    torch.manual_seed(0)
+    options = dict(hidden_size=32, depth=2, num_heads=2, num_classes=5)
+    model, plain = DiT(16, 4, 3, norm=norm, **options), DiT(16, 4, 3, **options)
+    assert sum(p.numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in plain.parameters())
+    x, t, y = inputs(size=(16, 16), classes=5)
+    assert (model(x, t, y) == 0).all()
+    out = randomised(model)(x, t, y)
+    assert not torch.allclose(out, model(x, t.flip(0), y), atol=1e-3), "the time matters"
+    assert not torch.allclose(out, model(x, t, y.flip(0)), atol=1e-3), "the label matters"
+    with pytest.raises(ValueError, match="norm 'ln': choose adaln, td-ln or td-rms"):
+        DiT(16, 4, 3, norm="ln", **options)
 
 
 def test_block_is_exact_in_double_precision():
@@ -458,3 +534,188 @@ def test_what_cannot_be_stitched():
     with pytest.raises(ValueError, match="as many fractions"):
         Stitched([torch.nn.Identity()] * 3, [0.5, 0.5])
     assert [stitch_steps(5, [r / 10, 1 - r / 10]).count(0) for r in range(11)] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+# ----------------------------------------------------------------------------------------------------------------- DiCo
+
+
+def small_dico(size=16):
+    torch.manual_seed(0)
+    return randomised(DiCo(size, 3, 5, hidden_size=8, depth=(1, 1, 1, 1, 1)))
+
+
+def test_dico_gradients_open_from_the_head():
+    torch.manual_seed(0)
+    model = DiCo(16, 3, 5, hidden_size=8, depth=(1, 1, 1, 1, 1))
+    x, t, y = inputs(size=(16, 16), classes=5)
+    assert torch.equal(model.middle[0](x := torch.randn(2, 32, 4, 4), torch.randn(2, 32)), x), "blocks start closed"
+    x = inputs(size=(16, 16))[0]
+    F.mse_loss(model(x, t, y), x).backward()
+    assert {n for n, p in model.named_parameters() if p.grad.abs().sum() > 0} == {"final_layer.out_proj.weight",
+                                                                                  "final_layer.out_proj.bias"}
+
+
+def test_dico_commutes_with_shifts_where_the_image_is_a_torus():
+    model = small_dico()
+    for m in model.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            m.padding_mode = "circular"
+    x, t, y = inputs(size=(16, 16), classes=5)
+    shift = lambda x: x.roll((4, 8), (2, 3))
+    torch.testing.assert_close(model(shift(x), t, y), shift(model(x, t, y)), rtol=1e-4, atol=1e-5)
+
+
+def test_channel_attention_is_dicos_only_view_of_the_whole(monkeypatch):
+    model = small_dico(96)
+    x, t, y = inputs(1, size=(96, 96), classes=5)
+
+    def far_gradient():
+        x.requires_grad_().grad = None
+        model(x, t, y)[0, :, 0, 0].sum().backward()
+        return x.grad[0, :, 80:, 80:].abs().sum().item()
+
+    assert far_gradient() > 0
+    block = model.middle[0]
+    h = torch.randn(2, 32, 6, 6)
+    gate = block.cca(h) / h
+    assert ((gate > 0) & (gate < 1)).all() and torch.allclose(gate, gate[..., :1, :1].expand_as(gate))
+    monkeypatch.setattr(type(block.cca), "forward", lambda self, x: x * 0.5)
+    assert far_gradient() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- U-ViT
+
+
+def test_uvit_without_its_skips_is_a_vit():
+    x, t, y = inputs(size=(16, 16), classes=5)
+    options = dict(image_size=16, patch_size=4, hidden_size=32, depth=5, num_heads=2, num_classes=5, time_mlp=True)
+    model, plain = randomised(UViT(**options)), UViT(**options, skip=False).eval()
+    assert len(model.in_blocks) == len(model.out_blocks) == 2 and plain.out_blocks[0].skip_linear is None
+    for block in model.out_blocks:
+        block.skip_linear.weight.data = torch.eye(32, 64)
+        block.skip_linear.bias.data.zero_()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "skip_linear" not in k})
+    torch.testing.assert_close(model(x, t, y), plain(x, t, y))
+
+
+def test_uvit_sees_order_through_positions_alone():
+    model = randomised(UViT(16, 4, 3, hidden_size=32, depth=2, num_heads=2, num_classes=5, conv=False))
+    x, t, y = inputs(size=(16, 16), classes=5)
+    swap = lambda x: torch.cat([x[..., 4:8, :], x[..., 0:4, :], x[..., 8:, :]], -2)       # two rows of patches
+    out, positions = model(x, t, y), model.pos_embed.data.clone()
+    assert not torch.allclose(model(swap(x), t, y), swap(out), atol=1e-3)
+    model.pos_embed.data = torch.cat([positions[:, :2], positions[:, 6:10], positions[:, 2:6], positions[:, 10:]], 1)
+    torch.testing.assert_close(model(swap(x), t, y), swap(out), rtol=1e-4, atol=1e-5)
+
+
+def test_uvit_takes_text():
+    model = randomised(UViT(16, 4, 3, hidden_size=32, depth=2, num_heads=2, text_width=7, text_length=5))
+    x, t, _ = inputs(size=(16, 16))
+    text = torch.randn(3, 5, 7)
+    out = model(x, t, text)
+    assert model.pos_embed.shape[1] == 1 + 5 + 16 and out.shape == x.shape
+    assert not torch.allclose(model(x, t, text.flip(0)), out, atol=1e-3)
+    padded = torch.cat([text[:, :3], torch.zeros(3, 2, 7)], 1)
+    assert torch.equal(model(x, t, text[:, :3]), model(x, t, padded))
+
+
+# ----------------------------------------------------------------------------------------------------------------- DiMR
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_time_dependent_norm(rms):
+    torch.manual_seed(0)
+    norm = TDLN(6, rms).double()
+    x, tau = torch.randn(3, 2, 4, 6, dtype=torch.float64, requires_grad=True), torch.tensor([-0.9, 0.1, 1.0]).double()
+    scale = ((x * x).mean(-1, keepdim=True).sqrt() + 1e-8) if rms else (x.var(-1, unbiased=False, keepdim=True) + 1e-5
+                                                                       ).sqrt()
+    plain = (x if rms else x - x.mean(-1, keepdim=True)) / scale
+    torch.testing.assert_close(norm(x, tau), plain, rtol=1e-12, atol=1e-12, msg="fresh, it is the plain norm")
+    for p in norm.parameters():
+        p.data = torch.randn(6, dtype=torch.float64)
+
+    def slide(v):
+        g = torch.sigmoid(tau[:, None] * (v.a + 1) + v.b)
+        return (g * v.p0 + (1 - g) * v.p1)[:, None, None]
+
+    formula = slide(norm.gain) * plain + (0 if rms else slide(norm.bias))
+    torch.testing.assert_close(norm(x, tau), formula, rtol=1e-11, atol=1e-11)
+    weights = [x, *norm.parameters()]
+    gradients = (torch.autograd.grad((o * x.detach().cos()).sum(), weights) for o in (norm(x, tau), formula))
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    for end, p in ((60, norm.gain.p0), (-60, norm.gain.p1)):
+        norm.gain.b.data.fill_(end)
+        torch.testing.assert_close(norm.gain(tau), p.expand(3, 6))
+    assert {n.split(".")[-1] for n, p in norm.named_parameters() if hasattr(p, "no_decay")} == {"a", "b"}
+
+
+def small_dimr(**options):
+    torch.manual_seed(0)
+    return DiMR(16, 3, 5, **dict(hidden_size=16, depth=3, num_heads=2, patch_sizes=(4, 2, 1)) | options)
+
+
+def test_dimr_starts_without_time_and_learns_it():
+    model, (x, t, y) = small_dimr(), inputs(size=(16, 16), classes=5)
+    assert torch.equal(model(x, t, y), model(x, t.flip(0), y))
+    model(x, t, y).square().mean().backward()
+    gates = [p for p in model.parameters() if hasattr(p, "no_decay")]
+    assert gates and all(p.grad is None or (p.grad == 0).all() for p in gates)
+    torch.optim.SGD(model.parameters(), 1.0).step()
+    assert not torch.equal(model(x, t, y), model(x, t.flip(0), y))
+
+
+def test_dimr_knows_the_class_through_the_cascade_alone():
+    x, t, y = inputs(size=(16, 16), classes=5)
+    for detach in (False, True):
+        model = small_dimr(detach=detach)
+        model(x, t, y).square().mean().backward()
+        lowest = [p.grad for n, p in model.named_parameters() if n.startswith("branches.0") and p.grad is not None]
+        assert any(g.abs().sum() > 0 for g in lowest) != detach
+    model = randomised(model)
+    assert not torch.allclose(model(x, t, y), model(x, t, y.flip(0)))
+    model.branches[1].up.weight.data.zero_()
+    assert torch.equal(model(x, t, y), model(x, t, y.flip(0)))
+    assert not torch.equal(model(x, t, y, every=True)[0], model(x, t, y.flip(0), every=True)[0])
+
+
+def test_dimr_cascade_is_laid_out_by_position():
+    branch = small_dimr().branches[1]
+    grid = torch.arange(36.0).view(1, 6, 6, 1)
+    blocks = grid.view(1, 3, 2, 3, 2).permute(0, 1, 3, 2, 4).reshape(1, 3, 3, 4)         # what a Linear would give
+    assert torch.equal(branch.shuffled(blocks), grid)
+
+
+def test_dimr_takes_smaller_images():
+    model, (x, t, y) = randomised(small_dimr()), inputs(size=(8, 12), classes=5)
+    assert [list(out.shape[2:]) for out in model(x, t, y, every=True)] == [[2, 3], [4, 6], [8, 12]]
+    with pytest.raises(ValueError, match="20x16 pixels.*up to 16x16.*divisible by 4"):
+        model(torch.zeros(1, 3, 20, 16), t[:1], y[:1])
+    with pytest.raises(ValueError, match="18x16 pixels.*divisible by 4"):
+        model(torch.zeros(1, 3, 18, 16), t[:1], y[:1])
+
+
+def test_multi_scale_targets():
+    noise = torch.randn(4, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    for width in (32, 64, 128):
+        assert area_target(noise, width).var().item() == pytest.approx(1, abs=0.02)
+    torch.testing.assert_close(area_target(noise, 32), area_target(area_target(noise, 64), 32))
+    odd = torch.randn(1, 1, 9, 9)
+    padded = F.pad(odd, (1, 1, 1, 1))
+    windows = [[padded[0, 0, 2 * r:2 * r + 3, 2 * c:2 * c + 3].sum() / 3 for c in range(5)] for r in range(5)]
+    torch.testing.assert_close(area_target(odd, 5)[0, 0], torch.tensor(windows))
+    with pytest.raises(ValueError, match="5 pixels wide is no whole fraction of a target of 16"):
+        area_target(torch.randn(1, 1, 16, 16), 5)
+
+
+def test_multi_scale_loss_sums_the_branches():
+    """A model that says 0 to a request for unit noise loses the sum of the weights, 1/4 + 1/2 + 1."""
+    model = small_dimr()
+    for branch in model.branches:
+        torch.nn.init.zeros_(branch.head.weight)
+    objective = MultiScale(model, create_process("linear"), (3, 16, 16), 5)
+    batch = {"x": torch.zeros(64, 3, 16, 16), "y": torch.zeros(64, dtype=torch.long), "noise": StepNoise(0, 0, 64)}
+    losses = objective.loss(batch)
+    assert losses["loss"].item() == pytest.approx(1.75, abs=0.06) and set(losses) == {"loss", "mse", "mse_4", "mse_8"}
+    losses["loss"].backward()
+    assert all(b.head.bias.grad.abs().sum() > 0 for b in model.branches)

@@ -98,6 +98,7 @@ def test_a_run_leaves_what_it_promises(here):
     ["--unconditional"],
     ["--moe", "4,2"],
     ["--ternary"],
+    ["--model", "dimr-nano", "--model-options", "hidden_size=16,depth=2,num_heads=2", "--weight-decay", "0.1"],
     ["--model", "unet-nano", "--model-options", "channels=16;multipliers=(1,2);attention=()",
      "--model-options", "channels=16;multipliers=(1,2);attention=();dropout=0.3"],
 ])
@@ -465,6 +466,11 @@ def test_score_and_speed(run, capsys):
     call(evaluate.evaluate, "speed", "dit-nano", "--batch", "2", "--rounds", "1")
     assert "dit-nano" in (said := capsys.readouterr().out) and "0.083" in said
     assert "did you mean" in refused(capsys, evaluate.evaluate, "speed", "dit-nan")
+    call(evaluate.evaluate, "speed", "dico-nano", "dit-nano:patch_size=2", "--image-size", "16", "--fair",
+         "--batch", "2", "--rounds", "1", "--channels-last")
+    said = capsys.readouterr().out
+    share = float(said.split("times the MACs")[0].split()[-1])
+    assert "dit-nano:patch_size=2,hidden_size=" in said and 0.95 < share < 1.05 and "training" in said
 
 
 def test_list_and_help_and_recipes(here, capsys):
