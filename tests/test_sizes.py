@@ -86,7 +86,8 @@ def test_the_loss_of_a_mixed_batch_is_the_mean_of_its_images(process):
     model, x, t, y = mixed("fitv2-nano")
     if isinstance(process, diffusion.RectifiedFlow):
         t = t / 1000
-    objective, eps = objectives.Diffusion(model, process, (3, 32, 32), 10), [normal(*image.shape).double() for image in x]
+    objective = objectives.Diffusion(model, process, (3, 32, 32), 10)
+    eps = [normal(*image.shape).double() for image in x]
     parts = objective.parts(canvas(x)[0], y, t, canvas(eps)[0], canvas(x)[1])
     parts["loss"].mean().backward()
     grads = [p.grad.clone() for p in model.parameters()]
