@@ -8,13 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_models import inputs, randomised
+from test_train import call, here, refused  # noqa: F401 (a fixture)
 
 import data
 import diffusion
+import evaluate
 import figures
 import objectives
 import runs
 import sample
+import train
 from layers import ROPE, Padding, Text, canvas, cropped, rope_2d, rope_frequencies, rotate, sequence
 from models import DiT, FiT, FiTBlock, FlagBlock, FlagDiT, cost, create_model
 
@@ -462,6 +465,50 @@ def test_a_large_model_costs_what_the_tokens_cost():
     with torch.device("meta"):
         model = create_model("fitv2-b/2", 32, 4, 1000)
     assert cost(model, (4, 32, 32))[1] / 1e9 == pytest.approx(28.7, abs=0.1)
+
+
+# -------------------------------------------------------------------------------------------------------------- scripts
+
+FLAGS = ["--batch", "8", "--log-every", "1", "--sample-n", "8", "--sample-steps", "2", "--device", "cpu"]
+
+
+def test_a_run_of_mixed_sizes(here, capsys):  # noqa: F811
+    """Trained in one go or resumed it has the same weights; it draws any size, and goes on at a larger one."""
+    tiny = [*FLAGS, "--model", "fitv2-nano", "--model-options", "depth=1,hidden_size=32,num_heads=2,lora_dim=4",
+            "--aspect", "mixed", "--decay", "constant", "--accum", "2"]
+    call(train.train, *tiny, "--steps", "4", "--out", "a")
+    call(train.train, *tiny, "--steps", "2", "--out", "b")
+    call(train.train, "--out", "b", "--resume", "--steps", "4")
+    a, b = (runs.load_checkpoint(here / name / "ckpt.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    call(sample.sample, "a", "--size", "12x20", "--rope", "vision-ntk-pro2", "--shift", "2", "--n", "4",
+         "--out", "x.npz")
+    with np.load("x.npz") as file:
+        assert file["arr_0"].shape == (4, 12, 20, 3)
+    call(train.train, *FLAGS, "--post-train", "a", "--image-size", "24", "--aspect", "keep", "--steps", "2",
+         "--out", "d")
+    old, new = (runs.load_checkpoint(here / name / "ckpt.pt") for name in "ad")
+    changed = {name for name, w in new["model"].items() if not torch.equal(w, old["ema"][name])}
+    assert changed and all(FiT.post_trains(name.removeprefix("model.")) for name in changed)
+    assert new["config"]["model_options"]["trained"] == 4 and new["config"]["image_size"] == 24
+    capsys.readouterr()
+    call(evaluate.evaluate, "sizes", "a", "--sizes", "16x16,8x24", "--ropes", "yarn,pi", "--classifier-steps", "2",
+         "--n", "2", "--steps", "2")
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert rows[2:4] == [["a", "pi"], ["a", "yarn"]] and (here / "a/size-8x24.png").exists()
+    assert "18x20 is not divisible" in refused(capsys, sample.sample, "a", "--size", "18x20")
+    assert "unet-pico draws one size" in refused(capsys, train.train, "--aspect", "keep")
+
+
+@pytest.mark.parametrize("name, suffix, size", [("moving-shapes", ".webp", "4x8x12"), ("tones", ".wav", "24")])
+def test_a_run_of_clips_or_sounds(here, capsys, monkeypatch, name, suffix, size):  # noqa: F811
+    monkeypatch.setitem(data.FEW, "train", range(64))
+    text = ["--model", "flag-dit-text-nano", "--model-options", "depth=1,hidden_size=32,num_heads=2,text_width=32"]
+    call(train.train, *FLAGS, *text, "--data", name, "--steps", "2", "--out", "a")
+    call(sample.sample, "a", "--n", "2", "--prompt", "a rising star", "--out", f"x{suffix}")
+    call(sample.sample, "a", "--n", "2", "--size", size, "--rope", "ntk-proportional", "--out", "y.png")
+    assert (here / f"x{suffix}").stat().st_size > 100 and (here / "y.png").exists()
+    assert f"{name} holds" in refused(capsys, train.train, "--data", name)
 
 
 @pytest.mark.slow
