@@ -298,6 +298,7 @@ def fit(config, state_dict):
     hidden = int(D * c["mlp_ratio"])
     if c["use_swiglu"] and not c["use_swiglu_large"]:
         hidden = hidden * 2 // 3
+    extent = c["max_pe_len_h"], c["max_pe_len_w"]
     gain = c["qk_norm_weight"] or c["q_norm"] == "w_layernorm"
     names = {"normal": "direct", "linear": "pi", "ntk-aware": "ntk", "ntk-aware-pro1": "ntk-pro1",
              "ntk-aware-pro2": "ntk-pro2"}
@@ -307,7 +308,7 @@ def fit(config, state_dict):
                 qk_norm=("gain" if gain else True) if c["q_norm"] else False, theta=c["rope_theta"],
                 lora_dim=c["adaln_lora_dim"] if c["adaln_type"] == "lora" else 0,
                 rope=("vision-" if c["decouple"] else "") + names.get(rope, rope),
-                extent=None if rope == "normal" or c["online_rope"] else (c["max_pe_len_h"], c["max_pe_len_w"]),
+                extent=extent if all(extent) and not c["online_rope"] else None,
                 time_shift=c["time_shifting"], trained=c["ori_max_pe_len"])
     return fill(model, state_dict, "this FiT")
 
