@@ -50,22 +50,32 @@ class StepNoise:
         return torch.randn(self.total, *shape[1:], generator=self.generator, device=self.device)[self.rows]
 
 
+def power_cosine(scale, share, power):
+    """Guidance that falls from `scale` at pure noise (share = 1) to 1 at the data (share = 0): 1 + (scale - 1)
+    (1 - cos(pi share^power))/2. Masked Diffusion Transformer, 2303.14389; FiTv2, 2410.13925."""
+    return 1 + (scale - 1) * (1 - math.cos(math.pi * share**power)) / 2
+
+
 def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
              clip=True, noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
-             weak=None, **options) -> Iterator[torch.Tensor]:
+             weak=None, power=None, **options) -> Iterator[torch.Tensor]:
     """Sample: yields the images after each step, starting from standard normal x (B, C, H, W), without gradients.
 
     y, null: the condition and the null condition that guidance moves away from (both as the model takes them); rule:
-    how, a name in `GUIDANCE`; interval: only at those times; weak: another objective to move away from instead of the
-    null condition (autoguidance, 2406.02507). grid, last: see `Process.times`. clip: keep x0 in [-1, 1]
-    (pixels), quantile: by dynamic thresholding. options go to the sampler.
+    how, a name in `GUIDANCE`; interval: only at those times; power: falling by `power_cosine`; weak: another objective
+    to move away from instead of the null condition (autoguidance, 2406.02507). grid, last: see `Process.times`. clip:
+    keep x0 in [-1, 1] (pixels), quantile: by dynamic thresholding. options go to the sampler.
     """
     draw, make = choose(SAMPLERS, sampler, "sampler"), choose(GUIDANCE, rule, "guidance")
-    denoise = process.denoiser(model, y)
+    denoise = cond = process.denoiser(model, y)
     if guidance != 1 and (weak or null is not None):
         other = weak.process.denoiser(weak.model, y) if weak else process.denoiser(model, null)
-        denoise = guided(denoise, other, guidance, guide_channels, process,
-                         None if rule == "cfg" else make, interval)
+        scaled = lambda scale: guided(cond, other, scale, guide_channels, process, None if rule == "cfg" else make,
+                                      interval)
+        share = lambda t: (float(torch.as_tensor(t).max()) - process.t_clean) / (process.t_noisy - process.t_clean)
+        denoise = scaled(guidance)
+        if power is not None:
+            denoise = lambda xt, t: scaled(power_cosine(guidance, share(t), power))(xt, t)
     if clip:
         denoise = clipped(denoise, process, quantile=quantile)
     times = process.times(steps, grid, last)

@@ -215,7 +215,8 @@ SAMPLING = {"sampler": diffusion.SAMPLERS, "grid": diffusion.GRIDS, "guidance_ru
 def sampling_options(args):
     """The flags of sample.py and evaluate.py that overrule a run's own way of sampling, as options of `generate`."""
     given = {"sampler": args.sampler, "steps": args.steps, "grid": args.grid, "guidance": args.guidance,
-             "rule": args.guidance_rule, "interval": args.interval, "quantile": args.threshold}
+             "rule": args.guidance_rule, "interval": args.interval, "power": args.guidance_power,
+             "quantile": args.threshold}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -227,6 +228,8 @@ def sampling_flags(parser):
     add("--grid", help="grid of sampling times (default: the run's own); " + ", ".join(diffusion.GRIDS))
     add("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
     add("--guidance-rule", help="how it is applied (default: the run's own); " + ", ".join(diffusion.GUIDANCE))
+    add("--guidance-power", type=float, metavar="K", help="let the guidance fall from noise to image by the "
+        "power-cosine schedule (FiTv2), for example 1")
     add("--interval", type=floats, metavar="LOW,HIGH", help="guide only between these times of the process")
     add("--threshold", type=float, metavar="Q",
         help="dynamic thresholding: clip at this quantile of |x0|, for example 0.995, and rescale (default: clip at 1)")

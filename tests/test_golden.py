@@ -680,9 +680,9 @@ def check_tokens(case):
 
 
 def guidance_scale(meta, t):
-    """FiT's power-cosine guidance, 1 + (s - 1)(1 - cos(pi (1 - t)^k))/2 with t = 1 at the data; k = 0: s."""
+    """FiT's guidance at t = 1 - share; scale_pow 0 is a constant one."""
     s, k = meta["cfg_scale"], meta.get("scale_pow", 0.0)
-    return s if not k else 1 + (s - 1) * (1 - torch.cos(torch.pi * (1 - t.clamp(max=1)) ** k)).item() / 2
+    return objectives.power_cosine(s, 1 - min(t.item(), 1), k) if k else s
 
 
 def check_rope2d(case):

@@ -484,8 +484,8 @@ def test_a_run_of_mixed_sizes(here, capsys):  # noqa: F811
     call(train.train, "--out", "b", "--resume", "--steps", "4")
     a, b = (runs.load_checkpoint(here / name / "ckpt.pt")["model"] for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    call(sample.sample, "a", "--size", "12x20", "--rope", "vision-ntk-pro2", "--shift", "2", "--n", "4",
-         "--out", "x.npz")
+    call(sample.sample, "a", "--size", "12x20", "--rope", "vision-ntk-pro2", "--shift", "2", "--guidance-power", "1",
+         "--n", "4", "--out", "x.npz")
     with np.load("x.npz") as file:
         assert file["arr_0"].shape == (4, 12, 20, 3)
     call(train.train, *FLAGS, "--post-train", "a", "--image-size", "24", "--aspect", "keep", "--steps", "2",
