@@ -20,16 +20,24 @@ from autoencoders import KLDecoder
 from diffusion import RectifiedFlow
 from layers import TDLN, PackedLinear, replace_ternary
 from models import (
+    DRWKV,
     MODELS,
     Branch,
     CompactChannelAttention,
     DiCo,
     DiCoBlock,
+    Dimba,
+    DimbaBlock,
     DiMR,
     DiT,
     DiTMoE,
+    DRWKVBlock,
     FiT,
     FlagDiT,
+    LinearAttention,
+    LiT,
+    Mamba,
+    MambaBlock,
     Stitched,
     TerDiT,
     UViT,
@@ -476,10 +484,94 @@ def t_stitch(config, state_dict):
 
 
 # architecture: (its builder, the reader of its arguments, None for parts of which no file is published)
+# --------------------------------------------------------------------------------------------- drwkv, dimba, mamba, lit
+# Parameters carry the published names here too. A config may name a `part` of the model; the part is returned.
+
+
+def drwkv(config, state_dict):
+    """feizc/Diffusion-RWKV."""
+    c = dict(img_size=32, patch_size=2, channels=4, embed_dim=384, depth=13, num_classes=-1, learn_sigma=False,
+             hidden_rate=4, key_norm=False, post_norm=False, init_mode="fancy") | config
+    same = {"hidden_rate": c["hidden_rate"], "key_norm": c["key_norm"], "post_norm": c["post_norm"],
+            "init": c["init_mode"]}
+    if c.get("part") == "block":
+        return fill(DRWKVBlock(c["n_embd"], c["layer_id"], c["n_layer"], c["skip"], **same), state_dict, "this block")
+    model = DRWKV(c["img_size"], c["patch_size"], c["channels"], c["embed_dim"], c["depth"], max(0, c["num_classes"]),
+                  learn_sigma=c["learn_sigma"], drop_path=c.get("drop_path_rate", 0.1), **same)
+    return fill(model, state_dict, "this Diffusion-RWKV")
+
+
+def infer_drwkv(state_dict):
+    D, C, p, _ = state_dict["patch_embed.proj.weight"].shape
+    labels = state_dict.get("label_emb.embedding_table.weight")
+    return dict(img_size=p * math.isqrt(state_dict["pos_embed"].shape[1]), patch_size=p, channels=C, embed_dim=D,
+                depth=1 + sum(name.endswith("att.spatial_decay") for name in state_dict if "blocks." in name),
+                num_classes=-1 if labels is None else len(labels) - 1,
+                learn_sigma=state_dict["final_layer.linear.bias"].numel() == 2 * C * p * p,
+                key_norm="mid_block.att.key_norm.weight" in state_dict)
+
+
+def mamba(config, state_dict):
+    """state-spaces/mamba's Mamba, and Dimba's two-sided one."""
+    c = dict(d_state=16, d_conv=4, expand=2, bidirectional=False) | config
+    model = Mamba(c["d_model"], c["d_state"], c["d_conv"], c["expand"], c["bidirectional"])
+    return fill(model, state_dict, "this Mamba")
+
+
+def dimba(config, state_dict):
+    """feizc/Dimba. The position table is computed for the image at hand; the one in the file is not read."""
+    c = dict(input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
+             mamba_ratio=1.0, caption_channels=4096, model_max_length=120, pe_interpolation=1.0, micro_condition=False,
+             pred_sigma=True) | config
+    state_dict = {name: value for name, value in state_dict.items() if name != "pos_embed"}
+    if c.get("part") == "attention_block":
+        return fill(DimbaBlock(c["hidden_size"], c["num_heads"], c["mlp_ratio"]), state_dict, "this block")
+    if c.get("part") == "mamba_blocks":
+        return fill(nn.ModuleList(MambaBlock(c["dim"]) for _ in range(c["n"])), state_dict, "these Mamba blocks")
+    model = Dimba(c["input_size"], c["patch_size"], c["in_channels"], c["hidden_size"], c["depth"], c["num_heads"],
+                  c["mlp_ratio"], c["mamba_ratio"], c["caption_channels"], c["model_max_length"], c["pe_interpolation"],
+                  c["micro_condition"], learn_sigma=c["pred_sigma"])
+    return fill(model, state_dict, "this Dimba")
+
+
+def infer_dimba(state_dict):
+    D, C, p, _ = state_dict["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
+    count = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("mamba_blocks."))
+    length, width = state_dict["y_embedder.y_embedding"].shape
+    side = p * math.isqrt(state_dict["pos_embed"].shape[1]) if "pos_embed" in state_dict else 32
+    return dict(input_size=side, patch_size=p, in_channels=C, hidden_size=D, depth=depth, num_heads=16,
+                mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / D, mamba_ratio=count / depth,
+                caption_channels=width, model_max_length=length,
+                micro_condition="ar_embedder.mlp.0.weight" in state_dict,
+                pred_sigma=state_dict["final_layer.linear.bias"].numel() == 2 * C * p * p)
+
+
+def lit(config, state_dict):
+    """LiT with the parameter names of DiT and, for attention, q, kv, proj and dwc."""
+    c = dict(input_size=32, patch_size=2, in_channels=4, mlp_ratio=4.0, num_classes=1000, kernel_size=5, qkv_bias=True,
+             learn_sigma=True, class_dropout_prob=0.1) | config
+    if c.get("part") == "module":
+        module = LinearAttention(c["dim"], c["num_heads"], c["grid"], c["kernel_size"], c["qkv_bias"])
+        return fill(module, state_dict, "this linear attention")
+    model = LiT(c["input_size"], c["patch_size"], c["in_channels"], c["hidden_size"], c["depth"], c["num_heads"],
+                c["mlp_ratio"], c["num_classes"], c["learn_sigma"], c["class_dropout_prob"] > 0, c["kernel_size"])
+    return fill(model, state_dict, "this LiT")
+
+
+def infer_lit(state_dict):
+    width = state_dict["blocks.0.attn.dwc.weight"].shape[0]
+    config = infer_dit(state_dict)
+    return config | {"num_heads": config["hidden_size"] // width,
+                     "kernel_size": state_dict["blocks.0.attn.dwc.weight"].shape[-1]}
+
+
 OFFICIAL = {
     "dit": (dit, infer_dit),
     "dit-moe": (dit_moe, infer_dit_moe), "terdit": (terdit, infer_terdit), "t-stitch": (t_stitch, None),
     "dico": (dico, infer_dico), "uvit": (uvit, infer_uvit), "dimr": (dimr, infer_dimr), "td-ln": (td_ln, None),
+    "drwkv": (drwkv, infer_drwkv), "dimba": (dimba, infer_dimba), "mamba-block": (mamba, None),
+    "linear-attention": (lit, infer_lit), "lit": (lit, infer_lit),
     "fit": (fit, infer_fit), "fitv2": (fit, infer_fit),
     "flag-dit": (flag_dit, infer_flag_dit),
     "flag-dit-text": (flag_dit_text, None),                        # its text is LLaMA's, which is not here

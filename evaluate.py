@@ -262,27 +262,28 @@ def stitch(args):
     network = classifier(config, device, args.classifier_steps)
     held_out = load_data(config, "test")
     reference, _ = read(network, (held_out.gather(r)[0] for r in torch.arange(len(held_out)).split(256)), device)
-    labels, rows = torch.arange(args.n) % config["num_classes"], []
+    labels = torch.arange(args.n) % config["num_classes"]
     macs = [cost(part.model, part.shape)[1] for part in parts]
-    for fraction in args.fractions:
-        objective = objectives.Stitch(parts, [fraction, 1 - fraction], args.stitch_rule).eval()
-        rows.append({"fraction": fraction, "macs": fraction * macs[0] + (1 - fraction) * macs[1],
-                     "frechet_classifier": [], "class_accuracy": [], "seconds": []})
-        for seed in tqdm(args.seeds, desc=f"fraction {fraction:g}", unit=" seeds", leave=False):
-            clock = time.perf_counter()
-            images = list(runs.draw(objective, labels, args.n, seed, args.batch, device, **options))
-            rows[-1]["seconds"].append(time.perf_counter() - clock)
-            features, classes = read(network, images, device)
-            rows[-1]["frechet_classifier"].append(frechet_distance(features, reference))
-            rows[-1]["class_accuracy"].append((classes == labels).float().mean().item())
+    stitched = [objectives.Stitch(parts, [f, 1 - f], args.stitch_rule).eval() for f in args.fractions]
+    rows = [{"fraction": f, "macs": f * macs[0] + (1 - f) * macs[1], "frechet_classifier": [], "class_accuracy": [],
+             "seconds": []} for f in args.fractions]
+    for seed, (row, objective) in tqdm([(seed, both) for seed in args.seeds for both in zip(rows, stitched)],
+                                       desc="seeds x fractions"):
+        clock = time.perf_counter()
+        images = list(runs.draw(objective, labels, args.n, seed, args.batch, device, **options))
+        row["seconds"].append(time.perf_counter() - clock)
+        features, classes = read(network, images, device)
+        row["frechet_classifier"].append(frechet_distance(features, reference))
+        row["class_accuracy"].append((classes == labels).float().mean().item())
     mean, spread = statistics.mean, lambda v: statistics.stdev(v) if len(v) > 1 else 0.0
-    print(f"{args.n} images for each of seeds {', '.join(map(str, args.seeds))}: mean and standard deviation over the "
-          f"seeds\n{args.small}: {macs[0] / 1e6:.1f} MMACs, {args.large}: {macs[1] / 1e6:.1f} MMACs a call and image")
+    print(f"{args.n} images for each of seeds {', '.join(map(str, args.seeds))}: mean, deviation, median time\n"
+          f"{args.small}: {macs[0] / 1e6:.1f} MMACs, {args.large}: {macs[1] / 1e6:.1f} MMACs a call and image")
     print(f"fraction{'Frechet distance':>20}{'class accuracy':>20}{'seconds':>10}{'of the first row':>18}{'MACs':>8}")
+    full = statistics.median(rows[0]["seconds"])
     for row in rows:
-        f, a, s = row["frechet_classifier"], row["class_accuracy"], min(row["seconds"])
+        f, a, s = row["frechet_classifier"], row["class_accuracy"], statistics.median(row["seconds"])
         print(f"{row['fraction']:8.2f}{mean(f):12.3f} +- {spread(f):4.3f}{mean(a):12.4f} +- {spread(a):4.3f}{s:10.1f}"
-              f"{s / min(rows[0]['seconds']):18.3f}{row['macs'] / rows[0]['macs']:8.3f}")
+              f"{s / full:18.3f}{row['macs'] / rows[0]['macs']:8.3f}")
     folder = Path(args.large) if Path(args.large).is_dir() else Path(args.large).parent
     runs.write(folder / "stitch.json", lambda path: path.write_text(json.dumps(rows, indent=2) + "\n"))
     lines = {f"_seed {seed}": (args.fractions, [row["frechet_classifier"][k] for row in rows])

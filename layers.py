@@ -61,15 +61,16 @@ def drop_labels(y, drop, null):
     return torch.where(drop, null, y)
 
 
-def position_table(dim, height, width):
+def position_table(dim, height, width, spacing=(1.0, 1.0)):
     """Fixed 2-D sinusoids (height * width, dim), rows in row-major order, for dim divisible by 4.
 
     With e(q) = [sin(q w) | cos(q w)], w_i = 10000^(-i / (dim/4)), a patch in row r and column c gets [e(c) | e(r)]: the
-    column comes first, as in the published DiT and MAE code.
+    column comes first, as in the published DiT and MAE code. spacing: of rows and of columns, 1 for neighbours.
     """
     w = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     row, column = (q.flatten()[:, None] * w for q in torch.meshgrid(
-        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"))
+        torch.arange(height, dtype=torch.float64) * spacing[0], torch.arange(width, dtype=torch.float64) * spacing[1],
+        indexing="ij"))
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1).float()
 
 
@@ -399,12 +400,13 @@ class PackedLinear(nn.Module):
 
 
 def ternarize(model, eps=1e-5):
-    """Make every linear layer inside the blocks of a backbone (whatever lies in an nn.ModuleList) ternary, in place,
-    and put an RMSNorm over all its outputs behind each block's adaLN projection, without which ternary modulation is
-    huge (2405.14854). Embeddings and read-out stay as they are. -> the model. Raises ValueError if no such layer is
-    there."""
-    lists = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
-    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and name.startswith(lists)]
+    """Make every linear layer inside the blocks of a backbone (what lies in an nn.ModuleList or is called a block)
+    ternary, in place, and put an RMSNorm over all its outputs behind each block's adaLN projection, without which
+    ternary modulation is huge (2405.14854). Embeddings and read-out stay as they are. -> the model. Raises ValueError
+    if no such layer is there."""
+    blocks = tuple(f"{name}." for name, m in model.named_modules()
+                   if isinstance(m, nn.ModuleList) or name.endswith("block"))
+    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and name.startswith(blocks)]
     if not names:
         raise ValueError(f"{type(model).__name__} has no linear layers in its blocks that could become ternary")
     for name in names:

@@ -11,6 +11,9 @@ Contents
     DiT-MoE   Scaling Diffusion Transformers to 16 Billion Parameters, 2407.11633
     TerDiT    Ternary Diffusion Models with Transformers, 2405.14854
     T-Stitch  Accelerating Sampling in Pre-Trained Diffusion Models with Trajectory Stitching, 2402.14167
+    DRWKV     Diffusion-RWKV: Scaling RWKV-Like Architectures for Diffusion Models, 2404.04478
+    Dimba     Dimba: Transformer-Mamba Diffusion Models, 2406.01159
+    LiT       LiT: Delving into a Simple Linear Diffusion Transformer for Image Generation, 2501.12976
     DiCo      Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling, 2505.11196
     U-ViT     All are Worth Words: A ViT Backbone for Diffusion Models, 2209.12152
     DiMR      Alleviating Distortion in Image Generation via Multi-Resolution Diffusion Models, 2406.09416
@@ -22,6 +25,7 @@ Contents
 import copy
 import difflib
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +59,7 @@ from layers import (
     unpatchify,
 )
 from moe import add_experts
+from scans import bi_wkv, linear_attention, selective_scan
 
 # ================================================================================================================== DiT
 # Scalable Diffusion Models with Transformers, 2212.09748. The U-Net becomes a plain ViT over patches; timestep and
@@ -501,12 +506,23 @@ def stitch_steps(steps, fractions):
 # in DiT. No position table: any size that 4 divides.
 
 
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution, as the matrix product that it is: torch's own takes several times as long on a CPU where the
+    batch is small. Free of copies if x (B, C, H, W) is channels-last, and so is its output."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class CompactChannelAttention(nn.Module):
     """A gate in (0, 1) for each channel from the image's mean: x * sigmoid(conv1x1(mean(x))), (B, C, H, W). Eq. 5."""
 
     def __init__(self, dim):
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 1)
+        self.conv = Pointwise(dim, dim)
 
     def forward(self, x):
         return x * self.conv(x.mean((2, 3), keepdim=True)).sigmoid()
@@ -522,12 +538,11 @@ class DiCoBlock(nn.Module):
 
     def __init__(self, dim, mlp_ratio=2):
         super().__init__()
-        self.conv1 = nn.Conv2d(dim, dim, 1)
+        self.conv1 = Pointwise(dim, dim)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)      # depthwise
         self.cca = CompactChannelAttention(dim)
-        self.conv3 = nn.Conv2d(dim, dim, 1)
-        self.conv4 = nn.Conv2d(dim, int(dim * mlp_ratio), 1)
-        self.conv5 = nn.Conv2d(int(dim * mlp_ratio), dim, 1)
+        self.conv3 = Pointwise(dim, dim)
+        self.conv4, self.conv5 = Pointwise(dim, int(dim * mlp_ratio)), Pointwise(int(dim * mlp_ratio), dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
@@ -571,9 +586,9 @@ class DiCo(nn.Module):
         self.encoder1, self.down1 = stage(D, 0), nn.Conv2d(D, D // 2, 3, padding=1, bias=False)
         self.encoder2, self.down2 = stage(2 * D, 1), nn.Conv2d(2 * D, D, 3, padding=1, bias=False)
         self.middle = stage(4 * D, 2)
-        self.up2, self.join2 = nn.Conv2d(4 * D, 8 * D, 3, padding=1, bias=False), nn.Conv2d(4 * D, 2 * D, 1)
+        self.up2, self.join2 = nn.Conv2d(4 * D, 8 * D, 3, padding=1, bias=False), Pointwise(4 * D, 2 * D)
         self.decoder2 = stage(2 * D, 3)
-        self.up1, self.join1 = nn.Conv2d(2 * D, 4 * D, 3, padding=1, bias=False), nn.Conv2d(2 * D, 2 * D, 1)
+        self.up1, self.join1 = nn.Conv2d(2 * D, 4 * D, 3, padding=1, bias=False), Pointwise(2 * D, 2 * D)
         self.decoder1 = stage(2 * D, 4)
         self.final_layer = DiCoHead(2 * D, in_channels * (2 if learn_sigma else 1))
         self.initialise()
@@ -819,6 +834,426 @@ class DiMR(nn.Module):
             output, cascade = branch(x, tau, y, cascade.detach() if self.detach and outputs else cascade)
             outputs.append(output)
         return outputs if every else outputs[-1]
+
+
+# ======================================================================================================= Diffusion-RWKV
+# Diffusion-RWKV: Scaling RWKV-Like Architectures for Diffusion Models, 2404.04478. Self-attention becomes the spatial
+# mix of Vision-RWKV (2403.02308): keys, values and receptance from tokens mixed with their four neighbours (Q-shift),
+# then Bi-WKV, a two-sided mean with exponential decay, whose cost grows linearly with the tokens. Conditioning is
+# adaLN-Zero; the first half of the blocks sends long skips to the second (U-ViT). Tokens T = H W, width C.
+
+
+def q_shift(x, grid, pixels=1, gamma=0.25):
+    """Tokens (B, T, C) of a grid (H, W), of which a band of `gamma` C channels each comes from the left, right, upper
+    and lower neighbour `pixels` away; zeros from outside, the remaining channels stay. 2403.02308, section 3.2."""
+    B, T, C = x.shape
+    x, (H, W) = x.view(B, *grid, C), grid
+    edges = [0, *(int(C * gamma * band) for band in (1, 2, 3, 4)), C]
+    left, right, up, down, same = (x[..., low:high] for low, high in zip(edges, edges[1:]))
+    n, m = min(pixels, W), min(pixels, H)
+    return torch.cat([F.pad(left[:, :, :W - n], (0, 0, n, 0)), F.pad(right[:, :, n:], (0, 0, 0, n)),
+                      F.pad(up[:, :H - m], (0, 0, 0, 0, m, 0)), F.pad(down[:, m:], (0, 0, 0, 0, 0, m)), same],
+                     -1).view(B, T, C)
+
+
+class SpatialMix(nn.Module):
+    """Q-shift, Bi-WKV attention with learned decay and first-token bonus, receptance gate. (B, T, C) -> (B, T, C).
+
+    key_norm: LayerNorm on what Bi-WKV returns. init: "fancy" (decays and mixes that vary with channel and depth),
+    "local" (all 1) or "global" (no decay, mixes 1/2); block `layer` of `depth`."""
+
+    def __init__(self, dim, layer=0, depth=1, key_norm=False, init="fancy"):
+        super().__init__()
+        h, rest = torch.arange(dim), layer / max(1, depth - 1)              # 0 in the first block, 1 in the last
+        base, e = (h / dim)[None, None], 1 - layer / depth
+        decay = -5 + 8 * (h / max(1, dim - 1)) ** (0.7 + 1.3 * rest)
+        first = torch.full((dim,), math.log(0.3)) + 0.5 * ((h + 1) % 3 - 1)
+        mix_k, mix_v, mix_r = base**e, base**e + 0.3 * rest, base ** (0.5 * e)
+        if init != "fancy":
+            decay, first = (torch.full((dim,), {"local": 1.0, "global": 0.0}[init]) for _ in range(2))
+            mix_k, mix_v, mix_r = (torch.full((1, 1, dim), {"local": 1.0, "global": 0.5}[init]) for _ in range(3))
+        self.spatial_decay, self.spatial_first = nn.Parameter(decay), nn.Parameter(first)
+        self.spatial_mix_k, self.spatial_mix_v = nn.Parameter(mix_k), nn.Parameter(mix_v)
+        self.spatial_mix_r = nn.Parameter(mix_r)
+        self.key, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.receptance, self.output = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.key_norm = nn.LayerNorm(dim) if key_norm else nn.Identity()
+
+    def forward(self, x, grid):
+        T, shifted = x.shape[1], q_shift(x, grid)
+        k = self.key(torch.lerp(shifted, x, self.spatial_mix_k.to(x)))
+        v = self.value(torch.lerp(shifted, x, self.spatial_mix_v.to(x)))
+        r = self.receptance(torch.lerp(shifted, x, self.spatial_mix_r.to(x)))
+        mean = bi_wkv(self.spatial_decay / T, self.spatial_first / T, k, v)
+        return self.output(torch.sigmoid(r) * self.key_norm(mean))
+
+
+class ChannelMix(nn.Module):
+    """Q-shift, then an MLP of squared ReLU with a receptance gate. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim, layer=0, depth=1, hidden_rate=4, key_norm=False, init="fancy"):
+        super().__init__()
+        mix = (torch.arange(dim) / dim)[None, None] ** (1 - layer / depth)
+        if init != "fancy":
+            mix = torch.full((1, 1, dim), {"local": 1.0, "global": 0.5}[init])
+        self.spatial_mix_k, self.spatial_mix_r = nn.Parameter(mix.clone()), nn.Parameter(mix.clone())
+        self.key = nn.Linear(dim, int(hidden_rate * dim), bias=False)
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(int(hidden_rate * dim), dim, bias=False)
+        self.key_norm = nn.LayerNorm(int(hidden_rate * dim)) if key_norm else nn.Identity()
+
+    def forward(self, x, grid):
+        shifted = q_shift(x, grid)
+        k = self.key(torch.lerp(shifted, x, self.spatial_mix_k.to(x)))
+        r = self.receptance(torch.lerp(shifted, x, self.spatial_mix_r.to(x)))
+        return torch.sigmoid(r) * self.value(self.key_norm(k.relu().square()))
+
+
+class DRWKVBlock(nn.Module):
+    """Spatial and channel mix, each after adaLN modulation and behind a gate; a long skip enters by concatenation.
+    post_norm: the norm follows the mix. drop_path: share of samples that a branch is closed for in training."""
+
+    def __init__(self, dim, layer=0, depth=1, skip=False, hidden_rate=4, key_norm=False, post_norm=False, init="fancy",
+                 drop_path=0.0):
+        super().__init__()
+        self.post_norm, self.drop_path = post_norm, drop_path
+        self.ln0 = nn.LayerNorm(dim) if layer == 0 else nn.Identity()
+        self.ln1, self.ln2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.att = SpatialMix(dim, layer, depth, key_norm, init)
+        self.ffn = ChannelMix(dim, layer, depth, hidden_rate, key_norm, init)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+
+    def branch(self, x, norm, mix, grid, shift, scale, gate):
+        y = modulate(norm(mix(x, grid)), shift, scale) if self.post_norm else mix(modulate(norm(x), shift, scale), grid)
+        return x + drop_path(gate[:, None] * y, self.drop_path if self.training else 0.0)
+
+    def forward(self, x, c, grid, skip=None):
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], -1))
+        x = self.ln0(x)
+        first, second = self.adaLN_modulation(c).chunk(2, 1)
+        x = self.branch(x, self.ln1, self.att, grid, *first.chunk(3, 1))
+        return self.branch(x, self.ln2, self.ffn, grid, *second.chunk(3, 1))
+
+
+def drop_path(x, rate):
+    """Stochastic depth, 1603.09382: x (B, ...) without a share `rate` of its samples, the others scaled up by it."""
+    if not rate:
+        return x
+    keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device, dtype=x.dtype) >= rate
+    return x * keep / (1 - rate)
+
+
+class DRWKV(nn.Module):
+    """Diffusion-RWKV. depth must be odd. num_classes 0: no labels; y None on a model with labels: time alone."""
+
+    def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=384, depth=13, num_classes=1000,
+                 hidden_rate=4, key_norm=False, post_norm=False, init="fancy", drop_path=0.1, learn_sigma=False):
+        super().__init__()
+        if depth % 2 == 0:
+            raise ValueError(f"depth {depth} is even: Diffusion-RWKV has a middle block, choose {depth + 1}")
+        self.patch_size, self.grid, D = patch_size, patch_grid(image_size, patch_size), hidden_size
+        self.patch_embed = PatchEmbed(in_channels, D, patch_size)
+        self.pos_embed = nn.Parameter(position_table(D, *self.grid)[None])                          # (1, T, D)
+        self.time_embed = TimestepEmbedder(D)
+        self.label_emb = LabelEmbedder(num_classes, D) if num_classes else None
+        blocks = [DRWKVBlock(D, i, depth, i > depth // 2, hidden_rate, key_norm, post_norm, init,
+                             drop_path * i / depth) for i in range(depth)]
+        self.in_blocks, self.mid_block = nn.ModuleList(blocks[:depth // 2]), blocks[depth // 2]
+        self.out_blocks = nn.ModuleList(blocks[depth // 2 + 1:])
+        self.norm_f = nn.LayerNorm(D)
+        self.final_layer = FinalLayer(D, patch_size, in_channels * (2 if learn_sigma else 1))
+        self.initialise()
+
+    def initialise(self):
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(m.weight.flatten(1))
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        tables = [self.label_emb.embedding_table] if self.label_emb else []
+        for m in (self.time_embed.mlp[0], self.time_embed.mlp[2], *tables):
+            nn.init.normal_(m.weight, std=0.02)
+        blocks = (*self.in_blocks, self.mid_block, *self.out_blocks, self.final_layer)
+        for m in (*(block.adaLN_modulation[1] for block in blocks), self.final_layer.linear):
+            zeroed(m)
+
+    def forward(self, x, t, y=None):
+        x = self.patch_embed(x) + self.pos_embed                    # (B, T, D)
+        c = self.time_embed(t)                                      # (B, D)
+        if self.label_emb is not None and y is not None:
+            c = c + self.label_emb(y)
+        skips = []
+        for block in self.in_blocks:
+            skips.append(x := block(x, c, self.grid))
+        x = self.mid_block(x, c, self.grid)
+        for block in self.out_blocks:
+            x = block(x, c, self.grid, skips.pop())
+        return unpatchify(self.final_layer(self.norm_f(x), c), self.grid, self.patch_size)
+
+
+# ================================================================================================================ Dimba
+# Dimba: Transformer-Mamba Diffusion Models, 2406.01159. Text to image: Transformer blocks as in PixArt-alpha
+# (self-attention, cross-attention to the text, MLP; one modulation for the whole network, adaLN-single) alternate with
+# bidirectional Mamba blocks, whose cost grows linearly with the tokens. As published, a Transformer block reads only
+# what the Mamba mixer before it put out: the residual stream runs through the Mamba blocks alone and is dropped at the
+# end. `repaired` adds it back, as the paper's figure shows it. N = (H/p)(W/p) tokens, width D, L text tokens.
+
+
+class CrossAttention(nn.Module):
+    """Queries from x (B, N, D), keys and values from text (B, L, D); mask (B, L) bool, False at padding."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear, self.kv_linear = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, text, mask=None):
+        B, N, D = x.shape
+        q = self.q_linear(x).view(B, N, self.num_heads, -1).transpose(1, 2)                         # (B, h, N, D/h)
+        k, v = self.kv_linear(text).view(B, -1, 2, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
+        return self.proj(y.transpose(1, 2).reshape(B, N, D))
+
+
+class DimbaBlock(nn.Module):
+    """Transformer block: the modulation is the block's own table plus t0 (B, 6 D), which all blocks share."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.cross_attn = CrossAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x, text, t0, mask=None):
+        table = self.scale_shift_table + t0.view(len(x), 6, -1)                                     # (B, 6, D)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)
+        x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
+        x = x + self.cross_attn(x, text, mask)
+        return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+
+
+class Mamba(nn.Module):
+    """Mamba, 2312.00752: in_proj to x | z, causal convolution, selective scan gated by z, out_proj. (B, N, D) likewise.
+
+    bidirectional: a second convolution and scan run on the reversed tokens, and both results are added (Vision Mamba,
+    2401.09417, "v2"). d_inner = expand D channels of d_state states, step sizes of rank ceil(D / 16)."""
+
+    def __init__(self, dim, d_state=16, d_conv=4, expand=2, bidirectional=False):
+        super().__init__()
+        D, self.rank, self.d_state, self.d_conv = expand * dim, -(-dim // 16), d_state, d_conv
+        self.in_proj, self.out_proj = nn.Linear(dim, 2 * D, bias=False), nn.Linear(D, dim, bias=False)
+        self.branches = ["", "_b"] if bidirectional else [""]
+        for b in self.branches:
+            setattr(self, f"conv1d{b}", nn.Conv1d(D, D, d_conv, groups=D))
+            setattr(self, f"x_proj{b}", nn.Linear(D, self.rank + 2 * d_state, bias=False))
+            setattr(self, f"dt_proj{b}", nn.Linear(self.rank, D))
+            setattr(self, f"A{b}_log", nn.Parameter(torch.arange(1, d_state + 1.0).log().repeat(D, 1)))
+            setattr(self, f"D{b}", nn.Parameter(torch.ones(D)))
+        self.initialise_steps()
+
+    def initialise_steps(self):
+        """Step sizes: log-uniform in 0.001 .. 0.1 through the bias of dt_proj, the inverse of softplus."""
+        for b in self.branches:
+            dt_proj = getattr(self, f"dt_proj{b}")
+            nn.init.uniform_(dt_proj.weight, -self.rank**-0.5, self.rank**-0.5)
+            dt = torch.empty_like(dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+            dt_proj.bias.data = dt + torch.log(-torch.expm1(-dt))
+
+    def scan(self, x, z, b):
+        """The convolution and scan of branch b on x, z (B, N, d_inner)."""
+        conv, dt_proj = getattr(self, f"conv1d{b}"), getattr(self, f"dt_proj{b}")
+        x = F.silu(conv(F.pad(x.transpose(1, 2), (self.d_conv - 1, 0)))).transpose(1, 2)
+        dt, B, C = getattr(self, f"x_proj{b}")(x).split([self.rank, self.d_state, self.d_state], -1)
+        A = -torch.exp(getattr(self, f"A{b}_log").float())
+        return selective_scan(x, dt @ dt_proj.weight.T, A, B, C, getattr(self, f"D{b}"), z, dt_proj.bias, True)[0]
+
+    def forward(self, x):
+        x, z = self.in_proj(x).chunk(2, -1)
+        y = self.scan(x, z, "")
+        if len(self.branches) == 2:
+            y = y + self.scan(x.flip(1), z.flip(1), "_b").flip(1)
+        return self.out_proj(y)
+
+
+class MambaBlock(nn.Module):
+    """(x, r) -> (mixer(RMSNorm(r + x)), r + x): r is the residual stream of the Mamba blocks, kept in float32."""
+
+    def __init__(self, dim, **options):
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.mixer = Mamba(dim, bidirectional=True, **options)
+
+    def forward(self, x, r=None):
+        r = x.to(torch.promote_types(x.dtype, torch.float32)) if r is None else r + x
+        return self.mixer(self.norm(r)), r
+
+
+class TextProjection(nn.Module):
+    """The text's way in: an MLP from its width to D, and the null caption of precomputed text, a fixed random table
+    that a published file replaces by the encoder's answer to the empty caption."""
+
+    def __init__(self, text_width, text_length, dim):
+        super().__init__()
+        self.y_proj = nn.Sequential(OrderedDict(fc1=nn.Linear(text_width, dim), act=nn.GELU("tanh"),
+                                                fc2=nn.Linear(dim, dim)))
+        self.register_buffer("y_embedding", torch.randn(text_length, text_width) / text_width**0.5)
+
+    def forward(self, tokens):
+        return self.y_proj(tokens)
+
+
+class Dimba(nn.Module):
+    """Transformer-Mamba diffusion model of text: model(x, t, Text).
+
+    mamba_ratio: Mamba blocks for each Transformer block, at most 1: the Mamba blocks follow the Transformer blocks i
+    with i mod gap = 1, gap = 1/ratio (all of them for gap 1). order: "attention-first" as published, or "mamba-first",
+    each Mamba block then goes before its Transformer block. repaired: the residual stream returns. image_size sets the
+    position table's range, any other size stretches over it, divided by pe_interpolation. micro_condition: also told of
+    the size and aspect ratio of the training image (`size` in forward; D divisible by 3)."""
+
+    def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, mamba_ratio=1.0, text_width=4096, text_length=120, pe_interpolation=1.0,
+                 micro_condition=False, d_state=16, expand=2, order="attention-first", repaired=False,
+                 learn_sigma=False):
+        super().__init__()
+        D, self.patch_size, self.repaired, self.order = hidden_size, patch_size, repaired, order
+        self.text_width, self.text_length = text_width, text_length
+        count = int(mamba_ratio * depth)
+        if not 0 < mamba_ratio <= 1 or not count:
+            raise ValueError(f"mamba_ratio {mamba_ratio} of depth {depth}: it must lie in (0, 1] and give one block")
+        if order not in ("attention-first", "mamba-first"):
+            raise ValueError(f"order {order!r} is neither attention-first nor mamba-first")
+        gap = depth // count
+        self.places = {i: i // gap for i in range(depth) if gap == 1 or i % gap == 1}     # Transformer -> Mamba block
+        self.places = {i: j for i, j in self.places.items() if j < count}
+        grid = patch_grid(image_size, patch_size)
+        self.base, self.pe_interpolation = grid[0], pe_interpolation
+        self.x_embedder = PatchEmbed(in_channels, D, patch_size)
+        self.t_embedder = TimestepEmbedder(D)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.csize_embedder = TimestepEmbedder(D // 3) if micro_condition else None
+        self.ar_embedder = TimestepEmbedder(D // 3) if micro_condition else None
+        self.y_embedder = TextProjection(text_width, text_length, D)
+        self.blocks = nn.ModuleList(DimbaBlock(D, num_heads, mlp_ratio) for _ in range(depth))
+        self.mamba_blocks = nn.ModuleList(MambaBlock(D, d_state=d_state, expand=expand) for _ in range(count))
+        self.final_layer = DimbaFinalLayer(D, patch_size, in_channels * (2 if learn_sigma else 1))
+        self.initialise()
+
+    @property
+    def null_text(self):
+        return self.y_embedder.y_embedding
+
+    def initialise(self):
+        """As published, but for the step sizes of Mamba, which the published pass over all layers overwrites by
+        accident (softplus(0) = 0.69 in place of 0.001 .. 0.1): here they keep Mamba's own."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear) or m is self.x_embedder.proj:
+                nn.init.xavier_uniform_(m.weight.flatten(1))
+                if m.bias is not None and m is not self.x_embedder.proj:
+                    nn.init.zeros_(m.bias)
+        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1], self.y_embedder.y_proj.fc1,
+                  self.y_embedder.y_proj.fc2):
+            nn.init.normal_(m.weight, std=0.02)
+        for name, p in self.named_parameters():
+            if name.endswith(("out_proj.weight", "fc2.weight")):
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+                p.data /= math.sqrt(len(self.mamba_blocks))
+        for m in (*(block.cross_attn.proj for block in self.blocks), self.final_layer.linear):
+            zeroed(m)
+        for block in self.mamba_blocks:
+            block.mixer.initialise_steps()
+
+    def forward(self, x, t, y, size=None):
+        grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+        scale = self.base / self.pe_interpolation
+        x = self.x_embedder(x)
+        x = x + position_table(x.shape[2], *grid, (scale / grid[0], scale / grid[1])).to(x)         # (B, N, D)
+        te = self.t_embedder(t)                                                                     # (B, D)
+        if self.csize_embedder is not None:
+            te = te + self.embed_size(size, x, grid)
+        t0, text = self.t_block(te), self.y_embedder(y.tokens)                            # (B, 6 D), (B, L, D)
+        r = None
+        for i, block in enumerate(self.blocks):
+            if self.order == "attention-first":
+                x = block(x, text, t0, y.mask)
+            if i in self.places:
+                x, r = self.mamba_blocks[self.places[i]](x, r)
+                if self.repaired:
+                    x, r = (r + x).to(x.dtype), None
+            if self.order == "mamba-first":
+                x = block(x, text, t0, y.mask)
+        return unpatchify(self.final_layer(x, te), grid, self.patch_size)                           # (B, C_out, H, W)
+
+    def embed_size(self, size, x, grid):
+        """size (B, 3): height and width in pixels and aspect ratio of each image, by default those of x. -> (B, D)"""
+        if size is None:
+            H, W = grid[0] * self.patch_size, grid[1] * self.patch_size
+            size = torch.tensor([[H, W, H / W]], device=x.device).expand(len(x), 3)
+        height, width, ratio = size.unbind(1)
+        return torch.cat([self.csize_embedder(height), self.csize_embedder(width), self.ar_embedder(ratio)], 1)
+
+
+class DimbaFinalLayer(nn.Module):
+    """Modulation by a table plus te (B, D), then the read-out of each token's patch."""
+
+    def __init__(self, dim, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, patch_size**2 * out_channels)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+
+    def forward(self, x, te):
+        shift, scale = (self.scale_shift_table + te[:, None]).unbind(1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+# ================================================================================================================== LiT
+# LiT: Delving into a Simple Linear Diffusion Transformer for Image Generation, 2501.12976. DiT with the self-attention
+# replaced by ReLU linear attention of few heads plus one depthwise convolution on the values, which brings back
+# locality. A trained DiT hands on every other weight and teaches (`train.py --inherit RUN --distill RUN`).
+
+
+class LinearAttention(nn.Module):
+    """Tokens (B, N, D) of a grid (H, W) -> (B, N, D): linear attention of heads d = D/h wide, plus a depthwise
+    convolution of the values as an image, with the same filters for every head. Section 3.1."""
+
+    def __init__(self, dim, num_heads, grid, kernel_size=5, qkv_bias=True):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} does not divide into {num_heads} heads")
+        d, self.num_heads, self.grid = dim // num_heads, num_heads, grid
+        self.q, self.kv = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.dwc = nn.Conv2d(d, d, kernel_size, padding=kernel_size // 2, groups=d)
+        for m in (self.q, self.kv, self.proj):
+            nn.init.xavier_uniform_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        heads = lambda z: z.view(B, N, self.num_heads, -1).transpose(1, 2)                          # (B, h, N, d)
+        q, (k, v) = heads(self.q(x)), map(heads, self.kv(x).chunk(2, -1))
+        image = v.transpose(2, 3).reshape(B * self.num_heads, -1, *self.grid)                       # (B h, d, H, W)
+        local = self.dwc(image).view(B, D, N).transpose(1, 2)                                       # (B, N, D)
+        return self.proj(linear_attention(q, k, v).transpose(1, 2).reshape(B, N, D) + local)
+
+
+class LiT(DiT):
+    """DiT with linear attention of `num_heads` heads; everything else is DiT's."""
+
+    def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=4,
+                 mlp_ratio=4.0, num_classes=1000, learn_sigma=False, null_class=True, kernel_size=5):
+        super().__init__(image_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes,
+                         learn_sigma, null_class)
+        for block in self.blocks:
+            block.attn = LinearAttention(hidden_size, num_heads, self.grid, kernel_size)
 
 
 # ================================================================================================================== FiT
@@ -1255,6 +1690,21 @@ for size, (depth, width, heads) in {"m/3r": (15, 768, 12), "l/3r": (33, 768, 12)
                                     "xl/3r": (39, 960, 16), "g/2r": (57, 1152, 16)}.items():
     MODELS[f"dimr-{size}"] = (DiMR, dict(depth=depth, hidden_size=width, num_heads=heads,
                                          patch_sizes=(4, 2, 1) if size.endswith("3r") else (2, 1)))
+# 2404.04478: 39.3, 74.8, 132.6, 439 and 780 M parameters with patch 2 on latents and 1000 classes.
+for size, (depth, width) in {"s": (13, 384), "b": (25, 384), "m": (25, 512), "l": (37, 768), "h": (37, 1024)}.items():
+    for patch in (2, 4):
+        MODELS[f"drwkv-{size}/{patch}"] = (DRWKV, dict(depth=depth, hidden_size=width, patch_size=patch))
+MODELS["drwkv-nano"] = (DRWKV, dict(depth=7, hidden_size=128, patch_size=4, drop_path=0.0))
+# 2406.01159: 859 and 1820 M parameters.
+for size, (depth, width) in {"l": (28, 1152), "g": (40, 1408)}.items():
+    MODELS[f"dimba-{size}/2"] = (Dimba, dict(depth=depth, hidden_size=width, num_heads=16, text_width=4096))
+MODELS["dimba-nano"] = (Dimba, dict(depth=4, hidden_size=96, num_heads=4, mamba_ratio=0.5, d_state=8, patch_size=4,
+                                    text_width=96, text_length=64))
+# 2501.12976, its number of heads (S and XL as in its ablation; B and L are our reading).
+for size, (depth, width, heads) in {"s": (12, 384, 2), "b": (12, 768, 3), "l": (24, 1024, 4),
+                                    "xl": (28, 1152, 4)}.items():
+    MODELS[f"lit-{size}/2"] = (LiT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=2))
+MODELS["lit-nano"] = (LiT, dict(hidden_size=128, depth=6, num_heads=2, patch_size=4))
 # 2402.12376, table 1; 2410.13925, table 3. Parameters with 1000 classes: 158.7, 823.6; 128.1, 671.0, 2971.9 M.
 FITS = {"fit-nano": (6, 128, 4, 4), "fit-b/2": (12, 768, 12, 2), "fit-xl/2": (28, 1152, 16, 2),
         "fitv2-nano": (6, 128, 4, 4), "fitv2-b/2": (15, 768, 12, 2), "fitv2-xl/2": (36, 1152, 16, 2),

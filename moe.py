@@ -22,13 +22,16 @@ from layers import Mlp, SwiGlu
 # weight * expert(x) over the experts that `index` names, an expert being down(SiLU(gate x) * up x).
 
 
+def swiglu(x, gate, up, down):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
 def loop(x, index, weight, gate, up, down):
     """The definition: one expert after the other, each on the tokens that chose it."""
     y = torch.zeros_like(x)
-    for e in range(len(gate)):
+    for e, expert in enumerate(zip(gate, up, down)):
         token, choice = (index == e).nonzero(as_tuple=True)
-        rows = x[token]                                                                               # (its tokens, D)
-        rows = F.linear(F.silu(F.linear(rows, gate[e])) * F.linear(rows, up[e]), down[e])
+        rows = swiglu(x[token], *expert)                                                              # (its tokens, D)
         y = y.index_add(0, token, (weight[token, choice, None] * rows).to(y.dtype))
     return y
 
@@ -39,28 +42,27 @@ def grouped(x, index, weight, gate, up, down):
     expert, order = index.flatten().sort(stable=True)                                                 # (T K,)
     ends = torch.searchsorted(expert, torch.arange(len(gate), device=x.device), right=True)           # (E,)
     token = order // index.shape[1]
-    rows = x.index_select(0, token)                                                                   # (T K, D)
-    rows = products(F.silu(products(rows, gate, ends)) * products(rows, up, ends), down, ends)
+    rows = (products if x.is_cuda else slices)(x.index_select(0, token), ends, gate, up, down)        # (T K, D)
     rows = weight.flatten().index_select(0, order)[:, None] * rows
     return torch.zeros_like(x).index_add(0, token, rows.to(x.dtype))
 
 
-def products(x, weights, ends):
-    """Rows ends[e-1] .. ends[e] of x (n, D_in) times weights[e] (D_out, D_in), for all e -> (n, D_out)."""
-    if not x.is_cuda:
-        return slices(x, weights, ends)
+def products(x, ends, gate, up, down):
+    """Each expert e on its rows, ends[e-1] .. ends[e] of x (n, D) -> (n, D), by torch's grouped matrix product."""
     if torch.is_autocast_enabled("cuda"):
-        x, weights = (v.to(torch.get_autocast_dtype("cuda")) for v in (x, weights))
-    return F.grouped_mm(x, weights.mT, offs=ends.int())
+        x, gate, up, down = (v.to(torch.get_autocast_dtype("cuda")) for v in (x, gate, up, down))
+    product = lambda x, weights: F.grouped_mm(x, weights.mT, offs=ends.int())
+    return product(F.silu(product(x, gate)) * product(x, up), down)
 
 
 @torch.compiler.disable
-def slices(x, weights, ends):
-    """`products` by ordinary matrix products of slices. On the meta device, where nothing is chosen, loads are even."""
-    n, E = len(x), len(weights)
+def slices(x, ends, gate, up, down):
+    """The same, expert by expert, which a CPU does as fast. On the meta device, where nothing is chosen, loads are
+    even."""
+    n, E = len(x), len(gate)
     ends = [n * (e + 1) // E for e in range(E)] if x.is_meta else ends.tolist()
     rows = x.split([b - a for a, b in pairwise([0, *ends])])
-    return torch.cat([F.linear(r, w) for r, w in zip(rows, weights.unbind())])
+    return torch.cat([swiglu(r, *expert) for r, *expert in zip(rows, gate, up, down)])
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

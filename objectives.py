@@ -98,10 +98,10 @@ class Diffusion(nn.Module):
     previews, by default the labels in turn.
     """
 
-    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None, encoder=None, examples=None,
-                 balance=0.0):
+    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None, balance=0.0, encoder=None,
+                 examples=None):
         super().__init__()
-        self.encoder, self.examples, self.balance = encoder, examples, balance
+        self.balance, self.encoder, self.examples = balance, encoder, examples
         self.conditional = num_classes or getattr(model, "text_width", 0)
         self.model, self.process, self.shape = model, process, shape
         self.num_classes, self.label_drop, self.draw = num_classes, label_drop, draw or {}
@@ -177,9 +177,12 @@ class Diffusion(nn.Module):
 class Stitch(Diffusion):
     """T-Stitch, 2402.14167: trained objectives of one process, the smallest model first, each for its fraction of the
     sampling steps. rule: "steps", the paper's, whole numbers of steps on any grid of times; or "time", the published
-    code's, a threshold on t."""
+    code's, a threshold on t. Raises ValueError if they do not draw and predict the same."""
 
     def __init__(self, parts, fractions, rule="steps"):
+        if len({(p.shape, type(p.process), p.process.prediction, p.process.learned_variance) for p in parts}) > 1:
+            raise ValueError("only models of one process can be stitched, whose images have the same shape, and which "
+                             "predict the same, with learned variances or without")
         model = Stitched([part.model for part in parts], fractions, nulls=[part.num_classes for part in parts])
         last = parts[-1]
         super().__init__(model, last.process, last.shape, parts[0].num_classes, draw=last.draw)

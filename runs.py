@@ -165,6 +165,8 @@ def build(config):
     TextEncoder of byte tokens beside it, unless its text is precomputed (config["text"] is "npz")."""
     model = build_model(config)
     if config.get("moe"):
+        if len(config["moe"]) != 2:
+            raise ValueError("--moe takes two numbers, the experts and how many of them a token uses: --moe 8,2")
         moe.add_experts(model, *config["moe"])
     if config.get("ternary"):
         if any(isinstance(m, moe.MoE) for m in model.modules()):
@@ -180,8 +182,8 @@ def build(config):
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
     shape = config["in_channels"], *layers.pair(config["image_size"])
     objective = objectives.MultiScale if isinstance(model, DiMR) else objectives.Diffusion
-    return objective(model, process(config), shape, config["num_classes"], config["label_drop"], draw, encoder,
-                     examples, config.get("balance", 0.0))
+    return objective(model, process(config), shape, config["num_classes"], config["label_drop"], draw,
+                     config.get("balance", 0.0), encoder, examples)
 
 
 def process(config):

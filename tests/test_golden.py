@@ -15,6 +15,7 @@ import data
 import diffusion
 import moe
 import objectives
+import scans
 from layers import (
     LabelEmbedder,
     PackedLinear,
@@ -33,7 +34,7 @@ from layers import (
     timestep_embedding,
     unpack,
 )
-from models import Stitched, channel_norm, create_model, stitch_steps
+from models import DRWKVBlock, Stitched, channel_norm, create_model, q_shift, stitch_steps
 
 
 def same(ours, theirs, what, tolerance=1e-5):
@@ -597,6 +598,155 @@ def check_dimr(case):
     compare(case, ours, model, convert.DIMR)
 
 
+# ------------------------------------------------------------------------------------- scans, drwkv, mamba, dimba, lit
+
+
+def check_scan(case):
+    """Both forms, in values and gradients. The kernel's own value, which departs from the formula, is informative."""
+    operators = {"bi-wkv": (scans.bi_wkv, scans.bi_wkv_plain),
+                 "selective-scan": (scans.selective_scan, scans.selective_scan_plain),
+                 "linear-attention": (scans.linear_attention, scans.linear_attention_plain)}
+    for operator in operators[case.arch]:
+        x = {k: v.clone().requires_grad_() for k, v in case.inputs.items() if k != "gy"}
+        if case.arch == "selective-scan":
+            y, last = operator(*(x.get(k) for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")),
+                               case.config["delta_softplus"])
+        elif case.arch == "bi-wkv":
+            y, last = operator(*(x[k] for k in "wukv")), None
+        else:
+            assert case.config.get("kernel", "relu") == "relu"
+            y, last = operator(*(x[k] for k in "qkv"), case.config["eps"]), None
+        (y * case.inputs["gy"]).sum().backward()
+        ours = {"y": y, "last_state": last} | {f"grad_{k}": v.grad for k, v in x.items()}
+        for name, value in case.outputs.items():
+            if name != "y_official_kernel":
+                same(ours[name], value, f"{operator.__name__}: {name}")
+
+
+def check_module(case, module, call, seen, points=()):
+    """call() -> y of a module with hooks at `points`; then the gradients of mean(y^2)."""
+    for name, part, index in points:
+        part.register_forward_hook(lambda m, args, output, name=name, index=index: seen.__setitem__(
+            name, output if index is None else output[index]))
+    seen["y"] = call()
+    seen["loss"] = seen["y"].square().mean()
+    seen["loss"].backward()
+    for name, p in module.named_parameters():
+        if p.grad is not None:
+            seen |= {f"grad_norm:{name}": p.grad.norm(), f"grad:{name}": p.grad}
+    for name, value in case.outputs.items():
+        if name not in ("y_cfg", "y_cfg_second_half"):
+            same(seen[name], value, name, case.meta.get("tolerance", 1e-5))
+
+
+def check_guided(case, model, x, t, y, null):
+    """forward_with_cfg: the first half of x twice, the null condition in the second half, the first three channels
+    guided, the rest as they came."""
+    half = x[: len(x) // 2]
+    n = case.outputs["y_cfg"].shape[0]
+    both = torch.cat([half, half]) if n == len(x) else None
+    assert both is not None, "y_cfg is of the batch's size"
+    with torch.no_grad():
+        out = model(both, t, y if null is None else null)
+    cond, uncond = out[:, :3].chunk(2)
+    eps = uncond + case.config["cfg_scale"] * (cond - uncond)
+    same(torch.cat([torch.cat([eps, eps]), out[:, 3:]], 1), case.outputs["y_cfg"], "y_cfg")
+
+
+def check_drwkv(case):
+    part, config = case.config.get("part"), case.config
+    if part == "q_shift":
+        shifted = q_shift(case.inputs["x"], config["patch_resolution"], config["shift_pixel"], config["gamma"])
+        return same(shifted, case.outputs["y"], "y", 0)
+    model = convert.load_official("drwkv", config, case.state_dict).eval()
+    if part == "block":
+        grid, x, c = config["patch_resolution"], case.inputs["x"].requires_grad_(), case.inputs["c"]
+        x_mix = case.inputs["x_mix"]
+        seen = {"spatial_mix": model.att(x_mix, grid), "channel_mix": model.ffn(x_mix, grid)}
+        twin = DRWKVBlock(config["n_embd"], config["layer_id"], config["n_layer"], config["skip"],
+                          init=config["init_mode"])
+        for name, value in twin.state_dict().items():
+            if "spatial_" in name:
+                same(value, case.state_dict[name], f"initial {name}")
+
+        def call():
+            y = model(x, c, grid, case.inputs.get("skip"))
+            seen["grad_x"] = torch.autograd.grad(y.square().mean(), x, retain_graph=True)[0]
+            return y
+
+        return check_module(case, model, call, seen)
+    x, t, y = case.inputs["x"], case.inputs["t"], case.inputs.get("y")
+    points = [("time_embed", model.time_embed, None), ("after_in_block0", model.in_blocks[0], None),
+              ("after_mid_block", model.mid_block, None), ("after_last_out_block", model.out_blocks[-1], None)]
+    check_module(case, model, lambda: model(x, t, y), {}, points)
+    if "y_cfg" in case.outputs:
+        check_guided(case, model, x, t, y, None)
+
+
+def check_mamba(case):
+    model, x = convert.load_official("mamba-block", case.config, case.state_dict), case.inputs["x"].requires_grad_()
+    seen = {}
+
+    def call():
+        y = model(x)
+        seen["grad_x"] = torch.autograd.grad(y.square().mean(), x, retain_graph=True)[0]
+        return y
+
+    check_module(case, model, call, seen)
+
+
+def check_dimba(case):
+    part, x, seen = case.config["part"], case.inputs["x"], {}
+    model = convert.load_official("dimba", case.config, case.state_dict).eval()
+    text, mask = case.inputs.get("text"), case.inputs.get("mask")
+    mask = mask.bool() if mask is not None else None
+    if part == "mamba_blocks":
+        h, r = x, None
+        for k, block in enumerate(model):
+            h, r = block(h, r)
+            same(h, case.outputs[f"hidden{k}"], f"hidden{k}")
+            same(r, case.outputs[f"residual{k}"], f"residual{k}")
+    elif part == "attention_block":
+        x.requires_grad_()
+        seen = {"self_attn": model.attn(x), "cross_attn": model.cross_attn(x, text, mask)}
+
+        def call():
+            y = model(x, text, case.inputs["t0"], mask)
+            seen["grad_x"] = torch.autograd.grad(y.square().mean(), x, retain_graph=True)[0]
+            return y
+
+        check_module(case, model, call, seen)
+    else:
+        points = [("time_embed", model.t_embedder, None), ("t0", model.t_block, None),
+                  ("text_proj", model.y_embedder, None)]
+        points += [(f"after_attn{k}", block, None) for k, block in enumerate(model.blocks)]
+        for k, block in enumerate(model.mamba_blocks):
+            points += [(f"after_mamba{k}", block, 0), (f"residual{k}", block, 1)]
+        size = [case.inputs[k].view(len(x), -1) for k in ("img_hw", "aspect_ratio") if k in case.inputs]
+        size = torch.cat(size, 1) if size else None
+        t, y = case.inputs["t"], Text(text, mask)
+        check_module(case, model, lambda: model(x, t, y, size), seen, points)
+        if "y_cfg" in case.outputs:
+            check_guided(case, model, x, t, y, None)
+
+
+def check_lit(case):
+    if case.config["part"] == "op":
+        return check_scan(case)
+    model, seen = convert.load_official("lit", case.config, case.state_dict), {}
+    x = case.inputs["x"].requires_grad_()
+    if case.config["part"] == "model":
+        points = [(f"after_block{k}", block, None) for k, block in enumerate(model.blocks)]
+        return check_module(case, model, lambda: model(x, case.inputs["t"], case.inputs["y"]), seen, points)
+
+    def call():
+        y = model(x)
+        seen["grad_x"] = torch.autograd.grad(y.square().mean(), x, retain_graph=True)[0]
+        return y
+
+    check_module(case, model, call, seen)
+
+
 @pytest.mark.parametrize("name", ["dico-model", "dico-pixel", "uvit-cond", "uvit-uncond", "dimr-2r", "dimr-3r"])
 def test_sizes_are_read_off_the_weights(name):
     case = golden.load(Path(__file__).parent / "golden" / f"{name}.npz")
@@ -722,7 +872,9 @@ def check_sizes(case):
         same(ours[name], value, name)
 
 
-CHECKS = {"dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler,
+CHECKS = {"bi-wkv": check_scan, "selective-scan": check_scan, "linear-attention": check_lit, "drwkv": check_drwkv,
+          "mamba-block": check_mamba, "dimba": check_dimba,
+          "dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler,
           "dit-moe": check_dit_moe, "terdit": check_terdit, "t-stitch": check_stitch,
           "dico": check_dico, "uvit": check_uvit, "td-ln": check_td_ln, "dimr": check_dimr,
           "fit": check_tokens, "fitv2": check_tokens, "flag-dit": check_tokens, "flag-dit-text": check_tokens,

@@ -528,11 +528,24 @@ def test_stitching_counts_steps_on_any_grid(process, grid):
     assert calls == [0] * 12 + [1] * 8 + [2] * 20
 
 
+def test_stitched_models_keep_their_own_null_label_and_patches():
+    models = [randomised(create_model("dit-nano", 8, hidden_size=16, depth=1, num_classes=n, patch_size=p))
+              for n, p in ((10, 4), (12, 2))]
+    both, (x, t, y) = Stitched(models, [0.5, 0.5], nulls=[10, 12]), inputs(size=(8, 8))
+    assert torch.equal(both(x, t * 0 + 900, y), models[0](x, t * 0 + 900, y))
+    assert torch.equal(both(x, t * 0 + 100, y), models[1](x, t * 0 + 100, torch.where(y == 10, 12, y)))
+
+
 def test_what_cannot_be_stitched():
     with pytest.raises(ValueError, match="sum to 1, not 0.4, 0.4"):
         Stitched([torch.nn.Identity()] * 2, [0.4, 0.4])
     with pytest.raises(ValueError, match="as many fractions"):
         Stitched([torch.nn.Identity()] * 3, [0.5, 0.5])
+    one, other = (objectives.Diffusion(create_model("dit-nano", 8, learn_sigma=learned),
+                                       create_process("linear", learned_variance=learned), (3, 8, 8), 10)
+                  for learned in (True, False))
+    with pytest.raises(ValueError, match="with learned variances or without"):
+        objectives.Stitch([one, other], [0.5, 0.5])
     assert [stitch_steps(5, [r / 10, 1 - r / 10]).count(0) for r in range(11)] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 

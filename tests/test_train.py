@@ -402,6 +402,7 @@ def test_experts(here, capsys):
     assert np.array(result["counts"]["step"]).sum((1, 2)).tolist() == [2 * len(data.SHAPES) * 2 * 16 * 2] * 2
     assert Image.open("moe/experts-position.png").size[0] > 300
     assert "leave out one of the two" in refused(capsys, train.train, *TINY, "--moe", "4,2", "--ternary")
+    assert "takes two numbers" in refused(capsys, train.train, *TINY, "--moe", "4", "--out", "u")
     assert "UNet has 0" in refused(capsys, train.train, "--model", "unet-pico", "--moe", "4,2", "--out", "u")
     call(train.train, *TINY, "--out", "dit")
     assert "cannot be upcycled" in refused(capsys, train.train, *small, "--upcycle", "dit", "--out", "v")

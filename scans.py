@@ -1,0 +1,299 @@
+"""Token mixers whose cost grows linearly with the number of tokens, each twice: the plain form is the definition, as
+slow as the paper writes it; the fast form computes the same numbers and gradients in O(N) time and memory.
+
+    selective_scan      Mamba, 2312.00752         selective_scan_plain     the recurrence, token by token
+    bi_wkv              Vision-RWKV, 2403.02308   bi_wkv_plain             the mean over all tokens, T x T weights
+    linear_attention    LiT, 2501.12976           linear_attention_plain   the N x N matrix of weights
+
+The fast forms rest on one routine, `recur`. Nowhere is anything divided by a cumulative decay: that underflows. States
+and sums are kept in float32 at least, also under autocast; the output has the type of the first argument.
+"""
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+# ----------------------------------------------------------------------------------------------------------- recurrence
+
+
+def recur(a, x, start=None, reverse=False, chunk=None):
+    """h_t = a_t h_{t-1} + x_t along the first dimension, in place: x (T, ...) becomes h. Every a_t, broadcastable to
+    x_t, must be at most about 1. start: h_{-1}. reverse: h_t = a_t h_{t+1} + x_t.
+
+    With large slices x_t this is a loop over t. Small ones are cut into chunks of `chunk` tokens: all chunks step
+    together, and then each receives its predecessor's last state, decayed by the product of its a, which is at most 1.
+    """
+    T = len(x)
+    if not T:
+        return x
+    order = range(T - 1, -1, -1) if reverse else range(T)
+    if start is not None:
+        x[order[0]].addcmul_(a[order[0]], start)
+    if chunk is None:
+        many = 2**20 if x.is_cuda else 2**14
+        chunk = T if T < 16 or x[0].numel() >= many else math.isqrt(T)
+    if chunk >= T:
+        for before, t in zip(order, order[1:]):
+            x[t].addcmul_(a[t], x[before])
+        return x
+    J, back = T // chunk, T % chunk
+    head = slice(back, None) if reverse else slice(0, J * chunk)          # whole chunks first, in the order of time
+    X, P = (z[head].unflatten(0, (J, chunk)) for z in (x, a.clone()))
+    steps, chunks = (range(n)[::-1] if reverse else range(n) for n in (chunk, J))
+    for before, k in zip(steps, steps[1:]):
+        X[:, k].addcmul_(P[:, k], X[:, before])
+        P[:, k].mul_(P[:, before])
+    for before, j in zip(chunks, chunks[1:]):
+        X[j].addcmul_(P[j], X[before, steps[-1]])
+    if back:
+        rest, last = (slice(0, back), back) if reverse else (slice(J * chunk, T), J * chunk - 1)
+        recur(a[rest], x[rest], x[last].clone(), reverse, chunk)
+    return x
+
+
+def wide(x, *others):
+    """The tensors (None stays None) as float32, or float64 if x is."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return [y if y is None else y.to(dtype) for y in (x, *others)]
+
+
+def exact(x):
+    """Switches autocast off: sums of many tokens do not survive half precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+# ------------------------------------------------------------------------------------------------------- selective scan
+
+
+def selective_scan_plain(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, state=None):
+    """The selective state space model of Mamba, 2312.00752, algorithm 2, as its recurrence.
+
+        d_t = softplus(delta_t + delta_bias)                    (without softplus unless asked)
+        h_t = exp(d_t A) h_{t-1} + d_t B_t u_t                  A by zero-order hold, B to first order
+        y_t = (C_t . h_t + D u_t) silu(z_t)
+
+    u, delta, z (B, L, D); A (D, S) negative; B, C (B, L, S); D, delta_bias (D,); state: h before the first token
+    (B, D, S), zero by default. Returns (y (B, L, D), last state (B, D, S)).
+    """
+    dtype = u.dtype
+    u, delta, A, B, C, D, z, delta_bias, h = wide(u, delta, A, B, C, D, z, delta_bias, state)
+    with exact(u):
+        d = step_sizes(delta, delta_bias, delta_softplus)
+        h = u.new_zeros(len(u), *A.shape) if h is None else h
+        y = []
+        for t in range(u.shape[1]):
+            h = torch.exp(d[:, t, :, None] * A) * h + (d[:, t] * u[:, t])[..., None] * B[:, t, None]     # (B, D, S)
+            y.append((h * C[:, t, None]).sum(-1))
+        return gate(torch.stack(y, 1), u, D, z).to(dtype), h
+
+
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, state=None):
+    """`selective_scan_plain` in segments of tokens whose states fit the processor's cache; the backward pass computes
+    the states of a segment again from the one at its start."""
+    if u.is_meta:                                                           # shapes only: models.cost
+        return torch.empty_like(u), u.new_empty(len(u), *A.shape)
+    dtype = u.dtype
+    u, delta, A, B, C, D, z, delta_bias, state = wide(u, delta, A, B, C, D, z, delta_bias, state)
+    with exact(u):
+        d = step_sizes(delta, delta_bias, delta_softplus)
+        state = u.new_zeros(len(u), *A.shape) if state is None else state
+        by_time = [v.transpose(0, 1).contiguous() for v in (u, d, B, C)]
+        y, last = SelectiveScan.apply(*by_time, A.T.contiguous(), state.transpose(1, 2))
+        return gate(y.transpose(0, 1), u, D, z).to(dtype), last.transpose(1, 2)
+
+
+def step_sizes(delta, bias, softplus):
+    delta = delta if bias is None else delta + bias
+    return F.softplus(delta) if softplus else delta
+
+
+def gate(y, u, D, z):
+    y = y if D is None else torch.addcmul(y, u, D)
+    return y if z is None else y * F.silu(z)
+
+
+class SelectiveScan(torch.autograd.Function):
+    """(u, d (L, B, D), B, C (L, B, S), A (S, D), start (B, S, D)) -> (y (L, B, D), last state)."""
+
+    @staticmethod
+    def segments(u, A):
+        size = max(8, (2**24 if u.is_cuda else 2**18) // max(1, len(A) * u[0].numel()))
+        return [slice(begin, begin + size) for begin in range(0, len(u), size)]
+
+    @staticmethod
+    def states(u, d, B, A, start):
+        """(decays a, states h), both (L, B, S, D)."""
+        a = (d[:, :, None] * A).exp_()
+        return a, recur(a, (d * u)[:, :, None] * B[..., None], start)
+
+    @staticmethod
+    def forward(ctx, u, d, B, C, A, start):
+        h, starts, y = start, [], torch.empty_like(u)
+        for s in SelectiveScan.segments(u, A):
+            starts.append(h)
+            _, H = SelectiveScan.states(u[s], d[s], B[s], A, h)
+            y[s] = (C[s][:, :, None] @ H)[:, :, 0]
+            h = H[-1].clone()
+        ctx.save_for_backward(u, d, B, C, A, *starts)
+        return y, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy, g_last):
+        u, d, B, C, A, *starts = ctx.saved_tensors
+        gu, gd, gB, gC, gA, carry = (*map(torch.empty_like, (u, d, B, C)), torch.zeros_like(A), g_last)
+        with exact(u):
+            for s, start in zip(SelectiveScan.segments(u, A)[::-1], starts[::-1]):
+                a, h = SelectiveScan.states(u[s], d[s], B[s], A, start)
+                gC[s] = (h @ gy[s][..., None])[..., 0]
+                G = gy[s][:, :, None] * C[s][..., None]                     # G_t = C_t gy_t + a_{t+1} G_{t+1}
+                G[-1] += carry
+                recur(a[1:], G[:-1], G[-1], reverse=True)
+                carry = a[0] * G[0]
+                h = a.mul_(torch.cat([start[None], h[:-1]]))                # what is left at t of the state before
+                inner = (B[s][:, :, None] @ G)[:, :, 0]
+                gB[s] = (G @ (d[s] * u[s])[..., None])[..., 0]
+                gu[s] = inner * d[s]
+                h *= G
+                gd[s] = torch.addcmul((h * A).sum(2), inner, u[s])
+                gA += h.mul_(d[s][:, :, None]).sum((0, 1))
+        return gu, gd, gB, gC, gA, carry
+
+
+# --------------------------------------------------------------------------------------------------------------- Bi-WKV
+
+
+def bi_wkv_plain(w, u, k, v):
+    """Bidirectional WKV attention, Vision-RWKV, 2403.02308, eq. 3: for each channel a mean of v over all tokens,
+
+        y_t = sum_i p_ti v_i,   p_ti ~ exp(k_i - (|t - i| - 1) w) for i != t,   p_tt ~ exp(u + k_t)
+
+    w, u (C,), w of either sign (the block divides both by T); k, v (B, T, C). Returns (B, T, C).
+    """
+    dtype = v.dtype
+    w, u, k, v = wide(w, u, k, v)
+    i = torch.arange(k.shape[1], device=k.device)
+    far = ((i - i[:, None]).abs() - 1).to(k)[..., None]                                     # (T, T, 1)
+    logits = torch.where(far < 0, u + k[:, None], k[:, None] - far * w)                     # (B, T, T, C)
+    return torch.einsum("btic,bic->btc", logits.softmax(2), v).to(dtype)
+
+
+def bi_wkv(w, u, k, v):
+    """`bi_wkv_plain` by a sweep from the left and one from the right. Both carry the sums relative to their largest
+    term, so that no exponential exceeds 1. Channels go in groups that fit the processor's cache."""
+    if v.is_meta:
+        return torch.empty_like(v)
+    dtype = v.dtype
+    w, u, k, v = wide(w, u, k, v)
+    group = max(16, (2**24 if v.is_cuda else 2**17) // (len(v) * v.shape[1]))
+    with exact(v):
+        parts = zip(w.split(group), u.split(group), *(z.transpose(0, 1).split(group, 2) for z in (k, v)))
+        return torch.cat([BiWKV.apply(*part) for part in parts], 2).transpose(0, 1).to(dtype)
+
+
+def running_max(x, chunk=None):
+    """Cumulative maximum along the first dimension, in place; in chunks like `recur`."""
+    T = len(x)
+    chunk = chunk or (T if T < 16 else math.isqrt(T))
+    J = T // chunk
+    X = x[:J * chunk].unflatten(0, (J, chunk))
+    for t in range(1, chunk):
+        torch.maximum(X[:, t], X[:, t - 1], out=X[:, t])
+    for j in range(1, J):
+        torch.maximum(X[j], X[j - 1, -1:], out=X[j])
+    for t in range(J * chunk, T):
+        torch.maximum(x[t], x[t - 1], out=x[t])
+    return x
+
+
+def sweep(k, values, w, reverse=False):
+    """For each t the sums over i < t (reverse: i > t) of exp(k_i - (|t - i| - 1) w) values_i, as (m, sums): each is
+    exp(m) sums, m (T, B, C) the largest exponent. k (T, B, C), values (T, n, B, C), w (C,)."""
+    T, n, B, C = values.shape
+    tilt = w * torch.arange(T, dtype=k.dtype, device=k.device)[:, None, None]
+    k = (k.flip(0) if reverse else k) + tilt
+    largest = running_max(k.clone())                                        # max over i <= t of k_i + i w
+    sums = values.new_zeros(T + 1, n, B, C)                                 # one row more: before the first t, nothing
+    torch.mul((k - largest).to(values).exp_()[:, None], values.flip(0) if reverse else values, out=sums[1:])
+    decay = torch.zeros_like(values[:, :1])
+    decay[1:, 0] = (largest[:-1] - largest[1:]).to(values).exp_()
+    recur(decay, sums[1:])
+    m = torch.cat([torch.full_like(k[:1], -torch.inf), largest.sub_(tilt)[:-1]])
+    return (m.flip(0), sums[:-1].flip(0)) if reverse else (m, sums[:-1])
+
+
+class BiWKV(torch.autograd.Function):
+    """w, u (C,), k, v (T, B, C) -> y (T, B, C). Exponents are added in float64 where the device has it: with a weight
+    that grows (w < 0) they reach |w| T."""
+
+    @staticmethod
+    def both(k, values, w):
+        return [sweep(k, values, w, reverse) for reverse in (False, True)]
+
+    @staticmethod
+    def logs(*tensors):
+        return [z if z.device.type == "mps" else z.double() for z in tensors]
+
+    @staticmethod
+    def forward(ctx, w, u, k, v):
+        w_, u_, k_ = BiWKV.logs(w, u, k.contiguous())
+        values = torch.stack([v, torch.ones_like(v)], 1)                                    # (T, 2, B, C)
+        (m, left), (q, right) = BiWKV.both(k_, values, w_)
+        own = u_ + k_
+        top = torch.maximum(torch.maximum(m, q), own)
+        weight = lambda z: (z - top).to(v).exp_()[:, None]
+        total = (weight(own) * values).addcmul_(weight(m), left).addcmul_(weight(q), right)
+        y = total[:, 0] / total[:, 1]
+        ctx.save_for_backward(w, u, k, v, y, top + total[:, 1].log(), m, left, q, right)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        w, u, k, v, y, Z, m, left, q, right = ctx.saved_tensors
+        with exact(v):
+            w_, u_, k_ = BiWKV.logs(w, u, k.contiguous())
+            gv = (u_ + k_ - Z).to(v).exp_().mul_(g)                         # p_tt g_t
+            gk = gv * (v - y)
+            gu, gw = gk.sum((0, 1)), torch.zeros_like(w)
+            # The same sweeps the other way round: keys -Z_t, values g_t and g_t y_t.
+            before, after = BiWKV.both(-Z, torch.stack([g, g * y], 1), w_)
+            for (n, sums), (exponent, state) in ((after, (m, left)), (before, (q, right))):
+                weight = (k_ + n).to(v).exp_()                              # at most about 1: it is a sum of p_ti
+                gv.addcmul_(weight, sums[:, 0])
+                gk.addcmul_(weight, torch.addcmul(-sums[:, 1], v, sums[:, 0]))
+                # A pair i < s < t is decayed once at each s between: the state of s from one side, times that of the
+                # other.
+                pair = (exponent + n - w_).to(v).exp_()
+                gw -= (pair * torch.addcmul(state[:, 0] * sums[:, 0], state[:, 1], sums[:, 1], value=-1)).sum((0, 1))
+        return gw, gu, gk, gv
+
+
+# ----------------------------------------------------------------------------------------------------- linear attention
+
+
+def linear_attention_plain(q, k, v, eps=1e-6):
+    """ReLU linear attention of LiT, 2501.12976, section 3.1, as weights between all pairs of N tokens:
+
+        o_i = sum_j w_ij v_j / (sum_j w_ij + N eps),   w_ij = phi(q_i) . phi(k_j),   phi(x) = relu(x) + eps
+
+    q, k, v (B, h, N, d). Returns (B, h, N, d).
+    """
+    dtype = v.dtype
+    q, k, v = wide(q, k, v)
+    with exact(v):
+        weights = (q.relu() + eps) @ (k.relu() + eps).transpose(-1, -2)                     # (B, h, N, N)
+        return (weights @ v / (weights.sum(-1, keepdim=True) + k.shape[-2] * eps)).to(dtype)
+
+
+def linear_attention(q, k, v, eps=1e-6):
+    """`linear_attention_plain` with the sums over j done first: S = sum_j phi(k_j)^T v_j (d, d), s = sum_j phi(k_j)."""
+    dtype = v.dtype
+    q, k, v = wide(q, k, v)
+    with contextlib.nullcontext() if v.is_meta else exact(v):
+        q, k = q.relu() + eps, k.relu() + eps
+        S, s = k.transpose(-1, -2) @ v, k.sum(-2)[..., None]                                # (B, h, d, d), (B, h, d, 1)
+        return (q @ S / (q @ s + k.shape[-2] * eps)).to(dtype)
