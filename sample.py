@@ -58,7 +58,7 @@ def flags():
                    help="averaged or last weights (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     g = p.add_argument_group("published checkpoints")
-    g.add_argument("--official", choices=["dit", "dit-moe", "terdit", "dico"],
+    g.add_argument("--official", choices=["dit", "dit-moe", "terdit", "dico", "fit", "fitv2", "flag-dit"],
                    help="architecture of the published checkpoint")
     g.add_argument("--checkpoint", help="its file (.pt, .bin or .safetensors)")
     g.add_argument("--decoder", help="Stable Diffusion's autoencoder file, to turn latents into images")
@@ -84,7 +84,7 @@ def official(args, device):
     elif args.official in ("fitv2", "flag-dit"):
         process, model = diffusion.RectifiedFlow("flow"), convert.Reversed(model)
         guidance = {"fitv2": 1.5, "flag-dit": 4.0}[args.official]
-        draw = dict(sampler="rk45", rtol=1e-3, atol=1e-6, guidance=guidance, guide_channels=3, clip=False)
+        draw = dict(sampler="rk45", guidance=guidance, guide_channels=3, clip=False)
     size = config.get("input_size", 32)
     shape = config["in_channels"], size, size
     objective = objectives.Diffusion(model, process, shape, config["num_classes"], draw=draw)

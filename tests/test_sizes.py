@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_models import inputs, randomised
 from test_train import call, here, refused  # noqa: F401 (a fixture)
 
+import convert
 import data
 import diffusion
 import evaluate
@@ -512,6 +513,28 @@ def test_a_run_of_clips_or_sounds(here, capsys, monkeypatch, name, suffix, size)
     call(sample.sample, "a", "--n", "2", "--size", size, "--rope", "ntk-proportional", "--out", "y.png")
     assert (here / f"x{suffix}").stat().st_size > 100 and (here / "y.png").exists()
     assert f"{name} holds" in refused(capsys, train.train, "--data", name)
+
+
+@pytest.mark.parametrize("arch, build", [
+    ("fit", lambda: FiT(32, 2, 4, 64, 2, 1, mlp_ratio=4.0, qk_norm=False, num_classes=7, learn_sigma=True)),
+    ("fitv2", lambda: FiT(32, 2, 4, 64, 2, 1, lora_dim=16, num_classes=7)),
+    ("flag-dit", lambda: FlagDiT(32, 2, 4, 64, 2, 32, multiple_of=8, num_classes=7, spare_channels=True))])
+def test_published_files_of_any_size(here, arch, build):  # noqa: F811
+    """A published-style file is read off its shapes, computes the same, and draws at a size in pixels."""
+    model = randomised(build())
+    torch.save({"ema": model.state_dict()}, "published.pt")
+    state = convert.read_weights("published.pt")
+    loaded = convert.load_official(arch, convert.infer_config(arch, state), state).eval()
+    x, t, y = inputs(size=(12, 20), channels=4, classes=7)
+    torch.testing.assert_close(loaded(x, t, y), model(x, t, y))
+    torch.testing.assert_close(convert.Reversed(loaded)(x, t, y), -model(x, 1 - t / 1000, y))
+    flags = [] if arch == "fit" else ["--sampler", "euler"]
+    call(sample.sample, "--official", arch, "--checkpoint", "published.pt", "--n", "2", "--size", "32x64",
+         "--steps", "2", "--rope", "ntk", "--out", "x.png", *flags)
+    with np.load("x.latents.npz") as file:
+        assert file["arr_0"].shape == (2, 4, 4, 8)
+    with pytest.raises(ValueError, match="FiT with norm_type = 'rmsnorm' is not built here"):
+        convert.load_official("fit", {"norm_type": "rmsnorm"}, state)
 
 
 @pytest.mark.slow
