@@ -61,7 +61,8 @@ def flags():
           ("--device", "auto", "cuda, mps, cpu or auto", word),
           ("--deterministic", False, "refuse operations that are not reproducible (slower on CUDA)", switch),
           ("--dry-run", False, "print the settings as JSON and leave", switch),
-          ("--list", False, "print every model, dataset, process and sampler and leave", switch))
+          ("--list", None, "print every dataset, process, sampler and model (those with WORD in the name) and leave",
+           {"nargs": "?", "const": "", "metavar": "WORD"}))
     group("data",
           ("--data", "shapes", "dataset: " + ", ".join(data.DATASETS), word),
           ("--data-dir", "data", "folder that holds the dataset's files", folder),
@@ -139,16 +140,8 @@ def one_line(entry):
     return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
-def print_list():
-    """Everything there is to choose from, one line each."""
-    print("models (parameters and multiply-accumulates at 32x32x3 with 10 classes)")
-    for name in MODELS:
-        with torch.device("meta"):
-            model = create_model(name)
-        parameters, macs = cost(model, (3, 32, 32))
-        active = moe.activated_parameters(model)
-        note = f", {active / 1e6:.2f} M activated" if active < parameters else ""
-        print(f"  {name:18} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs{note}")
+def print_list(word):
+    """Everything there is to choose from, one line each; the models, which take a moment to count, last."""
     for title, entries in {"datasets": data.DATASETS, "processes": diffusion.PROCESSES,
                            "predictions": diffusion.PREDICTIONS, "weightings": diffusion.WEIGHTINGS,
                            "densities of the training times": diffusion.DENSITIES, "samplers": diffusion.SAMPLERS,
@@ -156,14 +149,22 @@ def print_list():
         print(title)
         for name, entry in entries.items():
             print(f"  {name:18} {one_line(entry)}")
+    print("models (parameters and multiply-accumulates at 32x32x3 with 10 classes)")
+    for name in (name for name in MODELS if word in name):
+        with torch.device("meta"):
+            model = create_model(name)
+        parameters, macs = cost(model, (3, 32, 32))
+        active = moe.activated_parameters(model)
+        note = f", {active / 1e6:.2f} M activated" if active < parameters else ""
+        print(f"  {name:18} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs{note}", flush=True)
 
 
 def parse():
     """(config, overwrite, folder, checkpoint or None). A resumed run's own settings are the defaults of the flags."""
     parser = flags()
     args = parser.parse_args()
-    if args.list:
-        print_list()
+    if args.list is not None:
+        print_list(args.list)
         raise SystemExit
     folder = Path(args.out or f"runs/{args.data}-{args.model.replace('/', '-')}")
     checkpoint = None

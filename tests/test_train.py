@@ -475,7 +475,7 @@ def test_score_and_speed(run, capsys):
 
 
 def test_list_and_help_and_recipes(here, capsys):
-    for argv, words in ((["--list"], ["dit-xl/2", "118.6", "imagenet64", "heun"]),
+    for argv, words in ((["--list", "dit-xl"], ["dit-xl/2", "118.6", "imagenet64", "heun"]),
                         (["--help"], ["--learned-variance", "torchrun", "default: flow"])):
         with pytest.raises(SystemExit):
             call(train.train, *argv)
