@@ -23,6 +23,7 @@ from layers import (
     pack,
     position_table,
     replace_ternary,
+    rotate,
     ternarize,
     ternary,
     unpack,
@@ -44,7 +45,6 @@ from models import (
     cost,
     create_model,
     q_shift,
-    rotate,
     stitch_steps,
 )
 from objectives import MultiScale, StepNoise, area_target
@@ -87,7 +87,7 @@ def test_starts_at_zero_and_trains(name):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.75 * losses[0], "one fixed batch is learnt"
-    elsewhere = "y_embedder", "branches.0.norm", "branches.0.head"      # rows without samples; DiMR's own objective
+    elsewhere = "y_embedder", "pad_token", "branches.0.norm", "branches.0.head"      # rows without samples; DiMR's own
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if p.requires_grad
                and not n.startswith(elsewhere)), "every weight is trained"
 
@@ -488,7 +488,8 @@ def test_grouped_heads_are_shared_heads():
     torch.testing.assert_close(small(x, t, y), large(x, t, y), rtol=1e-4, atol=1e-5)
     q, k = torch.randn(2, 1, 1, 1, 8)
     angle = lambda n: torch.tensor([[n]]) * 10000 ** (-torch.arange(0, 8, 2) / 8)
-    product = lambda m, n: (rotate(q, angle(float(m))) * rotate(k, angle(float(n)))).sum()
+    turn = lambda z, n: rotate(z, angle(n).cos()[None], angle(n).sin()[None])
+    product = lambda m, n: (turn(q, float(m)) * turn(k, float(n))).sum()
     torch.testing.assert_close(product(5, 2), product(13, 10), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="do not fit a width"):
         TerDiT(16, 4, 3, 32, 1, 4, kv_heads=3)
