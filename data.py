@@ -8,7 +8,8 @@ There are no worker processes: a set lives in memory as bytes, so a batch is one
 is no loader state: the batch of step k can be asked for directly, so a resumed run sees exactly the batches
 that it would have seen, and ranks and micro-batches take slices of one plan.
 
-Contents: Dataset; text; shapes (drawn, no download); cifar10, cifar100; imagenet64; folder (your own images); load.
+Contents: Dataset; text; sizes; shapes (drawn, no download); moving-shapes, turntable, tones (made here); cifar10,
+cifar100; imagenet64; folder (your own images); load.
 """
 
 import difflib
@@ -33,10 +34,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from layers import Text
+from layers import Text, pair
 
 DATASETS = {
     "shapes": "drawn here, no download: 8 shapes with captions, any size, 20,000 train + 5,000 test",
+    "moving-shapes": "drawn here: clips of 6 frames with captions, 6 movements, any size, 4,096 train + 512 test",
+    "turntable": "drawn here: 6 views around solids with captions, 6 solids, any size, 4,096 train + 512 test",
+    "tones": "played here: 1 s melodies with captions as spectrograms, 6 melodies, 4,096 train + 512 test",
     "cifar10": "32x32 photographs, 10 classes, 50,000 train + 10,000 test; downloads itself (170 MB)",
     "cifar100": "32x32 photographs, 100 classes, 50,000 train + 10,000 test; downloads itself (169 MB)",
     "imagenet64": "64x64 photographs, 1000 classes, 1.28 M train + 50,000 test; bring train_data_batch_*.npz",
@@ -49,9 +53,11 @@ DATASETS = {
 
 @dataclass
 class Dataset:
-    """N labelled images, and the order in which training visits them."""
+    """N labelled images (or clips, or sounds), and the order in which training visits them."""
 
-    images: torch.Tensor | np.memmap     # uint8 (N, C, H, W); a tensor on `device`, or a memory-mapped file
+    images: torch.Tensor | np.memmap | list     # uint8 (N, C, sides); a tensor on `device`, a memory-mapped file, or a
+    #                                             list of (C, H_i, W_i); if twice as many as labels, each image a second
+    #                                             time as a square, and every draw takes either
     labels: torch.Tensor                 # int64 (N,), in [0, len(classes)); all 0 where there are no classes
     classes: list[str]                   # class names; [] for a folder without classes
     captions: list[str] | None = None    # one per image
@@ -60,10 +66,21 @@ class Dataset:
     files: list[Path] | None = None      # of a folder, one per image
     text: torch.Tensor | list[Path] | None = None        # what `with_text` made of the captions
     text_length: int = 0
+    budget: int = 0                      # of images of mixed sizes: at most budget x budget pixels
     _orders: dict = field(default_factory=dict, repr=False)
 
     def __len__(self):
         return len(self.labels)
+
+    @property
+    def shape(self):
+        """(C, *sides) of an image; with mixed sizes the largest square."""
+        return (self.images[0].shape[0], self.budget, self.budget) if self.budget else tuple(self.images.shape[1:])
+
+    @property
+    def kind(self):
+        """What it holds, in a word."""
+        return {2: "images", 3: "clips", 1: "sounds"}[len(self.shape) - 1]
 
     def _order(self, seed, epoch):
         """The permutation of the N images in one epoch. The last two are kept: batches straddle epochs."""
@@ -85,16 +102,24 @@ class Dataset:
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch
             indices[here] = self._order(seed, epoch)[places[here]]
-        flips = np.random.default_rng([seed, step, 1]).random(batch) < (0.5 if self.flip else 0)
+        rng = np.random.default_rng([seed, step, 1])
+        flips = rng.random(batch) < (0.5 if self.flip else 0)
+        if len(self.images) > len(self):
+            indices += len(self) * (rng.random(batch) < 0.5)
         return torch.from_numpy(indices), torch.from_numpy(flips)
 
     def gather(self, indices, flips=None):
         """The images and labels at `indices` (B,), mirrored left-right where `flips` (B,) is true.
 
         Returns (x float32 (B, C, H, W) in [-1, 1], y int64 (B,)), both on the dataset's device. After `with_text` y is
-        byte tokens int64 (B, L), or a Text.
+        byte tokens int64 (B, L), or a Text. Images of mixed sizes: x is a list of (C, H_i, W_i).
         """
         indices = torch.as_tensor(indices)
+        if self.budget:
+            flips = torch.zeros(len(indices), dtype=torch.bool) if flips is None else torch.as_tensor(flips)
+            x = [self.images[i].float().div(127.5).sub(1) for i in indices.tolist()]
+            return [image.flip(-1) if flip else image for image, flip in zip(x, flips.tolist())], self.condition(
+                indices % len(self))
         if isinstance(self.images, np.ndarray):      # read in file order, which a disk prefers
             ordered, back = indices.cpu().unique(return_inverse=True)
             x = torch.from_numpy(self.images[ordered.numpy()])[back].to(self.device)
@@ -142,8 +167,12 @@ class Dataset:
             raise ValueError(f"no caption or class name of the {len(self)} images matches {pattern!r}, the first is "
                              f"{words[0]!r}")
         take = lambda items: items and [items[i] for i in keep]
-        return Dataset(self.images[keep], self.labels[keep], self.classes, take(self.captions), self.flip, self.device,
-                       take(self.files))
+        if self.budget:
+            images = [self.images[i + n] for n in range(0, len(self.images), len(self)) for i in keep]
+        else:
+            images = self.images[keep]
+        return Dataset(images, self.labels[keep], self.classes, take(self.captions), self.flip, self.device,
+                       take(self.files), budget=self.budget)
 
 
 # ---- text: captions as bytes, or as embeddings computed beforehand -------------------------------------------
@@ -175,6 +204,34 @@ def read_embeddings(paths, length):
             rows.append((tokens[:length], torch.from_numpy(mask[:length]).bool()))
     pad = torch.nn.utils.rnn.pad_sequence
     return Text(pad([tokens for tokens, _ in rows], True), pad([mask for _, mask in rows], True))
+
+
+# ---- sizes that keep aspect ratios ------------------------------------------------------------------------
+
+
+def fit_size(width, height, size, stride):
+    """(width, height) that an image is resized to in FiT, 2402.12376: at most size x size pixels in its own aspect
+    ratio, never enlarged unless a side is shorter than the stride, sides rounded down to multiples of the stride."""
+    w, h = width, height
+    if width * height >= size**2:
+        w = math.sqrt(width / height) * size
+        h = w * height / width
+    elif width < stride:
+        w, h = stride, stride * height / width
+    elif height < stride:
+        w, h = stride * width / height, stride
+    return int(w / stride) * stride, int(h / stride) * stride
+
+
+def crop_sizes(patches, stride, max_ratio=4.0):
+    """The (width, height) of Lumina-T2X, 2405.05945: the largest grids of at most so many patches, each `stride` pixels
+    wide, no longer than max_ratio times their width, from the widest to the tallest."""
+    sizes, w, h = [], patches, 1
+    while w > 0:
+        if max(w, h) <= max_ratio * min(w, h):
+            sizes.append((w * stride, h * stride))
+        w, h = (w, h + 1) if (h + 1) * w <= patches else (w - 1, h)
+    return sizes
 
 
 # ---- shapes: the dataset that is always there -------------------------------------------------------------
@@ -244,7 +301,8 @@ def _uniform(index, channel):
 def render(indices, size):
     """Draw images of an endless collection: image i depends on i alone, and is the same picture at any size.
 
-    Returns (images uint8 (n, 3, size, size), labels int64 (n,) into SHAPES, attributes int64 (n, 3) into
+    size: int, or (height, width): the shape is as large as in a square of the shorter side, anywhere in the image.
+    Returns (images uint8 (n, 3, H, W), labels int64 (n,) into SHAPES, attributes int64 (n, 3) into
     SIZES, COLOURS and GROUNDS). Edges are one pixel soft: a pixel shows how much of it the shape covers.
     """
     index = np.asarray(indices, np.uint64)
@@ -253,7 +311,10 @@ def render(indices, size):
     colour, ground = PAIRS[(u[:, 0] * len(PAIRS)).astype(int)].T
     word = (u[:, 1] * len(SIZES)).astype(int)
     radius = 0.58 + 0.10 * word + 0.05 * u[:, 2]                                # the image is [-1, 1] wide
-    centre = (2 * u[:, 3:5] - 1) * (0.89 - radius)[:, None]
+    H, W = pair(size)
+    short = min(H, W)
+    room = np.array([W / short - 1, H / short - 1]) + 0.89                      # beyond the square: more to either side
+    centre = (2 * u[:, 3:5] - 1) * (room - radius[:, None])
     turn = 2 * np.pi / 9 * (u[:, 5] - 0.5)                                      # up to 20 degrees either way
     slope = 0.10 * (u[:, 6:8] - 0.5)                                            # the ground's soft gradient
     ink = np.array(list(COLOURS.values()))[colour] + 0.10 * (u[:, 8:11] - 0.5)
@@ -262,18 +323,18 @@ def render(indices, size):
     per_image = np.cos(turn), np.sin(turn), radius, *centre.T, *slope.T
     cos, sin, r, cx, cy, gx, gy = (np.float32(a)[:, None, None] for a in per_image)     # (n, 1, 1) each
     ink, paper = (np.float32(a)[:, :, None, None] for a in (ink, paper))                # (n, 3, 1, 1)
-    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1                   # pixel centres
+    across, down = ((np.arange(side, dtype=np.float32) + 0.5) * (2 / short) - side / short for side in (W, H))
 
-    images = np.empty((len(index), 3, size, size), np.uint8)
-    chunk = max(1, 2**15 // size**2)                    # so few that they stay in the processor's cache
-    with tqdm(total=len(index), desc=f"drawing {size}x{size} shapes", delay=2, leave=False) as bar:
+    images = np.empty((len(index), 3, H, W), np.uint8)
+    chunk = max(1, 2**15 // (H * W))                    # so few that they stay in the processor's cache
+    with tqdm(total=len(index), desc=f"drawing {H}x{W} shapes", delay=2, leave=False) as bar:
         for k, shape in enumerate(SHAPES):
             rows = np.flatnonzero(label == k)
             for i in (rows[start:start + chunk] for start in range(0, len(rows), chunk)):
-                x, y = (axis - cx[i]) / r[i], (-axis[:, None] - cy[i]) / r[i]
+                x, y = (across - cx[i]) / r[i], (-down[:, None] - cy[i]) / r[i]
                 d = distance(shape, cos[i] * x + sin[i] * y, cos[i] * y - sin[i] * x) * r[i]
-                cover = np.clip(0.5 - d * (size / 2), 0, 1)[:, None]                    # (n, 1, size, size)
-                back = paper[i] + (gx[i] * axis + gy[i] * axis[:, None])[:, None]       # (n, 3, size, size)
+                cover = np.clip(0.5 - d * (short / 2), 0, 1)[:, None]                   # (n, 1, H, W)
+                back = paper[i] + (gx[i] * across + gy[i] * down[:, None])[:, None]     # (n, 3, H, W)
                 images[i] = np.clip(back + cover * (ink[i] - back), 0, 1) * 255 + 0.5
                 bar.update(len(i))
     return images, label, np.stack([word, colour, ground], 1)
@@ -288,6 +349,203 @@ def caption(label, attributes):
 def _load_shapes(split, size):
     images, labels, attributes = render(SPLITS[split], size)
     return images, labels, list(SHAPES), [caption(*row) for row in zip(labels, attributes, strict=True)]
+
+
+def native_size(index, size):
+    """The (width, height) of image `index` as if it were one of a collection of photographs: ratios from 5:8 to 8:5,
+    areas from 0.56 to 1.56 times size x size, most of which `fit_size` then makes smaller."""
+    ratio, scale = _uniform(np.uint64(index), np.array([20, 21], np.uint64))
+    side, root = size * (0.75 + 0.5 * scale), 1.6 ** (ratio - 0.5)
+    return round(side * root), round(side / root)
+
+
+def _load_mixed_shapes(split, size, stride, squares):
+    """The shapes as a list of images of many sizes; with squares also each as a square. Else as `_load_shapes`."""
+    numbers, by_size, images = SPLITS[split], {}, [None] * len(SPLITS[split])
+    for place, i in enumerate(numbers):
+        by_size.setdefault(fit_size(*native_size(i, size), size, stride), []).append(place)
+    for (w, h), places in by_size.items():
+        for place, image in zip(places, render(np.array(numbers)[places], (h, w))[0]):
+            images[place] = torch.from_numpy(image)
+    square, *rest = _load_shapes(split, size // stride * stride)
+    return images + [torch.from_numpy(image) for image in square] * squares, *rest
+
+
+# ---- moving-shapes, turntable, tones: clips, views and sounds, made here --------------------------------------
+
+FEW = {"train": range(4096), "test": range(1_000_000, 1_000_512)}
+FRAMES = 6
+MOVEMENTS = ["moves to the right", "moves to the left", "moves up", "moves down", "grows", "shrinks"]
+
+
+def _attributes(index, first=0):
+    """(numbers (n, 8) in [0, 1), colours (n, 3), grounds (n, 3), their indices (n, 2)) of the things `index` (n,)."""
+    u = _uniform(np.asarray(index, np.uint64)[:, None], np.arange(first, first + 8, dtype=np.uint64))
+    pairs = PAIRS[(u[:, 7] * len(PAIRS)).astype(int)]
+    ink, paper = (np.array(list(table.values()), np.float32)[k] for table, k in zip((COLOURS, GROUNDS), pairs.T))
+    return u, ink, paper, pairs
+
+
+def a(words):
+    """The words after "a" or "an"."""
+    return f"a{'n' * (words[0] in 'aeiou')} {words}"
+
+
+def _painted(cover, ink, paper):
+    """Colours blended by cover (n, ...) in [0, 1], ink and paper (n, 3) -> uint8 (n, 3, ...)."""
+    shaped = lambda c: c.reshape(*c.shape, *[1] * (cover.ndim - 1))
+    return (np.clip(shaped(paper) + cover[:, None] * (shaped(ink) - shaped(paper)), 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def render_clips(indices, size):
+    """Clips of one shape on the move: (images uint8 (n, 3, F, size, size), labels (n,) into MOVEMENTS, captions)."""
+    index = np.asarray(indices)
+    u, ink, paper, pairs = _attributes(index, 24)
+    label, shape = index % len(MOVEMENTS), (u[:, 0] * len(SHAPES)).astype(int)
+    s = np.linspace(-1, 1, FRAMES, dtype=np.float32)[None]                                       # (1, F)
+    along = np.array([(1, 0), (-1, 0), (0, 1), (0, -1), (0, 0), (0, 0)])[label]                  # (n, 2)
+    swell = np.array([0, 0, 0, 0, 1, -1])[label][:, None]
+    radius = 0.45 + 0.08 * u[:, 1:2] + 0.22 * swell * s                                          # (n, F)
+    x, y = (0.45 * along[:, k:k + 1] * s + 0.5 * (u[:, 2 + k:3 + k] - 0.5) * (along[:, k:k + 1] == 0) * (swell == 0)
+            for k in (0, 1))
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    images = np.empty((len(index), 3, FRAMES, size, size), np.uint8)
+    for k, name in enumerate(SHAPES):
+        for rows in np.array_split(i := np.flatnonzero(shape == k), max(1, len(i) // 64)):
+            r, cx, cy = (np.float32(v[rows])[:, :, None, None] for v in (radius, x, y))          # (n, F, 1, 1)
+            d = distance(name, (axis - cx) / r, (-axis[:, None] - cy) / r) * r
+            images[rows] = _painted(np.clip(0.5 - d * (size / 2), 0, 1), ink[rows], paper[rows])
+    words = list(COLOURS), list(GROUNDS)
+    captions = [f"{a(words[0][c])} {SHAPES[k]} {MOVEMENTS[m]} on {words[1][g]}"
+                for k, m, (c, g) in zip(shape, label, pairs)]
+    return images, label.astype(np.int64), captions
+
+
+def _prism(sides, radius, half):
+    """The half-spaces n.p <= b of an upright prism, as rows (nx, ny, nz, b)."""
+    angles = 2 * np.pi / sides * np.arange(sides)
+    around = np.stack([np.cos(angles), 0 * angles, np.sin(angles), 0 * angles + radius], 1)
+    return np.concatenate([around, [(0, 1, 0, half), (0, -1, 0, half)]])
+
+
+def _slanted(planes, count):
+    """`count` slanted faces around the axis over a base: rows of half-spaces, leaning by `planes` = (rise, b)."""
+    angles = 2 * np.pi / count * np.arange(count)
+    c = 1 / math.hypot(1, planes[0])
+    return np.stack([c * np.cos(angles), 0 * angles + c * planes[0], c * np.sin(angles), 0 * angles + planes[1]], 1)
+
+
+SOLIDS = {
+    "cube": _prism(4, 0.52, 0.52), "slab": _prism(4, 0.72, 0.2), "prism": _prism(3, 0.42, 0.62),
+    "pyramid": np.concatenate([_slanted((0.55, 0.36), 4), [(0, -1, 0, 0.55)]]),
+    "octahedron": np.concatenate([_slanted((0.75, 0.46), 4), _slanted((-0.75, 0.46), 4)]),
+    "house": np.concatenate([_prism(4, 0.45, 0.6)[[0, 2, 5]], [(0, 0, 1, 0.62), (0, 0, -1, 0.62)],
+                             [(0.7071, 0.7071, 0, 0.42), (-0.7071, 0.7071, 0, 0.42)]]),
+}
+
+
+def render_views(indices, size):
+    """FRAMES views of one solid on a turntable, 60 degrees apart, from 25 degrees above: (images uint8
+    (n, 3, F, size, size), labels (n,) into SOLIDS, captions). Each ray meets a convex solid where it has entered the
+    last half-space and left none; the face it enters by gives the shade. Four rays a pixel."""
+    index = np.asarray(indices)
+    u, ink, paper, pairs = _attributes(index, 32)
+    label, names = index % len(SOLIDS), list(SOLIDS)
+    axis = (np.arange(2 * size) + 0.5) / size - 1
+    x, y = np.meshgrid(axis, -axis)                                                              # the screen
+    c, s = math.cos(math.radians(25)), math.sin(math.radians(25))
+    ray, light = np.array([0, -s, -c]), np.array([0.45, 0.75, 0.48])
+    start = np.stack([x, c * y, -s * y], -1).reshape(-1, 3) - 2 * ray                            # (P, 3)
+    images = np.empty((len(index), 3, FRAMES, size, size), np.uint8)
+    for place in tqdm(range(len(index)), desc="drawing views", delay=2, leave=False):
+        turn = 2 * np.pi * (u[place, 0] + np.arange(FRAMES) / FRAMES)[:, None]
+        faces = SOLIDS[names[label[place]]]
+        nx, nz = (np.cos(turn) * faces[:, 0] + np.sin(turn) * faces[:, 2],
+                  np.cos(turn) * faces[:, 2] - np.sin(turn) * faces[:, 0])
+        normal = np.stack([nx, np.broadcast_to(faces[:, 1], nx.shape), nz], -1).astype(np.float32)    # (F, faces, 3)
+        slope, gap = normal @ np.float32(ray), np.float32(faces[:, 3]) - np.float32(start) @ normal.mT   # (F, P, faces)
+        meet, enters = gap / slope[:, None], (slope < 0)[:, None]
+        near = np.where(enters, meet, -np.inf)
+        hit = near.max(-1) < np.where(enters, np.inf, meet).min(-1)
+        shade = 0.35 + 0.75 * np.maximum(np.take_along_axis(normal @ np.float32(light), near.argmax(-1), 1), 0)
+        pixel = np.where(hit[:, None], ink[place][:, None] * shade[:, None], paper[place][:, None])    # (F, 3, P)
+        pixel = np.clip(pixel, 0, 1).reshape(FRAMES, 3, size, 2, size, 2).mean((3, 5))
+        images[place] = (pixel * 255 + 0.5).swapaxes(0, 1)
+    words = list(COLOURS), list(GROUNDS)
+    captions = [f"{a(words[0][c])} {names[k]} turning on {words[1][g]}" for k, (c, g) in zip(label, pairs)]
+    return images, label.astype(np.int64), captions
+
+
+RATE, WINDOW, HOP, BANDS = 8000, 512, 128, 48       # samples a second, of a Fourier transform, between two; mel bands
+DECIBELS = 60.0                                     # a spectrogram's -1 is so far below its 1
+MELODIES = {"rising": (0, 1, 2, 3, 4, 5), "falling": (5, 4, 3, 2, 1, 0), "arching": (0, 2, 4, 4, 2, 0),
+            "dipping": (4, 2, 0, 0, 2, 4), "jumping": (0, 4, 0, 4, 0, 4), "steady": (2, 2, 2, 2, 2, 2)}
+# (multiples of the fundamental, their amplitudes, decay per second)
+INSTRUMENTS = {"flute": ((1, 2), (1.0, 0.1), 1.0), "organ": ((1, 2, 3, 4), (0.6, 0.4, 0.3, 0.2), 0.0),
+               "bell": ((1, 2.76, 5.4), (0.8, 0.4, 0.2), 12.0)}
+
+
+def mel_filters():
+    """Triangles on the mel scale, 2595 log10(1 + f/700), (BANDS, WINDOW/2 + 1)."""
+    mel = np.linspace(2595 * np.log10(1 + 150 / 700), 2595 * np.log10(1 + RATE / 2 / 700), BANDS + 2)
+    low, middle, high = (f[:, None] for f in (lambda f: (f[:-2], f[1:-1], f[2:]))(700 * (10 ** (mel / 2595) - 1)))
+    f = np.linspace(0, RATE / 2, WINDOW // 2 + 1)
+    return torch.from_numpy(np.maximum(0, np.minimum((f - low) / (middle - low), (high - f) / (high - middle)))).float()
+
+
+def spectrogram(waves):
+    """Waves (n, samples) -> log-mel spectrograms (n, BANDS, samples/HOP) in [-1, 1], full scale to DECIBELS below."""
+    S = torch.stft(waves, WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True).abs()[..., :-1]
+    level = 20 * torch.log10((mel_filters() @ S / (WINDOW / 4)).clamp(min=1e-6))
+    return (level / DECIBELS * 2 + 1).clamp(-1, 1)
+
+
+def sound(spectrograms, rounds=60, momentum=0.99):
+    """Spectrograms (n, BANDS, T) -> waves (n, T HOP) in [-1, 1]. The filters are inverted by least squares, kept
+    positive; the phases by the fast Griffin-Lim algorithm (Perraudin, Balazs, Sondergaard, 2013)."""
+    window, length = torch.hann_window(WINDOW), spectrograms.shape[-1] * HOP
+    mel = 10 ** ((spectrograms.float().clamp(-1, 1) - 1) / 2 * DECIBELS / 20) * (WINDOW / 4)
+    mel = mel * (spectrograms > -0.99)
+    S = (torch.linalg.pinv(mel_filters()) @ mel).clamp(min=0)
+    S = torch.cat([S, S[..., -1:]], -1)                                                          # stft's last frame
+    turns = torch.rand(S.shape, generator=torch.Generator().manual_seed(0))
+    z = last = S * torch.exp(2j * math.pi * turns)
+    for _ in range(rounds):
+        wave = torch.istft(z, WINDOW, HOP, window=window, length=length)
+        now = torch.stft(wave, WINDOW, HOP, window=window, return_complex=True)
+        push = now + momentum * (now - last)
+        z, last = S * push / push.abs().clamp(min=1e-8), now
+    wave = torch.istft(z, WINDOW, HOP, window=window, length=length)
+    return wave / wave.abs().amax(-1, keepdim=True).clamp(min=1)
+
+
+def play(indices, steps):
+    """Melodies of six notes on a pentatonic scale: (images uint8 (n, BANDS, steps), labels (n,) into MELODIES,
+    captions)."""
+    index = np.asarray(indices)
+    u, *_ = _attributes(index, 40)
+    label, instrument = index % len(MELODIES), (u[:, 0] * len(INSTRUMENTS)).astype(int)
+    time = np.arange(steps * HOP) / RATE
+    note, into = np.divmod(time, steps * HOP / RATE / 6)
+    degrees = np.array(list(MELODIES.values()))[label][:, note.astype(int).clip(0, 5)]           # (n, samples)
+    root = 220 * 2 ** (u[:, 1] * 7 // 1 / 12)                                                    # semitones above A3
+    frequency = root[:, None] * 2 ** (np.array([0, 2, 4, 7, 9, 12])[degrees] / 12)
+    soft = np.minimum(1, np.minimum(into, steps * HOP / RATE / 6 - into) / 0.02)                 # no clicks
+    waves = np.zeros(degrees.shape, np.float32)
+    for k, (multiples, amplitudes, decay) in enumerate(INSTRUMENTS.values()):
+        rows = instrument == k
+        phase = 2 * np.pi * np.cumsum(frequency[rows], 1) / RATE
+        for multiple, amplitude in zip(multiples, amplitudes):
+            heard = frequency[rows] * multiple < RATE / 2
+            waves[rows] += amplitude * np.sin(multiple * phase) * heard * soft * np.exp(-decay * into)
+    images = spectrogram(torch.from_numpy(waves) * (0.5 + 0.3 * torch.from_numpy(u[:, 2:3]).float()))
+    names = list(MELODIES), list(INSTRUMENTS)
+    captions = [f"{a(names[0][m])} melody on {a(names[1][i])}" for m, i in zip(label, instrument)]
+    return ((images + 1) * 127.5 + 0.5).to(torch.uint8).numpy(), label.astype(np.int64), captions
+
+
+MADE = {"moving-shapes": (render_clips, MOVEMENTS, 16), "turntable": (render_views, list(SOLIDS), 16),
+        "tones": (play, list(MELODIES), 64)}
 
 
 # ---- cifar10, cifar100: the original python archives -------------------------------------------------------
@@ -522,12 +780,9 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_PIXELS = 64_000_000             # a file of 20 kB can claim to be an image that fills the memory
 
 
-def read_image(path, size):
-    """An image file as uint8 (3, size, size): upright, RGB, short side fitted, centre crop.
-
-    Transparent parts become white. Shrinks by averaging areas, enlarges bicubically. A file that is damaged,
-    too large or no image raises OSError or ValueError, or what else Pillow's decoders raise.
-    """
+def open_image(path):
+    """An image file as a Pillow picture: upright, RGB, transparent parts white. A file that is damaged, too large or no
+    image raises OSError or ValueError, or what else Pillow's decoders raise."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # our own limit is lower
         image = Image.open(path, formats=FORMATS)
@@ -540,11 +795,21 @@ def read_image(path, size):
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def cropped(picture, size):
+    """A picture as uint8 (3, size, size): short side fitted, centre crop. Shrinks by averaging areas, enlarges
+    bicubically."""
     (w, h), side = picture.size, min(picture.size)
     square = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
-    picture = picture.convert("RGB")
     picture = picture.resize((size, size), Image.BOX if side >= size else Image.BICUBIC, box=square)
     return np.asarray(picture).transpose(2, 0, 1)
+
+
+def read_image(path, size):
+    """An image file as uint8 (3, size, size), see `open_image` and `cropped`."""
+    return cropped(open_image(path), size)
 
 
 def _list_images(root):
@@ -580,12 +845,25 @@ def _list_folder(root, split):
     return files, np.array(labels), classes
 
 
-def _load_folder(root, split, size, bad_images):
+def _load_folder(root, split, size, bad_images, stride=None, squares=False):
+    """stride: images keep their ratios and come as a list, without those of fewer than 16 patches of the stride;
+    squares: each a second time as a square, if both its sides exceed the size. FiTv2, 2410.13925, section 3.3."""
     files, labels, classes = _list_folder(root, split)
-    images, good, bad = np.empty((len(files), 3, size, size), np.uint8), [], []
+    images, good, bad, again = np.empty((0 if stride else len(files), 3, size, size), np.uint8), [], [], []
+    images = [] if stride else images
     for i, path in enumerate(tqdm(files, desc=f"reading {root}", unit=" images", delay=2, leave=False)):
         try:
-            images[len(good)] = read_image(path, size)
+            picture = open_image(path)
+            if stride:
+                w, h = fit_size(*picture.size, size, stride)
+                if w * h < 16 * stride**2:
+                    continue
+                whole = np.array(picture.resize((w, h), Image.BICUBIC)).transpose(2, 0, 1)
+                large = squares and min(picture.size) > size
+                again.append(torch.from_numpy(cropped(picture, size // stride * stride).copy() if large else whole))
+                images.append(torch.from_numpy(whole))
+            else:
+                images[len(good)] = cropped(picture, size)
             good.append(i)
         except Exception as error:                   # decoders raise nearly every type there is
             reason = "not a PNG, JPEG, WebP or BMP" if isinstance(error, UnidentifiedImageError) else error
@@ -598,21 +876,26 @@ def _load_folder(root, split, size, bad_images):
         warnings.warn(f"{report}; skipped", stacklevel=3)
     beside = [files[i].with_suffix(".txt") for i in good]
     captions = [path.read_text("utf-8", "replace").strip() if path.exists() else "" for path in beside]
-    return images[:len(good)], labels[good], classes, captions if any(captions) else None, [files[i] for i in good]
+    images = images[:len(good)] + again * squares if stride else images[:len(good)]
+    return images, labels[good], classes, captions if any(captions) else None, [files[i] for i in good]
 
 
 # ---- load --------------------------------------------------------------------------------------------------
 
 
 def load(name, data_dir="data", image_size=None, split="train", device="cpu", flip=None, download=True,
-         bad_images="error"):
+         bad_images="error", aspect="square", stride=1):
     """A Dataset by name (the names are in DATASETS).
 
     data_dir    where its files are, or are downloaded to; for `folder`, the folder of images itself
-    image_size  side in pixels; None: 16 for shapes, 32 for cifar, else 64. cifar and imagenet64 can shrink
+    image_size  side in pixels, for tones the length in time steps; None: 16 for shapes, moving-shapes and turntable, 32
+                for cifar, else 64. cifar and imagenet64 can shrink
     split       "train" or "test"; where no test split is on disk, a fixed part of the images is held out
                 (folder: a tenth; imagenet64: a twentieth, unless there is val_data.npz)
     flip        mirror half of the images in training batches; None: yes for photographs, no for shapes
+    aspect      of shapes and folder: "square"; "keep": images of all ratios, of at most image_size^2 pixels, sides
+                multiples of the stride (FiT); "mixed": half of the draws of large images are squares (FiTv2)
+    stride      the patch size of the model
     bad_images  "error", or "skip" to leave out files of a folder that cannot be read, with a warning
 
     Raises ValueError or FileNotFoundError with a sentence: what is wrong, where, what to do. The first call
@@ -621,23 +904,37 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.4) or DATASETS
         raise ValueError(f"there is no dataset called {name!r}: did you mean {' or '.join(near)}?")
-    for value, choices in ((split, ("train", "test")), (bad_images, ("error", "skip"))):
+    for value, choices in ((split, ("train", "test")), (bad_images, ("error", "skip")),
+                           (aspect, ("square", "keep", "mixed"))):
         if value not in choices:
             raise ValueError(f"{value!r} is neither {' nor '.join(choices)}")
-    size = image_size if image_size is not None else {"shapes": 16, "imagenet64": 64, "folder": 64}.get(name, 32)
-    if not isinstance(size, int) or size < 1:
+    mixed = aspect != "square"
+    if mixed and name not in ("shapes", "folder"):
+        raise ValueError(f"aspect {aspect!r}: the images of {name} have one size; shapes and folder have many ratios")
+    size = image_size if image_size is not None else {
+        "shapes": 16, "imagenet64": 64, "folder": 64}.get(name, MADE[name][2] if name in MADE else 32)
+    sides = pair(size) if name == "shapes" and not mixed else (size,)             # shapes are drawn at any (H, W)
+    if not all(isinstance(side, int) and side >= 1 for side in sides):
         raise ValueError(f"image_size is {size!r}: choose a whole number of pixels, such as 32")
     root = Path(data_dir).expanduser()
     files = None
     if name == "shapes":
-        images, labels, classes, captions = _load_shapes(split, size)
+        images, labels, classes, captions = (_load_mixed_shapes(split, size, stride, aspect == "mixed") if mixed else
+                                             _load_shapes(split, size))
+    elif name in MADE:
+        make, classes, _ = MADE[name]
+        images, labels, captions = make(np.array(FEW[split]), size)
     elif name == "imagenet64":
         images, labels, classes, captions = _load_imagenet64(root, split, size)
     elif name == "folder":
-        images, labels, classes, captions, files = _load_folder(root, split, size, bad_images)
+        images, labels, classes, captions, files = _load_folder(
+            root, split, size, bad_images, stride if mixed else None, aspect == "mixed")
     else:
         images, labels, classes, captions = _load_cifar(name, root, split, size, download)
-    if not isinstance(images, np.memmap):
+    if isinstance(images, list):
+        images = [image.to(device) for image in images]
+    elif not isinstance(images, np.memmap):
         images = torch.from_numpy(images).to(device)
-    flip = name != "shapes" if flip is None else flip
-    return Dataset(images, torch.from_numpy(labels).to(device), classes, captions, flip, device, files)
+    flip = name != "shapes" and name not in MADE if flip is None else flip
+    return Dataset(images, torch.from_numpy(labels).to(device), classes, captions, flip, device, files,
+                   budget=size if mixed else 0)

@@ -8,6 +8,7 @@
     python evaluate.py pack runs/shapes-terdit-nano     ternary weights at two bits: a file, its size and its speed
     python evaluate.py prompts runs/shapes-dimba-nano   does what was drawn agree with the captions?
     python evaluate.py speed --tokens 16384             time and memory of the token mixers
+    python evaluate.py sizes runs/fit runs/dit --sizes 32x32,20x40,44x44    class accuracy beyond the training sizes
     python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
     python evaluate.py speed dico-s dit-s/2 --fair      the same at equal MACs, each at its best batch
 """
@@ -34,6 +35,7 @@ import moe
 import objectives
 import runs
 import scans
+from layers import pair
 from metrics import Classifier, frechet_distance
 from models import MODELS, cost, create_model
 
@@ -42,9 +44,10 @@ from models import MODELS, cost, create_model
 
 def classifier(config, device, steps, dataset=None):
     """A `Classifier` of the run's dataset, or of the labels of another, trained once and kept beside the runs."""
-    name = f"{config['data']}-{config['image_size']}-{config['data_size']}-{config['num_classes']}"
-    path = Path("runs/classifiers") / f"{name}.pt"
-    network = Classifier(config["num_classes"], config["in_channels"]).to(device)
+    sides = pair(config["image_size"])
+    size = config["image_size"] if len(set(sides)) == 1 < len(sides) else "x".join(map(str, sides))
+    path = Path("runs/classifiers") / f"{config['data']}-{size}-{config['data_size']}-{config['num_classes']}.pt"
+    network = Classifier(config["num_classes"], config["in_channels"] if len(sides) > 1 else 1).to(device)
     if path.exists():
         network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return network.eval()
@@ -56,7 +59,7 @@ def classifier(config, device, steps, dataset=None):
                delay=1)
     for step in bar:
         x, y = dataset.gather(*dataset.plan(step, 128, seed=0))
-        loss = F.cross_entropy(network(x), y)
+        loss = F.cross_entropy(network(as_image(x)), y)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -108,8 +111,13 @@ def prompts(args):
 
 def load_data(config, split, device="cpu"):
     """The run's dataset, no flips."""
-    return data.load(config["data"], config["data_dir"], config["image_size"], split, device, flip=False,
+    return data.load(config["data"], config["data_dir"], pair(config["image_size"])[-1], split, device, flip=False,
                      download=config["download"], bad_images=config["bad_images"])
+
+
+def as_image(x):
+    """What the classifier sees of clips (B, C, F, H, W): a strip; of sounds (B, bands, T): one channel."""
+    return x.transpose(2, 3).flatten(3) if x.ndim == 5 else x[:, None] if x.ndim == 3 else x
 
 
 @torch.no_grad()
@@ -117,7 +125,7 @@ def read(network, batches, device):
     """Features (n, 128) and predicted classes (n,) of batches of images in [-1, 1]."""
     features, classes = [], []
     for x in batches:
-        f = network.features(x.to(device).clamp(-1, 1))
+        f = network.features(as_image(x).to(device).clamp(-1, 1))
         features.append(f.cpu())
         classes.append(network.head(f).argmax(1).cpu())
     return torch.cat(features), torch.cat(classes)
@@ -293,6 +301,8 @@ def stitch(args):
     device, options, folders = runs.device(args.device), runs.sampling_options(args), (args.small, args.large)
     parts = [runs.open_run(folder, device, args.weights)[1] for folder in folders]
     config, _ = runs.open_stitched(folders, [0.5])                     # refuses what cannot be stitched
+    if not config["num_classes"]:
+        raise ValueError(f"{args.large} has no classes: class accuracy needs runs with classes")
     network = classifier(config, device, args.classifier_steps)
     held_out = load_data(config, "test")
     reference, _ = read(network, (held_out.gather(r)[0] for r in torch.arange(len(held_out)).split(256)), device)
@@ -301,7 +311,7 @@ def stitch(args):
     stitched = [objectives.Stitch(parts, [f, 1 - f], args.stitch_rule).eval() for f in args.fractions]
     rows = [{"fraction": f, "macs": f * macs[0] + (1 - f) * macs[1], "frechet_classifier": [], "class_accuracy": [],
              "seconds": []} for f in args.fractions]
-    for seed, (row, objective) in tqdm([(seed, pair) for seed in args.seeds for pair in zip(rows, stitched)],
+    for seed, (row, objective) in tqdm([(seed, both) for seed in args.seeds for both in zip(rows, stitched)],
                                        desc="seeds x fractions"):
         clock = time.perf_counter()
         images = list(runs.draw(objective, labels, args.n, seed, args.batch, device, **options))
@@ -361,6 +371,67 @@ def pack(args):
         difference = (images[name] - images["ordinary"]).abs().max().item()
         print(f"{name:14}{size:8.2f}{statistics.median(times[name]):10.2f}{difference:22.1e}")
     print(f"the file: {path}, {path.stat().st_size / 1e6:.2f} MB; python sample.py {path} draws from it")
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+
+def size_classifier(sizes, device, steps):
+    """A `Classifier` of shapes of all these sizes, a size a batch, trained once and kept beside the runs."""
+    path = Path("runs/classifiers") / f"shapes-{'-'.join('x'.join(map(str, s)) for s in sizes)}.pt"
+    network = Classifier(len(data.SHAPES)).to(device)
+    if path.exists():
+        network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        return network.eval()
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, steps)
+    for step in tqdm(range(steps), desc=f"training a classifier (once, kept in {path})", unit=" steps", delay=1):
+        x, y = drawn_shapes("train", sizes[step % len(sizes)], step * 64, 64)
+        loss = F.cross_entropy(network(x.to(device)), y.to(device))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write(path, lambda partial: torch.save(network.state_dict(), partial))
+    return network.eval()
+
+
+def drawn_shapes(split, size, first, n):
+    """n shapes of a split, in the order of their numbers and around its end: x (n, 3, H, W), labels (n,)."""
+    numbers = data.SPLITS[split]
+    x, y, _ = data.render([numbers[(first + k) % len(numbers)] for k in range(n)], size)
+    return torch.from_numpy(x).float() / 127.5 - 1, torch.from_numpy(y)
+
+
+def sizes(args):
+    """Sizes and ratios that no training image had, with every way of extrapolating the rotary frequencies."""
+    device, rows, pictures = runs.device(args.device), {}, {size: [] for size in args.sizes}
+    network = size_classifier(args.sizes, device, args.classifier_steps)
+    labels = torch.arange(args.n) % len(data.SHAPES)
+
+    def accuracy(batches, y):
+        return (read(network, batches, device)[1] == y).float().mean().item()
+
+    for folder in args.runs:
+        config, objective = runs.open_run(folder, device, args.weights)
+        if config["classes"] != data.SHAPES:
+            raise ValueError(f"{folder}: this command knows the shapes only, train with --data shapes and classes")
+        ropes = getattr(objective.model, "ropes", [None])
+        for rope in ropes if args.ropes == ["all"] else [name for name in ropes if name in args.ropes or not name]:
+            for size in tqdm(args.sizes, desc=f"{folder} {rope or ''}", unit=" sizes", leave=False):
+                runs.extrapolate(objective, size, rope)
+                x = torch.cat([*runs.draw(objective, labels, args.n, args.seed, args.batch, device, steps=args.steps)])
+                rows.setdefault(f"{Path(folder).name} {rope or ''}", []).append(accuracy([x], labels))
+                pictures[size].append(x[:8].cpu())
+    real = [drawn_shapes("test", size, 0, 512) for size in args.sizes]
+    rows["held-out real"] = [accuracy(x.split(128), y) for x, y in real]
+    print(f"class accuracy of {args.n} samples, {args.steps} steps, the run's own guidance, seed {args.seed}")
+    print(f"{'':32}" + "".join(f"{'x'.join(map(str, size)):>9}" for size in args.sizes))
+    for name, cells in rows.items():
+        print(f"{name:32}" + "".join(f"{cell:9.3f}" for cell in cells))
+    for size, drawn in pictures.items():
+        path = Path(args.runs[0]) / f"size-{'x'.join(map(str, size))}.png"
+        figures.save(figures.grid(figures.to_uint8(torch.cat(drawn)), 8), path)
+        print(f"picture, a line of the table a row: {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- speed
@@ -626,6 +697,16 @@ def flags():
     s.add_argument("--n", type=runs.positive, default=256, help="prompts, of the test split (default: %(default)s)")
     s.add_argument("--subset", metavar="REGEX", help="only captions that this finds, such as those not trained on")
     runs.sampling_flags(s)
+    s = commands.add_parser("sizes", help="class accuracy of shapes at other sizes than those of training")
+    s.set_defaults(function=sizes)
+    s.add_argument("runs", nargs="+", help="folders of runs on shapes")
+    s.add_argument("--sizes", type=lambda text: [runs.sides(word) for word in text.split(",")], metavar="HxW,...",
+                   default=[(32, 32), (20, 40), (16, 48), (44, 44), (32, 64)],
+                   help="default: 32x32,20x40,16x48,44x44,32x64")
+    s.add_argument("--ropes", type=lambda text: text.split(","), default=["all"], metavar="NAME,...",
+                   help="ways to extrapolate, of models that have rotary positions (default: all)")
+    s.add_argument("--n", type=runs.positive, default=64, help="images for each entry (default: %(default)s)")
+    s.add_argument("--steps", type=runs.positive, default=10, help="sampling steps (default: %(default)s)")
     drawing_flags(s)
 
     s = commands.add_parser("speed", help="parameters, MACs, time of forward and training step, peak memory")

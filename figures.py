@@ -14,7 +14,12 @@ COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
 
 def to_uint8(x):
     """Images in [-1, 1], (n, C, H, W), to uint8 (n, H, W, 3), rounded as DiT and EDM do. One channel becomes grey; of
-    more than three (latents) the first three are drawn, each stretched to its own range: false colour."""
+    more than three (latents) the first three are drawn, each stretched to its own range: false colour. The frames or
+    views of (n, C, F, H, W) lie side by side; a spectrogram (n, bands, T) has its low bands below."""
+    if x.ndim == 5:
+        x = x.transpose(2, 3).flatten(3)
+    elif x.ndim == 3:
+        x = x[:, None].flip(2)
     if x.shape[1] > 3:
         low, high = (f(x[:, :3], dim=(0, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
         x = (x[:, :3] - low) / (high - low).clamp(min=1e-8) * 2 - 1
@@ -32,10 +37,11 @@ def save(picture, path, **options):
 
 
 def grid(images, columns=None, zoom=None, gap=2):
-    """uint8 (n, H, W, 3) -> one PIL picture, row by row; small images are enlarged, unsmoothed, to about 64 pixels."""
+    """uint8 (n, H, W, 3) -> one PIL picture, row by row; small images are enlarged, unsmoothed, to a shorter side of
+    about 64 pixels."""
     n, H, W, _ = images.shape
     columns = columns or math.ceil(math.sqrt(n))
-    zoom = zoom or max(1, round(64 / max(H, W)))
+    zoom = zoom or max(1, round(64 / min(H, W)))
     images = images.repeat(zoom, 1).repeat(zoom, 2)
     h, w = H * zoom + gap, W * zoom + gap
     sheet = np.full((math.ceil(n / columns) * h + gap, columns * w + gap, 3), 255, np.uint8)

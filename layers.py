@@ -5,6 +5,7 @@ Letters: B batch, C channels, H W pixels, N tokens, D width, h heads, p patch si
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,152 @@ def unpatchify(tokens, grid, p):
     B, (rows, columns) = len(tokens), grid
     x = tokens.view(B, rows, columns, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * p, columns * p)
+
+
+# ----------------------------------------------------------------------------------- sequences of images of mixed sizes
+# A batch of mixed sizes is a canvas: every image at the upper left of a zero tensor that all fit, and sizes (B, dims),
+# each one's own sides. Models cut it into token sequences that leave the rest of the canvas out.
+
+
+def canvas(images):
+    """[(C, sides), ...] of as many dims -> x (B, C, largest sides), zero beyond each image, sizes (B, dims) int64."""
+    sizes = torch.tensor([x.shape[1:] for x in images])
+    x = images[0].new_zeros(len(images), images[0].shape[0], *sizes.amax(0).tolist())
+    for own, image in zip(x, images):
+        own[tuple(map(slice, image.shape))] = image
+    return x, sizes
+
+
+def cropped(x, sizes):
+    """The images of a canvas: a list of (C, sides)."""
+    return [image[(slice(None), *map(slice, size))] for image, size in zip(x, sizes.tolist())]
+
+
+def sequence(grid, sizes=None, nextline=False, nextframe=False):
+    """The token sequence of each image: frame by frame, row by row, with a [nextline] token after each row and a
+    [nextframe] token after each frame where asked (2405.05945), padded to the longest of the batch.
+
+    grid: (frames, rows, columns) of the canvas's n patches; sizes (B, 3): each image's own, None: all fill it, B = 1.
+    Returns place (B, L): the patch each token is, else n for [nextline], n + 1 for [nextframe], n + 2 for padding;
+    mask (B, L) bool, true for all but padding, None if there is none; row and column (B, L) of each token's patch.
+    """
+    (_, H, W), n = grid, math.prod(grid)
+    frames, rows, columns = (torch.tensor([grid]) if sizes is None else sizes).T[..., None]                  # (B, 1)
+    line = columns + nextline
+    length = frames * (frame := rows * line + nextframe)
+    k = torch.arange(length.max().item())[None]
+    row, column = k % frame // line, k % frame % line
+    place = (k // frame * H + row) * W + column
+    place = place.where(column < columns, n).where(row < rows, n + 1).where(k < length, n + 2)
+    return place, None if (length == length[0]).all() else k < length, row, column
+
+
+def pick(tokens, place):
+    """tokens (B, n, D), place (B or 1, L) -> the tokens at these places, (B, L, D)."""
+    return tokens.gather(1, place[..., None].expand(len(tokens), -1, tokens.shape[2]))
+
+
+class Padding(NamedTuple):
+    """Which tokens of padded rows (B, L) are real: mask (B, 1, 1, L) bool. The T real ones go through everything but
+    attention as (T, 1, D), a batch of single tokens: place (T,) in the flattened rows, image (T,) whose they are."""
+    mask: torch.Tensor
+    place: torch.Tensor
+    image: torch.Tensor
+
+    @classmethod
+    def of(cls, mask, device):
+        return cls(*(v.to(device) for v in (mask[:, None, None], mask.flatten().nonzero()[:, 0], mask.nonzero()[:, 0])))
+
+    def padded(self, x):
+        """(T, ...) -> (B, L, ...)."""
+        B, L = len(self.mask), self.mask.shape[3]
+        return x.new_zeros(B * L, *x.shape[1:]).index_copy(0, self.place, x).unflatten(0, (B, L))
+
+    def padded_heads(self, *xs):
+        """Queries, keys and values (T, h, 1, D/h) -> (B, h, L, D/h) each."""
+        return (self.padded(x[:, :, 0]).transpose(1, 2) for x in xs)
+
+    def unpadded(self, x):
+        """(B, L, K) -> (T, 1, K)."""
+        return x.flatten(0, 1).index_select(0, self.place)[:, None]
+
+
+def put_back(tokens, place, n):
+    """tokens (B, L, D) to their places among n patches, the others zero: (B, n, D). What is no patch is dropped."""
+    index = place[..., None].expand(tokens.shape)
+    return tokens.new_zeros(len(tokens), n + 3, tokens.shape[2]).scatter(1, index, tokens)[:, :n]
+
+
+# ----------------------------------------------------------------------------------------------------------------- RoPE
+
+# Rotary frequencies beyond the sizes of training: name -> line. FiT, 2402.12376, section 3.4; FiTv2, 2410.13925. For
+# 2-D RoPE "vision-" before a name scales each axis by its own length, not both by the longer one.
+ROPE = {
+    "direct": "the frequencies of training", "pi": "position interpolation: all divided by s = length/trained length",
+    "ntk": "another base: the lowest frequency is divided by s, the highest stays",
+    "ntk-by-parts": "by its number of turns a frequency stays, follows ntk, or is divided by s",
+    "yarn": "by its number of turns a frequency stays or is divided by s; logits times (0.1 ln s + 1)^2",
+    "ntk-pro1": "ntk, logits times ln(2 max(h, w))/ln(trained length)",
+    "ntk-pro2": "ntk, logits times ln(2 h w)/ln(trained length^2): the attention scale of FiTv2",
+}
+
+
+def rope_frequencies(d, length=None, rope="direct", trained=None, theta=10000.0):
+    """Angles per step of one axis, for d dimensions in d/2 pairs: theta^(-2i/d), changed by `rope` where length (B,)
+    exceeds the `trained` length. (B or 1, d/2), float64. RoFormer, 2104.09864; `ROPE`."""
+    i = torch.arange(d // 2, dtype=torch.float64)
+    base = (theta ** (-2 * i / d))[None]
+    if rope == "direct":
+        return base
+    s = (torch.as_tensor(length, dtype=torch.float64).view(-1, 1) / trained).clamp(min=1)
+    linear, ntk = base / s, (theta * s ** (d / max(d - 2, 1))) ** (-2 * i / d)
+
+    def stays(fast, slow):
+        """1 for pairs that turn more than `fast` times over the trained length, 0 below `slow`, in between a ramp."""
+        pair_of = lambda turns: d * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(theta))
+        low, high = max(math.floor(pair_of(fast)), 0), min(math.ceil(pair_of(slow)), d - 1)
+        return 1 - ((i - low) / (high - low or 0.001)).clamp(0, 1)
+
+    if rope == "yarn":
+        return torch.lerp(linear, base.expand_as(linear), stays(32, 1).expand_as(linear))
+    if rope == "ntk-by-parts":
+        mixed = torch.lerp(linear, ntk, stays(1.25, 0.75).expand_as(linear))
+        return torch.lerp(mixed, base.expand_as(linear), stays(16, 2).expand_as(linear))
+    return linear if rope == "pi" else ntk
+
+
+def rope_factor(size, rope, trained):
+    """What cos and sin of queries and keys are multiplied by, (B,): the root of the attention's scale. `ROPE`."""
+    rows, columns = (torch.as_tensor(side, dtype=torch.float64).view(-1) for side in size)
+    longest = torch.maximum(rows, columns)
+    proportion = lambda tested, known: (tested.log() / math.log(known)).sqrt().where(tested > known, 1.0)
+    if rope == "yarn":
+        return 0.1 * (longest / trained).clamp(min=1).log() + 1
+    if rope == "ntk-pro1":
+        return proportion(2 * longest, trained)
+    return proportion(2 * rows * columns, trained**2) if rope == "ntk-pro2" else torch.ones_like(longest)
+
+
+def rope_2d(rows, columns, size, d, rope="direct", trained=None, theta=10000.0):
+    """cos and sin (B, N, d/2) for tokens at rows, columns (B, N) of grids of size (heights (B,), widths (B,)): the
+    first half of the d dimensions of a head turns with the row, the second with the column. rope: a name in `ROPE`,
+    after "vision-" for an own scale of each axis; trained: the grid's side in training. 2402.12376, section 3.1."""
+    rule = rope.removeprefix("vision-")
+    if rule not in ROPE:
+        raise ValueError(f"unknown rope {rope!r}: choose from {', '.join(ROPE)}, or vision- and one of these")
+    size = [torch.as_tensor(side) for side in size]
+    lengths = size if rope != rule else 2 * [torch.maximum(*size)]
+    angles = [place[..., None] * rope_frequencies(d // 2, length, rule, trained, theta)[:, None]
+              for place, length in zip((rows, columns), lengths)]
+    angle, factor = torch.cat(angles, -1), rope_factor(size, rule, trained)[:, None, None]
+    return (angle.cos() * factor).float(), (angle.sin() * factor).float()
+
+
+def rotate(x, cos, sin):
+    """x (B, h, N, d) with each pair of adjacent dimensions turned: cos, sin (B or 1, N, d/2). 2104.09864, eq. 34."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).type_as(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------- adaLN

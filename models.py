@@ -17,6 +17,8 @@ Contents
     DiCo      Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling, 2505.11196
     U-ViT     All are Worth Words: A ViT Backbone for Diffusion Models, 2209.12152
     DiMR      Alleviating Distortion in Image Generation via Multi-Resolution Diffusion Models, 2406.09416
+    FiT       Flexible Vision Transformer for Diffusion Model, 2402.12376; FiTv2, 2410.13925
+    Flag-DiT  Lumina-T2X, 2405.05945: images, clips, views and sounds as one sequence
     Registry  names, presets, create_model
 """
 
@@ -31,18 +33,27 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers import (
+    ROPE,
     TDLN,
     Attention,
     LabelEmbedder,
     Mlp,
+    Padding,
     PatchEmbed,
     SwiGlu,
     Text,
     TimestepEmbedder,
+    canvas,
+    cropped,
     gated,
     modulate,
     pair,
+    pick,
     position_table,
+    put_back,
+    rope_2d,
+    rotate,
+    sequence,
     ternarize,
     timestep_embedding,
     unpatchify,
@@ -110,6 +121,7 @@ class DiT(nn.Module):
                  mlp_ratio=4.0, num_classes=1000, learn_sigma=False, null_class=True, norm="adaln"):
         super().__init__()
         self.patch_size, self.grid = patch_size, patch_grid(image_size, patch_size)
+        self.trained = self.grid
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size) if norm == "adaln" else None
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class) if num_classes else None
@@ -147,6 +159,13 @@ class DiT(nn.Module):
             x = block(x, c)                                         # (B, N, D)
         x = self.final_layer(x[:, -self.pos_embed.shape[1]:], c)    # (B, N, p*p*C_out)
         return unpatchify(x, self.grid, self.patch_size)            # (B, C_out, H, W)
+
+    def resize(self, image_size):
+        """From now on images of another size: the position table of training is interpolated bicubically."""
+        self.grid, D = patch_grid(image_size, self.patch_size), self.pos_embed.shape[2]
+        table = position_table(D, *self.trained).T.unflatten(1, self.trained)                             # (D, h, w)
+        table = F.interpolate(table[None], self.grid, mode="bicubic")
+        self.pos_embed.data = table.flatten(2).mT.to(self.pos_embed)                                      # (1, N, D)
 
 
 def patch_grid(image_size, patch_size, what="the patch size"):
@@ -342,14 +361,6 @@ class DiTMoE(DiT):
 # `layers.ternarize` makes them so, and puts an RMSNorm behind each block's adaLN projection, the paper's one change.
 
 
-def rotate(x, angle):
-    """Rotary positions, 2104.09864: x (B, h, N, D/h), whose channels 2i, 2i + 1 of token n turn by angle[n, i], the
-    tensor (N, D/2h)."""
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
-
-
 class GroupedAttention(nn.Module):
     """LLaMA's attention (B, N, D) -> (B, N, D): kv_heads heads of keys and values, each for num_heads/kv_heads heads of
     queries (2305.13245), no biases. qk_norm: LayerNorm over all heads' channels of q and of k, before the rotation."""
@@ -372,7 +383,7 @@ class GroupedAttention(nn.Module):
         q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
         q, k, v = (z.to(v.dtype).unflatten(-1, (heads, -1)).transpose(1, 2)                           # (B, h, N, D/h)
                    for z, heads in ((q, self.num_heads), (k, self.kv_heads), (v, self.kv_heads)))
-        q, k = rotate(q, angle), rotate(k, angle)
+        q, k = (rotate(z, angle.cos()[None], angle.sin()[None]) for z in (q, k))
         k, v = (z.repeat_interleave(self.num_heads // self.kv_heads, 1) for z in (k, v))
         return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -456,15 +467,15 @@ class Stitched(nn.Module):
     with progress 1 - t/T <= fractions[0] + ... + fractions[j] (the published rule), the last if there is none.
 
     A threshold on t gives a model its fraction of the steps on a uniform grid only; for other grids see `stitch_steps`.
-    T: what the network is told at the noisiest end. nulls: each model's null label, in place of the first one's.
+    T: what the network is told at the noisiest end. y: a condition for all, or a tuple of one for each.
     """
 
-    def __init__(self, models, fractions, T=1000, nulls=None):
+    def __init__(self, models, fractions, T=1000):
         super().__init__()
         if len(fractions) != len(models) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=0.02):
             raise ValueError(f"stitching {len(models)} models takes as many fractions of the steps, which sum to 1, "
                              f"not {', '.join(f'{f:g}' for f in fractions)}")
-        self.models, self.T, self.nulls = nn.ModuleList(models), T, nulls
+        self.models, self.T = nn.ModuleList(models), T
         self.cumulative = torch.tensor(fractions).cumsum(0)            # float32 as published, where it decides a tie
         self.cumulative[self.cumulative == 0] = -math.inf              # no share, no step
 
@@ -475,9 +486,7 @@ class Stitched(nn.Module):
 
     def forward(self, x, t, y=None):
         j = self.choose(t[0])
-        if self.nulls is not None and y is not None:
-            y = torch.where(y == self.nulls[0], self.nulls[j], y)
-        return self.models[j](x, t, y)
+        return self.models[j](x, t, y[j] if isinstance(y, tuple) else y)
 
 
 def stitch_steps(steps, fractions):
@@ -1247,6 +1256,392 @@ class LiT(DiT):
             block.attn = LinearAttention(hidden_size, num_heads, self.grid, kernel_size)
 
 
+# ================================================================================================================== FiT
+# FiT: Flexible Vision Transformer for Diffusion Model, 2402.12376; FiTv2, 2410.13925. An image is a token sequence of
+# any length, not a grid of one size: training keeps every image's aspect ratio, pads sequences to a common length and
+# masks the padding; positions enter by 2-D RoPE alone, so that an unseen size is only another table (`layers.ROPE`).
+# FiTv2 adds LayerNorm on queries and keys, a smaller SwiGLU, and AdaLN-LoRA: one modulation shared by all blocks plus a
+# low-rank one of each. h x w tokens, width D, rank r.
+
+
+class FiTAttention(nn.Module):
+    """Self-attention with 2-D RoPE and an optional LayerNorm over each head's queries and keys; gain: with weight."""
+
+    def __init__(self, dim, num_heads, qk_norm=False, gain=False):
+        super().__init__()
+        if dim % (4 * num_heads):
+            raise ValueError(f"width {dim} does not divide into {num_heads} heads of a multiple of 4 (2-D RoPE)")
+        norm = lambda: (nn.LayerNorm(dim // num_heads, eps=1e-6, elementwise_affine=gain, bias=False) if qk_norm else
+                        nn.Identity())
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm, self.k_norm = norm(), norm()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, rope, padding):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)          # (B, h, N, D/h)
+        q, k = rotate(self.q_norm(q), *rope).type_as(v), rotate(self.k_norm(k), *rope).type_as(v)
+        q, k, v = (q, k, v) if padding is None else padding.padded_heads(q, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, padding and padding.mask).transpose(1, 2).flatten(2)
+        return self.proj(x if padding is None else padding.unpadded(x))
+
+
+class SwiGLU(nn.Module):
+    """fc2(SiLU(fc1_g x) * fc1_x x), (B, N, D) -> (B, N, D). 2002.05202."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1_g, self.fc1_x = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.silu(self.fc1_g(x)) * self.fc1_x(x))
+
+
+class FiTBlock(nn.Module):
+    """DiT's block with FiT's attention and SwiGLU. c (B, D); common: the modulation that all blocks share, or 0."""
+
+    def __init__(self, dim, num_heads, hidden, swiglu, qk_norm, gain, lora_dim):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = FiTAttention(dim, num_heads, qk_norm, gain)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = SwiGLU(dim, hidden) if swiglu else Mlp(dim, hidden)
+        linears = ([nn.Linear(dim, lora_dim), nn.Linear(lora_dim, 6 * dim)] if lora_dim else [nn.Linear(dim, 6 * dim)])
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), *linears)
+
+    def forward(self, x, c, rope, padding, common):
+        modulation = self.adaLN_modulation(c) + common                                              # (B, 6D)
+        modulation = modulation if padding is None else modulation.index_select(0, padding.image)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
+        x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rope, padding))
+        return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+
+
+class FiTFinalLayer(nn.Module):
+    """adaLN, then the linear read-out of each token's patch: (B, N, D) -> (B, N, C_out p p)."""
+
+    def __init__(self, dim, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c, padding):
+        modulation = self.adaLN_modulation(c)
+        shift, scale = (modulation if padding is None else modulation.index_select(0, padding.image)).chunk(2, 1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class FiT(nn.Module):
+    """FiT, or FiTv2 with qk_norm, lora_dim and mlp_ratio 8/3. Images of any size that the patch divides, in one batch.
+
+    swiglu: False for a GELU MLP. qk_norm: True, False, or "gain" (with a weight). lora_dim: r; 0: each block has its
+    own whole modulation. image_size: int or (H, W), whose number of tokens is L^2, L the trained length of an axis.
+    trained: another L. rope: a name in `layers.ROPE`, also after "vision-"; may be set on the model at any time, and so
+    may extent, the (h, w) that the scaling is for (None: of each image its own), and time_shift a, which tells the
+    network a t/(1 + (a - 1) t) for t in [0, 1]. The published FiTv2 is told t in [0, 1] from noise to data.
+    """
+    ropes = [*ROPE, *(f"vision-{name}" for name in ROPE if name != "direct")]
+
+    def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=36, num_heads=16,
+                 mlp_ratio=8 / 3, num_classes=1000, learn_sigma=False, null_class=True, swiglu=True, qk_norm=True,
+                 lora_dim=0, rope="direct", trained=None, theta=10000.0, extent=None, time_shift=1.0):
+        super().__init__()
+        self.patch_size, self.head_dim = patch_size, hidden_size // num_heads
+        self.trained = trained or math.prod(patch_grid(image_size, patch_size)) ** 0.5
+        self.rope, self.theta, self.extent, self.time_shift = rope, theta, extent, time_shift
+        self.x_embedder = nn.ModuleDict({"proj": nn.Linear(in_channels * patch_size**2, hidden_size)})
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class) if num_classes else None
+        self.global_adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) \
+            if lora_dim else None
+        self.blocks = nn.ModuleList(
+            FiTBlock(hidden_size, num_heads, int(hidden_size * mlp_ratio + 1e-6), swiglu, bool(qk_norm),
+                     qk_norm == "gain", lora_dim) for _ in range(depth))
+        self.final_layer = FiTFinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
+        self.initialise()
+
+    def initialise(self):
+        # Linear layers as in ViT: Xavier uniform.
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        # Embeddings of timestep and label start small.
+        tables = [self.y_embedder.embedding_table] if self.y_embedder else []
+        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *tables):
+            nn.init.normal_(m.weight, std=0.02)
+        # Zero: gates closed (identity blocks; of a low-rank pair the second layer), no modulation, output 0.
+        modulations = [layer.adaLN_modulation[-1] for layer in (*self.blocks, self.final_layer)]
+        common = [self.global_adaLN_modulation[1]] if self.global_adaLN_modulation else []
+        for m in (*modulations, *common, self.final_layer.linear):
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
+
+    def forward(self, x, t, y=None, sizes=None):
+        """x (B, C, H, W), of which image i fills the upper left sizes[i] = (H_i, W_i), None: all; the output is zero
+        elsewhere. Or x a list of (C, H_i, W_i): a list of outputs."""
+        if isinstance(x, list):
+            x, sizes = canvas(x)
+            return cropped(self(x, t, y, sizes), sizes)
+        p, (h, w) = self.patch_size, patch_grid(x.shape[2:], self.patch_size)
+        size = patch_sizes(sizes, p)                                                # (B, 2) in patches, or None
+        place, mask, row, column = sequence((1, h, w), None if sizes is None else F.pad(size, (1, 0), value=1))
+        grid = self.extent or ((h, w) if sizes is None else size.T)
+        rope = [v.to(x.device) for v in rope_2d(row, column, grid, self.head_dim, self.rope, self.trained, self.theta)]
+        place, padding = place.to(x.device), None if mask is None else Padding.of(mask, x.device)
+        if padding is not None:
+            rope = [padding.unpadded(v.expand(len(x), -1, -1)) for v in rope]       # (T, 1, D/2h)
+        z = F.pixel_unshuffle(x, p).flatten(2).mT                                   # (B, h w, C p p)
+        z = z if sizes is None else pick(F.pad(z, (0, 0, 0, 3)), place)             # (B, N, C p p)
+        z = self.x_embedder["proj"](z if padding is None else padding.unpadded(z))  # (B, N, D), or (T, 1, D)
+        if self.time_shift != 1:
+            t = (self.time_shift * t / (1 + (self.time_shift - 1) * t)).clamp(max=1)
+        c = self.t_embedder(t)                                                      # (B, D)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(y)                                              # (B, D)
+        common = self.global_adaLN_modulation(c) if self.global_adaLN_modulation else 0.0
+        for block in self.blocks:
+            z = block(z, c, rope, padding, common)                                  # (B, N, D), or (T, 1, D)
+        z = self.final_layer(z, c, padding)                                         # (B, N, C_out p p), or (T, 1, ...)
+        z = z if padding is None else padding.padded(z[:, 0])
+        z = z if sizes is None else put_back(z, place, h * w)                       # (B, h w, C_out p p)
+        return F.pixel_shuffle(z.mT.unflatten(2, (h, w)), p)                        # (B, C_out, H, W)
+
+    @staticmethod
+    def post_trains(name):
+        """Whether post-training for a higher resolution changes this parameter: 14% of FiTv2-XL/2. 2410.13925, 3.4."""
+        return name.startswith(("x_embedder", "final_layer")) or name.endswith("bias") or "adaLN" in name
+
+
+# ============================================================================================================= Flag-DiT
+# Lumina-T2X: Transforming Text into Any Modality, Resolution, and Duration via Flow-based Large Diffusion Transformers,
+# 2405.05945. The block of a language model (RMSNorm, rotary positions in one dimension, LayerNorm of queries and keys,
+# SwiGLU, no biases) under adaLN-Zero, for every modality: what is to be drawn is one sequence of tokens, in which the
+# learned tokens [nextline] after each row and [nextframe] after each frame tell the layout. Text comes in through
+# cross-attention inside each self-attention layer, behind a gate of each head that starts at zero. E = min(D, 1024).
+
+
+class FlagAttention(nn.Module):
+    """Grouped-query self-attention plus tanh(gate) times attention to the text. Queries and keys are normalised over
+    all heads at once; the text's keys have no positions."""
+
+    def __init__(self, dim, num_heads, num_kv_heads, qk_norm, text_width):
+        super().__init__()
+        if dim % (2 * num_heads) or num_heads % num_kv_heads:
+            raise ValueError(f"width {dim} does not divide into {num_heads} heads of an even width "
+                             f"that share {num_kv_heads} key and value heads")
+        self.num_heads, self.num_kv_heads, kv = num_heads, num_kv_heads, dim // num_heads * num_kv_heads
+        norm = lambda width: nn.LayerNorm(width) if qk_norm else nn.Identity()
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(*io, bias=False) for io in ((dim, dim), (dim, kv), (dim, kv),
+                                                                                   (dim, dim)))
+        self.q_norm, self.k_norm = norm(dim), norm(kv)
+        if text_width:
+            self.wk_y, self.wv_y = nn.Linear(text_width, kv, bias=False), nn.Linear(text_width, kv, bias=False)
+            self.ky_norm, self.gate = norm(kv), nn.Parameter(torch.zeros(num_heads))
+
+    def forward(self, x, rope, padding, stretch, text=None):
+        """stretch (B, 1, 1, 1): factor of the scores of self-attention. text: the normalised `Text`, or None."""
+        heads = lambda z, n: z.unflatten(2, (n, -1)).transpose(1, 2)                                # (B, n, N, D/h)
+        q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
+        v, grouped = heads(v, self.num_kv_heads), self.num_heads != self.num_kv_heads
+        q = rotate(heads(q, self.num_heads), *rope).type_as(v)
+        k = rotate(heads(k, self.num_kv_heads), *rope).type_as(v)
+        q, k, v = (q, k, v) if padding is None else padding.padded_heads(q, k, v)
+        out = F.scaled_dot_product_attention(q * stretch, k, v, padding and padding.mask, enable_gqa=grouped)
+        if text is not None:
+            k, v = self.ky_norm(self.wk_y(text.tokens)), self.wv_y(text.tokens)
+            k, v = (heads(z, self.num_kv_heads).type_as(q) for z in (k, v))
+            read = F.scaled_dot_product_attention(q, k, v, text.mask[:, None, None], enable_gqa=grouped)
+            out = out + self.gate.tanh()[:, None, None] * read
+        out = out.transpose(1, 2).flatten(2)                                                        # (B, N, D)
+        return self.wo(out if padding is None else padding.unpadded(out))
+
+
+class FlagFeedForward(nn.Module):
+    """w2(SiLU(w1 x) * w3 x) without biases. hidden: 2/3 of 4 D, times `multiplier`, rounded up to `multiple_of`."""
+
+    def __init__(self, dim, multiple_of, multiplier):
+        super().__init__()
+        hidden = int(int(2 * 4 * dim / 3) * (multiplier or 1))
+        hidden = -(-hidden // multiple_of) * multiple_of
+        self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class FlagBlock(nn.Module):
+    """Attention and feed-forward, each between adaLN modulation of an RMSNorm and a gate."""
+
+    def __init__(self, dim, num_heads, num_kv_heads, qk_norm, text_width, multiple_of, multiplier, eps):
+        super().__init__()
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.attention = FlagAttention(dim, num_heads, num_kv_heads, qk_norm, text_width)
+        self.feed_forward = FlagFeedForward(dim, multiple_of, multiplier)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(dim, 1024), 6 * dim))
+        if text_width:
+            self.attention_y_norm = nn.RMSNorm(text_width, eps)
+
+    def forward(self, x, c, rope, padding, stretch, text):
+        modulation = self.adaLN_modulation(c)                                                       # (B, 6D)
+        modulation = modulation if padding is None else modulation.index_select(0, padding.image)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
+        text = text and Text(self.attention_y_norm(text.tokens), text.mask)
+        h = modulate(self.attention_norm(x), shift_attn, scale_attn)
+        x = gated(x, gate_attn, self.attention(h, rope, padding, stretch, text))
+        return gated(x, gate_mlp, self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp)))
+
+
+class FlagFinalLayer(nn.Module):
+    """adaLN of a LayerNorm, then the linear read-out of each token's patch: (B, N, D) -> (B, N, p*p*C_out)."""
+
+    def __init__(self, dim, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(dim, 1024), 2 * dim))
+
+    def forward(self, x, c, padding):
+        modulation = self.adaLN_modulation(c)
+        shift, scale = (modulation if padding is None else modulation.index_select(0, padding.image)).chunk(2, 1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class FlagDiT(nn.Module):
+    """Flag-DiT on images (B, C, H, W), clips or sets of views (B, C, F, H, W), spectrograms (B, C, T): one token for
+    each p x p patch, for a spectrogram one for each time step.
+
+    image_size: side, (H, W), (F, H, W) or (T,) in training, which extrapolation goes by. text_width: F, for `Text` as
+    condition instead of labels. nextline: [nextline] and [nextframe] tokens; by default with text, as published.
+    spare_channels: the published read-out's 2C channels, of which the second half is thrown away.
+    rope, which may be set on the model at any time: "direct"; "ntk" (base times the number of patches over that of
+    training), "pi" (positions over the sequence's length over that of training), "proportional" (scores times
+    sqrt(log L/log L trained)), "ntk-proportional". ntk_factor, rope_scaling, base_length: the same as numbers.
+    """
+    ropes = ["direct", "ntk", "pi", "proportional", "ntk-proportional"]
+
+    def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1536, depth=16, num_heads=32,
+                 num_kv_heads=None, multiple_of=256, multiplier=None, norm_eps=1e-5, qk_norm=True, num_classes=1000,
+                 null_class=True, learn_sigma=False, spare_channels=False, text_width=0, text_length=128, nextline=None,
+                 rope="direct", ntk_factor=1.0, rope_scaling=1.0, base_length=None):
+        super().__init__()
+        sides, D, E = pair(image_size), hidden_size, min(hidden_size, 1024)
+        self.patch_size = p = patch_size if len(sides) > 1 else 1
+        self.head_dim = D // num_heads
+        self.nextline = len(sides) > 1 and (bool(text_width) if nextline is None else nextline)
+        self.rope, self.ntk_factor, self.rope_scaling, self.base_length = rope, ntk_factor, rope_scaling, base_length
+        self.trained, self.text_width, self.text_length = self.counts(sides), text_width, text_length
+        self.null_text = torch.zeros(text_length, text_width)              # where the text is precomputed
+        self.channels_out = in_channels * (2 if learn_sigma else 1)
+        self.x_embedder = nn.Linear(p * p * in_channels, D)
+        self.t_embedder = TimestepEmbedder(E)
+        self.y_embedder = LabelEmbedder(num_classes, E, null_class) if num_classes and not text_width else None
+        self.cap_embedder = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, E)) if text_width else None
+        if self.nextline:
+            self.eol_token, self.pad_token = nn.Parameter(torch.empty(D)), nn.Parameter(torch.empty(D))
+            self.eof_token = nn.Parameter(torch.empty(D)) if len(sides) > 2 else None
+        self.layers = nn.ModuleList(FlagBlock(D, num_heads, num_kv_heads or num_heads, qk_norm, text_width, multiple_of,
+                                              multiplier, norm_eps) for _ in range(depth))
+        self.final_layer = FlagFinalLayer(D, p, in_channels * (2 if learn_sigma or spare_channels else 1))
+        self.initialise()
+
+    def initialise(self):
+        # Linear layers: Xavier uniform.
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        # Embeddings of timestep and label, and the special tokens, start small.
+        small = [self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight]
+        small += [self.y_embedder.embedding_table.weight] if self.y_embedder else []
+        small += [w for name, w in self.named_parameters() if name.endswith("_token")]
+        for w in small:
+            nn.init.normal_(w, std=0.02)
+        # Zero: gates closed (identity blocks), no modulation, no pooled text, output 0; the gates of the text already.
+        modulations = [layer.adaLN_modulation[1] for layer in (*self.layers, self.final_layer)]
+        for m in (*modulations, self.final_layer.linear, *([self.cap_embedder[1]] if self.cap_embedder else [])):
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
+
+    def counts(self, sides):
+        """(number of patches, length of the sequence) of something with these sides."""
+        frames, rows, columns = self.grid(sides)
+        special = rows + (len(sides) > 2) if self.nextline else 0
+        return frames * rows * columns, frames * (rows * columns + special)
+
+    def grid(self, sides):
+        """(frames, rows, columns) of the patches of an image (H, W), a clip (F, H, W), a spectrogram (T,)."""
+        if len(sides) == 1:
+            return 1, 1, sides[0]
+        return sides[0] if len(sides) == 3 else 1, *patch_grid(sides[-2:], self.patch_size)
+
+    def positions(self, lengths, patches):
+        """cos and sin (B, L, D/2h) of the sequence's places, and the factor (B, 1, 1, 1) of the scores."""
+        n, L = self.trained
+        ntk = (patches / n).clamp(min=1) if self.rope.startswith("ntk") else torch.full_like(patches, self.ntk_factor)
+        shrink = (lengths / L).clamp(min=1) if self.rope == "pi" else torch.full_like(lengths, self.rope_scaling)
+        base = L if self.rope.endswith("proportional") else self.base_length
+        stretch = (lengths.log() / math.log(base)).sqrt() if base else torch.ones_like(lengths)
+        i = torch.arange(self.head_dim // 2, dtype=torch.float64) * 2 / self.head_dim
+        angle = (torch.arange(int(lengths.max()))[:, None] / shrink[:, None, None]) * (1e4 * ntk[:, None, None]) ** -i
+        return angle.cos().float(), angle.sin().float(), stretch[:, None, None, None].float()
+
+    def forward(self, x, t, y=None, sizes=None):
+        """x (B, C, *sides), of which sample i fills the upper left sizes[i] (sizes (B, dims), None: all); the output is
+        zero elsewhere. Or x a list of (C, *sides): a list of outputs. y: labels (B,), or `Text`."""
+        if isinstance(x, list):
+            x, sizes = canvas(x)
+            return cropped(self(x, t, y, sizes), sizes)
+        B, _, *sides = x.shape
+        p, grid, ndim = self.patch_size, self.grid(sides), len(sides)
+        own = [self.counts(s) for s in ([sides] if sizes is None else sizes.tolist())]
+        patches, lengths = torch.tensor(own, dtype=torch.float64).T                                     # (B or 1,)
+        size = None if sizes is None else torch.tensor([self.grid(s) for s in sizes.tolist()])
+        special = self.nextline, self.nextline and ndim > 2
+        place, mask, _, _ = sequence(grid, size, *special)
+        place, padding = place.to(x.device), None if mask is None else Padding.of(mask, x.device)
+        *rope, stretch = (v.to(x.device) for v in self.positions(lengths, patches))
+        if padding is not None:
+            rope = [padding.unpadded(v.expand(B, -1, -1)) for v in rope]            # (T, 1, D/2h)
+
+        z = x.reshape(B, -1, grid[0], grid[1], p, grid[2], p).permute(0, 2, 3, 5, 1, 4, 6)
+        z = self.x_embedder(z.reshape(B, math.prod(grid), -1))                      # (B, n, D)
+        if padding is not None or special[0]:
+            z = pick(torch.cat([z, self.special_tokens(z)], 1), place)              # (B, N, D)
+        z = z if padding is None else padding.unpadded(z)                           # or (T, 1, D)
+        c = self.t_embedder(t)                                                      # (B, E)
+        if self.cap_embedder is not None:
+            c = c + self.cap_embedder((y.tokens * y.mask[..., None]).sum(1) / y.mask.sum(1, keepdim=True))
+        elif self.y_embedder is not None:
+            c = c + self.y_embedder(y)
+        for layer in self.layers:
+            z = layer(z, c, rope, padding, stretch, y if self.cap_embedder else None)
+        z = self.final_layer(z, c, padding)                                         # (B, N, p p C_out), or (T, 1, ...)
+        z = z if padding is None else padding.padded(z[:, 0])
+        if padding is not None or special[0]:
+            z = put_back(z, place, math.prod(grid))                                 # (B, n, p p C_out)
+        z = z.view(B, *grid, p, p, -1).permute(0, 6, 1, 2, 4, 3, 5)
+        return z.reshape(B, -1, *sides)[:, :self.channels_out]                      # (B, C_out, *sides)
+
+    def special_tokens(self, z):
+        """[nextline], [nextframe] and padding, for each sample of z: (B, 3, D)."""
+        zero = z.new_zeros(z.shape[2])
+        rows = [getattr(self, name, None) for name in ("eol_token", "eof_token", "pad_token")]
+        return torch.stack([zero if w is None else w.to(z.dtype) for w in rows]).expand(len(z), -1, -1)
+
+
+def patch_sizes(sizes, p):
+    """sizes (B, dims) in pixels -> in patches; None stays None. ValueError if the patch does not divide them."""
+    if sizes is not None and (sizes % p).any():
+        raise ValueError(f"an image of {'x'.join(map(str, sizes[(sizes % p).any(1)][0].tolist()))} pixels is not "
+                         f"divisible by the patch size {p}")
+    return None if sizes is None else sizes // p
+
+
 # ============================================================================================================= Registry
 # name -> (constructor, its arguments). Names and sizes are the papers'; `-nano` trains in minutes on a CPU.
 
@@ -1310,6 +1705,21 @@ for size, (depth, width, heads) in {"s": (12, 384, 2), "b": (12, 768, 3), "l": (
                                     "xl": (28, 1152, 4)}.items():
     MODELS[f"lit-{size}/2"] = (LiT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=2))
 MODELS["lit-nano"] = (LiT, dict(hidden_size=128, depth=6, num_heads=2, patch_size=4))
+# 2402.12376, table 1; 2410.13925, table 3. Parameters with 1000 classes: 158.7, 823.6; 128.1, 671.0, 2971.9 M.
+FITS = {"fit-nano": (6, 128, 4, 4), "fit-b/2": (12, 768, 12, 2), "fit-xl/2": (28, 1152, 16, 2),
+        "fitv2-nano": (6, 128, 4, 4), "fitv2-b/2": (15, 768, 12, 2), "fitv2-xl/2": (36, 1152, 16, 2),
+        "fitv2-3b/2": (40, 2304, 24, 2)}
+for name, (depth, width, heads, patch) in FITS.items():
+    own = dict(lora_dim=width // 4) if name.startswith("fitv2") else dict(mlp_ratio=4.0, qk_norm=False)
+    MODELS[name] = (FiT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch, **own))
+# 2405.05945. The nano reads [nextline] tokens, which the published class-conditional models do without.
+MODELS["flag-dit-nano"] = (FlagDiT, dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, multiple_of=32,
+                                         nextline=True))
+MODELS["flag-dit-text-nano"] = (FlagDiT, dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, multiple_of=32,
+                                              text_width=128))
+for name, (depth, width, text) in {"flag-dit-600m": (16, 1536, 0), "flag-dit-3b": (32, 3072, 0),
+                                   "flag-dit-7b": (32, 4096, 0), "flag-dit-text-5b": (32, 3072, 4096)}.items():
+    MODELS[name] = (FlagDiT, dict(depth=depth, hidden_size=width, text_width=text))
 
 
 def create_model(name, image_size=32, in_channels=3, num_classes=10, **overrides):

@@ -6,6 +6,7 @@ An objective is a module with two methods: `loss(batch) -> scalars by name, "los
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import GUIDANCE, SAMPLERS, choose, clipped, ddim_inversion, guided
-from layers import Text
+from layers import Text, canvas
 from models import Stitched, stitch_steps
 from moe import balanced
 
@@ -49,22 +50,32 @@ class StepNoise:
         return torch.randn(self.total, *shape[1:], generator=self.generator, device=self.device)[self.rows]
 
 
+def power_cosine(scale, share, power):
+    """Guidance that falls from `scale` at pure noise (share = 1) to 1 at the data (share = 0): 1 + (scale - 1)
+    (1 - cos(pi share^power))/2. Masked Diffusion Transformer, 2303.14389; FiTv2, 2410.13925."""
+    return 1 + (scale - 1) * (1 - math.cos(math.pi * share**power)) / 2
+
+
 def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
              clip=True, noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
-             weak=None, **options) -> Iterator[torch.Tensor]:
+             weak=None, power=None, **options) -> Iterator[torch.Tensor]:
     """Sample: yields the images after each step, starting from standard normal x (B, C, H, W), without gradients.
 
     y, null: the condition and the null condition that guidance moves away from (both as the model takes them); rule:
-    how, a name in `GUIDANCE`; interval: only at those times; weak: another objective to move away from instead of the
-    null condition (autoguidance, 2406.02507). grid, last: see `Process.times`. clip: keep x0 in [-1, 1]
-    (pixels), quantile: by dynamic thresholding. options go to the sampler.
+    how, a name in `GUIDANCE`; interval: only at those times; power: falling by `power_cosine`; weak: another objective
+    to move away from instead of the null condition (autoguidance, 2406.02507). grid, last: see `Process.times`. clip:
+    keep x0 in [-1, 1] (pixels), quantile: by dynamic thresholding. options go to the sampler.
     """
     draw, make = choose(SAMPLERS, sampler, "sampler"), choose(GUIDANCE, rule, "guidance")
-    denoise = process.denoiser(model, y)
+    denoise = cond = process.denoiser(model, y)
     if guidance != 1 and (weak or null is not None):
         other = weak.process.denoiser(weak.model, y) if weak else process.denoiser(model, null)
-        denoise = guided(denoise, other, guidance, guide_channels, process,
-                         None if rule == "cfg" else make, interval)
+        scaled = lambda scale: guided(cond, other, scale, guide_channels, process, None if rule == "cfg" else make,
+                                      interval)
+        share = lambda t: (float(torch.as_tensor(t).max()) - process.t_clean) / (process.t_noisy - process.t_clean)
+        denoise = scaled(guidance)
+        if power is not None:
+            denoise = lambda xt, t: scaled(power_cosine(guidance, share(t), power))(xt, t)
     if clip:
         denoise = clipped(denoise, process, quantile=quantile)
     times = process.times(steps, grid, last)
@@ -96,15 +107,28 @@ class Diffusion(nn.Module):
         self.num_classes, self.label_drop, self.draw = num_classes, label_drop, draw or {}
 
     def loss(self, batch):
-        """batch: x (B, C, H, W) in [-1, 1], y (B,), noise a `StepNoise` -> scalars by name, "loss" among them."""
+        """batch: x (B, C, H, W) in [-1, 1], or a list of (C, H_i, W_i) of at most as many pixels as `shape`; y (B,);
+        noise a `StepNoise` -> scalars by name, "loss" among them."""
         x, y, noise = batch["x"], batch["y"], batch["noise"]
         t = self.process.training_times(noise.uniform())
         y = self.encode(self.dropped(y, noise.uniform() < self.label_drop)) if self.conditional else None
-        losses = {name: value.mean() for name, value in self.parts(x, y, t, noise.normal(x.shape)).items()}
+        if isinstance(x, list):                    # a strip of numbers for each image: no other image shapes its noise
+            strips = noise.normal((len(x), x[0].shape[0], math.prod(self.shape[1:])))
+            eps, _ = canvas([strip[:, :image[0].numel()].view(image.shape) for strip, image in zip(strips, x)])
+            x, sizes = canvas(x)
+            parts = self.parts(x, y, t, eps, sizes)
+        else:
+            parts = self.parts(x, y, t, noise.normal(x.shape))
+        losses = {name: value.mean() for name, value in parts.items()}
         return losses | balanced(self.model, losses["loss"], self.balance)
 
-    def parts(self, x, y, t, noise):
-        """The losses of each sample: {"loss": (B,), ...}."""
+    def parts(self, x, y, t, noise, sizes=None):
+        """The losses of each sample: {"loss": (B,), ...}. With sizes (B, 2), x is a `layers.canvas`: the mean is over
+        each image's own pixels, so that a small image weighs as much as a large one (2402.12376). x, noise and output
+        are zero beyond the image, and so is their error."""
+        if sizes is not None:
+            parts = self.process.loss(partial(self.model, sizes=sizes), x, y, t, noise)
+            return {name: value * (x[0, 0].numel() / sizes.prod(1)).to(value) for name, value in parts.items()}
         if "teacher" not in self.__dict__:
             return self.process.loss(self.model, x, y, t, noise)
         seen = []
@@ -188,20 +212,25 @@ class Stitch(Diffusion):
         if len({(p.shape, type(p.process), p.process.prediction, p.process.learned_variance) for p in parts}) > 1:
             raise ValueError("only models of one process can be stitched, whose images have the same shape, and which "
                              "predict the same, with learned variances or without")
-        model = Stitched([part.model for part in parts], fractions, nulls=[part.num_classes for part in parts])
-        last = parts[-1]
-        super().__init__(model, last.process, last.shape, parts[0].num_classes, draw=last.draw)
-        self.fractions, self.rule = fractions, choose({"steps": "steps", "time": "time"}, rule, "stitching rule")
+        model, last = Stitched([part.model for part in parts], fractions), parts[-1]
+        super().__init__(model, last.process, last.shape, last.num_classes, draw=last.draw, examples=last.examples)
+        self.runs, self.fractions, self.rule = list(parts), fractions, rule
 
     def trajectory(self, x, y, **draw):
         draw = {**self.draw, **draw}
+        if draw.get("weak"):
+            raise ValueError("stitched models cannot be guided by a weak one: leave out --weak or --stitch")
         if self.rule == "steps":
             told = self.process.network_time(self.process.times(draw["steps"], draw.get("grid"))[:-1])
             plan = torch.tensor(stitch_steps(len(told), self.fractions))
             progress = torch.cat([told.new_tensor([-math.inf]), 1 - told / self.model.T, told.new_tensor([math.inf])])
             ends = torch.stack([(plan <= j).sum() for j in range(len(self.fractions))])
             self.model.cumulative = (progress[ends] + progress[ends + 1]).float() / 2    # half-way to the next step
-        yield from super().trajectory(x, y, **draw)
+        null = None
+        if y is not None:                              # each model's own null label or captions
+            with torch.no_grad():
+                y, null = zip(*((run.encode(y), run.encode(run.null(y))) for run in self.runs))
+        yield from generate(self.process, self.model, x, y, null, **draw)
 
 
 class MultiScale(Diffusion):

@@ -30,7 +30,7 @@ import diffusion
 import layers
 import moe
 import objectives
-from models import MODELS, DiMR, create_model
+from models import MODELS, DiMR, FiT, FlagDiT, UNet, create_model, patch_grid
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
 HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum",
@@ -77,6 +77,11 @@ def floats(text):
     return [float(word) for word in text.split(",")]
 
 
+def sides(text):
+    """ "160x480" -> (160, 480)"""
+    return tuple(positive(word) for word in text.split("x"))
+
+
 def wholes(text):
     """ "5,10" -> [5, 10], each at least 1"""
     return [positive(word) for word in text.split(",")]
@@ -106,6 +111,57 @@ def build_model(config):
                         **learned, **config["model_options"])
 
 
+def stride(config):
+    """What the sides of images of mixed sizes must be multiples of: the model's patch."""
+    if config["aspect"] == "square":
+        return 1
+    preset = MODELS[config["model"]]
+    if not hasattr(preset[0], "ropes"):
+        able = ", ".join(name for name, (kind, _) in MODELS.items() if hasattr(kind, "ropes"))
+        raise ValueError(f"--aspect {config['aspect']}: {config['model']} draws one size; choose from {able}")
+    return (preset[1] | config["model_options"]).get("patch_size", 2)
+
+
+def post_trained(config):
+    """The averaged weights of the run that --post-train names, after its model's settings have been written into the
+    config: rope vision-ntk, which scales from the size that run was trained at."""
+    old = load_checkpoint(Path(config["post_train"]) / "ckpt.pt")
+    if not hasattr(MODELS[old["config"]["model"]][0], "post_trains"):
+        raise ValueError(f"--post-train {config['post_train']}: {old['config']['model']} is no FiT")
+    config["model"] = old["config"]["model"]
+    trained = build(old["config"]).model.trained
+    config["model_options"] = {"rope": "vision-ntk", "trained": trained} | old["config"]["model_options"]
+    return old["ema"]
+
+
+def extrapolate(objective, size=None, rope=None, shift=None):
+    """Let a run draw images of another size, sides in pixels (one number: a square), with other rotary frequencies, and
+    with sigma/alpha of every time multiplied by `shift`. A plain DiT interpolates its position table. ValueError if the
+    model cannot."""
+    model, sides = getattr(objective.model, "model", objective.model), len(objective.shape) - 1
+    own = "x".join(map(str, objective.shape[1:]))
+    if size is not None:
+        size = size * sides if len(size) == 1 and sides == 2 else size
+        if len(size) != sides:
+            raise ValueError(f"--size {'x'.join(map(str, size))}: give {sides} sides, this run draws {own}")
+        if not (hasattr(model, "ropes") or hasattr(model, "resize") or isinstance(model, UNet)):
+            raise ValueError(f"--size: this model draws {own} only")
+        if sides > 1:
+            patch_grid(size[-2:], model.patch_size)
+        if hasattr(model, "resize"):
+            model.resize(size)
+        objective.shape = objective.shape[0], *size
+    if rope is not None:
+        if not hasattr(model, "ropes"):
+            raise ValueError(f"--rope {rope}: this model has no rotary positions")
+        check("rope", rope, model.ropes)
+        model.rope = rope
+    if shift is not None:
+        if isinstance(objective.process, diffusion.Discrete) or shift <= 0:
+            raise ValueError(f"--shift {shift}: it must be above 0, and a discrete chain is shifted in training only")
+        objective.process.shift = shift
+
+
 def build(config):
     """The training objective that a config describes, with freshly initialised weights. A model of text gets a
     TextEncoder of byte tokens beside it, unless its text is precomputed (config["text"] is "npz")."""
@@ -126,7 +182,7 @@ def build(config):
         examples = data.byte_tokens(config["prompts"], model.text_length)
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
-    shape = config["in_channels"], config["image_size"], config["image_size"]
+    shape = config["in_channels"], *layers.pair(config["image_size"])
     objective = objectives.MultiScale if isinstance(model, DiMR) else objectives.Diffusion
     return objective(model, process(config), shape, config["num_classes"], config["label_drop"], draw,
                      config.get("balance", 0.0), encoder, examples)
@@ -163,7 +219,8 @@ SAMPLING = {"sampler": diffusion.SAMPLERS, "grid": diffusion.GRIDS, "guidance_ru
 def sampling_options(args):
     """The flags of sample.py and evaluate.py that overrule a run's own way of sampling, as options of `generate`."""
     given = {"sampler": args.sampler, "steps": args.steps, "grid": args.grid, "guidance": args.guidance,
-             "rule": args.guidance_rule, "interval": args.interval, "quantile": args.threshold}
+             "rule": args.guidance_rule, "interval": args.interval, "power": args.guidance_power,
+             "quantile": args.threshold}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -175,9 +232,22 @@ def sampling_flags(parser):
     add("--grid", help="grid of sampling times (default: the run's own); " + ", ".join(diffusion.GRIDS))
     add("--guidance", type=float, help="classifier-free guidance, 1 for none (default: the run's own)")
     add("--guidance-rule", help="how it is applied (default: the run's own); " + ", ".join(diffusion.GUIDANCE))
+    add("--guidance-power", type=float, metavar="K", help="let the guidance fall from noise to image by the "
+        "power-cosine schedule (FiTv2), for example 1")
     add("--interval", type=floats, metavar="LOW,HIGH", help="guide only between these times of the process")
     add("--threshold", type=float, metavar="Q",
         help="dynamic thresholding: clip at this quantile of |x0|, for example 0.995, and rescale (default: clip at 1)")
+
+
+def size_flags(parser):
+    """The flags of `extrapolate`."""
+    add = parser.add_argument
+    add("--size", type=sides, metavar="HxW", help="draw images of this height and width (clips: FxHxW, sounds: T), if "
+        "the model can")
+    add("--shift", type=float, metavar="M", help="multiplies sigma/alpha of every time: above 1 for larger images, "
+        "which need more steps at noise (default: the run's own)")
+    add("--rope", metavar="NAME", help="rotary frequencies for sizes beyond training: FiT: "
+        f"{', '.join(FiT.ropes[:7])}, each also after vision-; Flag-DiT: {', '.join(FlagDiT.ropes)}")
 
 
 def check(flag, value, choices):

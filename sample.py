@@ -10,6 +10,7 @@ Image i is a function of the seed and i alone, whatever --batch is.
 """
 
 import argparse
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ def flags():
                    help="what to draw, for a run with text (may be repeated; drawn in turn; default: some captions of "
                         "the training set); a file .npz if the run reads precomputed embeddings")
     runs.sampling_flags(p)
+    runs.size_flags(p)
     p.add_argument("--sampler-options", type=runs.options, default={}, metavar="NAME=VALUE,...",
                    help="the sampler's own options, for example eta=0.5 or order=3")
     p.add_argument("--weak", metavar="RUN", help="autoguidance: guide away from what this run says (a smaller or less "
@@ -48,14 +50,16 @@ def flags():
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument("--batch", type=runs.positive, default=64, help="images drawn at once (default: %(default)s)")
     p.add_argument("--out", help="FILE.png: a grid (default: sample.png in the run's folder); FILE.npz: arr_0 uint8 "
-                                 "(N, H, W, 3) and the labels as arr_1; a name without suffix: a folder of PNGs")
+                                 "(N, H, W, 3) and the labels as arr_1; clips and views also FILE.gif or FILE.webp, "
+                                 "sounds also FILE.wav; a name without suffix: a folder of PNGs")
     p.add_argument("--film", metavar="FILE.gif",
                    help="also write the trajectory from noise to images as an animated .gif or .webp")
     p.add_argument("--weights", choices=["ema", "model"], default="ema",
                    help="averaged or last weights (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     g = p.add_argument_group("published checkpoints")
-    g.add_argument("--official", choices=["dit", "dit-moe", "terdit", "dico", "drwkv", "lit"],
+    g.add_argument("--official",
+                   choices=["dit", "dit-moe", "terdit", "dico", "drwkv", "lit", "fit", "fitv2", "flag-dit"],
                    help="architecture of the published checkpoint")
     g.add_argument("--checkpoint", help="its file (.pt, .bin or .safetensors)")
     g.add_argument("--decoder", help="Stable Diffusion's autoencoder file, to turn latents into images")
@@ -79,7 +83,14 @@ def official(args, device):
     if config.get("use_flash_attn"):                              # DiT-MoE's XL and G are rectified flows
         process = convert.DiTMoEFlow(config["learn_sigma"])
         draw = dict(sampler="euler", steps=50, guidance=7.0, clip=False)
-    shape = config["in_channels"], config["input_size"], config["input_size"]
+    elif args.official == "fit":
+        draw |= dict(guidance=1.5)
+    elif args.official in ("fitv2", "flag-dit"):
+        process, model = diffusion.RectifiedFlow("flow"), convert.Reversed(model)
+        guidance = {"fitv2": 1.5, "flag-dit": 4.0}[args.official]
+        draw = dict(sampler="rk45", guidance=guidance, guide_channels=3, clip=False)
+    size = config.get("input_size", 32)
+    shape = config["in_channels"], size, size
     objective = objectives.Diffusion(model, process, shape, config["num_classes"], draw=draw)
     decoder = convert.load_decoder(args.decoder).to(device) if args.decoder else None
     return [], objective.to(device).eval(), decoder
@@ -126,18 +137,46 @@ def save_npz(path, **arrays):
     runs.write(path, to)
 
 
-def write(images, labels, out, columns):
-    """uint8 images (N, H, W, 3) to a grid, an .npz or a folder, by the name's suffix."""
-    out = Path(out)
+def save_wav(path, waves):
+    """Sounds (n, samples) in [-1, 1], one after the other with a pause, as a 16-bit mono .wav file."""
+    waves = torch.nn.functional.pad(waves, (0, data.RATE // 4)).flatten()
+
+    def to(partial):
+        with wave.open(str(partial), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(data.RATE)
+            file.writeframes((waves * 32767).to(torch.int16).numpy().tobytes())
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write(path, to)
+
+
+def check_out(out, sides):
+    """ValueError if a sample of so many sides cannot be written under that name."""
+    kinds = [".png", ".npz", *{3: [".gif", ".webp"], 1: [".wav"]}.get(sides, [])]
+    if out.suffix not in ("", *kinds):
+        raise ValueError(f"--out {out}: give a name that ends in {', '.join(kinds[:-1])} or {kinds[-1]}, or one "
+                         "without suffix for a folder")
+
+
+def write(x, labels, out, columns):
+    """Samples (N, C, *sides) by the name's suffix: a grid (of clips and views: strips; of sounds: spectrograms), an
+    animated grid of clips, sounds, an .npz, or a folder of single files."""
+    images = figures.to_uint8(x)
     if out.suffix == ".npz":
         save_npz(out, arr_0=images, **({"arr_1": labels.numpy()} if isinstance(labels, torch.Tensor) else {}))
+    elif out.suffix == ".wav":
+        save_wav(out, data.sound(x))
+    elif out.suffix in (".gif", ".webp"):
+        figures.film([figures.grid(figures.to_uint8(frame), columns) for frame in x.unbind(2)], out, 200, 600)
     elif out.suffix:
-        if out.suffix != ".png":
-            raise ValueError(f"--out {out}: give a name that ends in .png or .npz, or one without suffix for a folder")
         figures.save(figures.grid(images, columns), out)
     else:
         for k, image in enumerate(images):
             figures.save(Image.fromarray(image), out / f"{k:06d}.png")
+            if x.ndim == 3:
+                save_wav(out / f"{k:06d}.wav", data.sound(x[k:k + 1]))
 
 
 def sample():
@@ -169,6 +208,13 @@ def sample():
         raise ValueError(f"--prompt {args.prompt[0]}: this model reads no text")
     else:
         labels = choose_labels(args.classes, classes, objective.num_classes, args.n)
+    size = args.size
+    if args.official and size:                         # eight pixels a latent
+        if any(side % 16 for side in size):
+            raise ValueError(f"--size {'x'.join(map(str, size))}: the sides must be multiples of 16")
+        size = tuple(side // 8 for side in size)
+    runs.extrapolate(objective, size, args.rope, args.shift)
+    check_out(out, len(objective.shape) - 1)
     options = runs.sampling_options(args) | args.sampler_options
     if args.weak:
         weak = runs.open_run(args.weak, device, args.weights)[1]
@@ -193,7 +239,7 @@ def sample():
         columns = len(classes)
     elif objective.examples is not None and 1 < len(objective.examples) <= 16:
         columns = len(objective.examples)
-    write(figures.to_uint8(x), labels, out, columns)
+    write(x, labels, out, columns)
     print(f"{args.n} images: {out}")
     if args.film:
         figures.film([figures.grid(figures.to_uint8(f[:64]), columns) for f in frames], args.film)

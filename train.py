@@ -25,7 +25,7 @@ import figures
 import moe
 import objectives
 import runs
-from models import MODELS, cost, create_model
+from models import MODELS, FlagDiT, cost, create_model
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -67,6 +67,9 @@ def flags():
           ("--data", "shapes", "dataset: " + ", ".join(data.DATASETS), word),
           ("--data-dir", "data", "folder that holds the dataset's files", folder),
           ("--image-size", None, "side in pixels (default: the dataset's own)", whole),
+          ("--aspect", "square", "of shapes and folder, for models of any size: square; keep: every image in its own "
+           "ratio, of at most image-size x image-size pixels (FiT); mixed: half of the large ones as squares (FiTv2)",
+           {"choices": ["square", "keep", "mixed"]}),
           ("--flip", None, "random horizontal flips (default: yes for photographs)", either),
           ("--download", True, "fetch CIFAR from its home page if it is not there", either),
           ("--bad-images", "error", "what to do about broken files of --data folder: error or skip",
@@ -80,6 +83,9 @@ def flags():
           ("--model", "unet-pico", "name of a model, see --list", word),
           ("--model-options", {}, "change its preset, for example depth=4,hidden_size=96",
            {"type": runs.options, "metavar": "NAME=VALUE,..."}),
+          ("--post-train", None, "go on from a FiT run's averaged weights at a larger --image-size: only patch "
+           "embedding, read-out, biases and modulations learn, positions scale by vision-ntk (FiTv2)",
+           {"metavar": "RUN"}),
           ("--moe", None, "replace every feed-forward network of a transformer by E experts, K of them for each token",
            {"type": runs.wholes, "metavar": "E,K"}),
           ("--balance", 0.01, "weight of the loss that keeps experts equally busy"),
@@ -233,15 +239,19 @@ def train():
     # Data. With several processes the first loads (downloads, converts) alone, then the others.
     if world > 1 and rank > 0:
         dist.barrier()
+    origin = runs.post_trained(config) if config["post_train"] and not checkpoint else None
     dataset = data.load(config["data"], config["data_dir"], config["image_size"], "train", device, config["flip"],
-                        config["download"], config["bad_images"])
+                        config["download"], config["bad_images"], config["aspect"], runs.stride(config))
     if world > 1 and rank == 0:
         dist.barrier()
     if config["subset"]:
         dataset = dataset.subset(config["subset"])
     text = runs.takes_text(config)
     classes = [] if config["unconditional"] or text else list(dataset.classes)
-    config |= {"image_size": dataset.images.shape[-1], "in_channels": dataset.images.shape[1], "classes": classes,
+    channels, *sides = dataset.shape
+    if len(sides) != 2 and not issubclass(MODELS[config["model"]][0], FlagDiT):
+        raise ValueError(f"--data {config['data']} holds {dataset.kind}: choose a Flag-DiT, such as flag-dit-nano")
+    config |= {"image_size": sides[0] if sides == 2 * sides[:1] else sides, "in_channels": channels, "classes": classes,
                "num_classes": len(classes), "data_size": len(dataset), "flip": dataset.flip}
     if text:
         runs.add_text(config, dataset)
@@ -264,6 +274,11 @@ def train():
             print(f"{config['inherit']}: {len(copied)} tensors inherited, {len(fresh)} fresh, {len(unused)} not used")
     if config["text"] == "npz" and text:
         objective.examples = dataset.condition(torch.arange(min(8, len(dataset)))).to("cpu")
+    if origin:
+        runs.load_weights(objective, origin, config["post_train"])
+    if config["post_train"]:
+        for name, weight in objective.model.named_parameters():
+            weight.requires_grad_(objective.model.post_trains(name))
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     if config["distill"]:
         objective.teach(runs.teacher(config).to(device), config["distill_shares"], config["distill_log_variance"])
@@ -290,7 +305,7 @@ def train():
         parameters, macs = cost(objective.model, objective.shape)
         kinds = "captions" if text else f"{len(classes)} classes"
         print(f"{config['model']}: {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs an image | "
-              f"{config['data']}: {len(dataset):,} images, {config['image_size']}x{config['image_size']}, "
+              f"{config['data']}: {len(dataset):,} {dataset.kind}, {'x'.join(map(str, sides))}, "
               f"{kinds} | {world} x {device.type}, {'bf16' if bf16 else 'fp32'} | "
               f"{folder}{f', from step {first:,}' if first else ''}")
         held = runs.lock(folder)  # noqa: F841 (it holds as long as this variable lives)

@@ -1,6 +1,7 @@
 """Every golden case, numbers recorded from the published implementations, against our computation. A case of an unknown
 architecture fails and is named. `pytest tests/test_golden.py --golden FOLDER` runs a folder of other cases."""
 
+import re
 from pathlib import Path
 
 import golden
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from golden_core import check_loss, check_sampler, check_schedule
 
 import convert
+import data
 import diffusion
 import moe
 import objectives
@@ -19,10 +21,15 @@ from layers import (
     PackedLinear,
     TernaryLinear,
     Text,
+    canvas,
     drop_labels,
     pack,
     position_table,
     replace_ternary,
+    rope_2d,
+    rope_factor,
+    rope_frequencies,
+    rotate,
     ternary,
     timestep_embedding,
     unpack,
@@ -753,11 +760,125 @@ def test_sizes_are_read_off_the_weights(name):
     assert [key for key in read if key in case.config and key not in unknown and read[key] != case.config[key]] == []
 
 
+# ---------------------------------------------------------------------------- fit, fitv2, flag-dit, rope, preprocessing
+
+
+def check_tokens(case):
+    """FiT, FiTv2, Flag-DiT: mixed sizes come as x0, x1, ...; block and attention outputs of an image of a mixed batch
+    are recorded without the padding."""
+    model = convert.load_official(case.arch, case.config, case.state_dict).eval()
+    i, out, seen = case.inputs, case.outputs, {}
+    blocks = model.blocks if hasattr(model, "blocks") else model.layers
+    points = {"t_emb": model.t_embedder, "block0": blocks[0], "attn0": getattr(blocks[0], "attention", None)}
+    for name, module in points.items():
+        if module is not None:
+            module.register_forward_hook(lambda m, args, output, name=name: seen.update({name: output} | seen))
+    mixed = "x0" in i
+    count = sum(name[0] == "x" and name[1:].isdigit() for name in i)
+    x, noise = ([i.get(f"{name}{k}") for k in range(count)] if mixed else i.get(name) for name in ("x", "noise"))
+    if "text" not in i:
+        y, null = i["y"], torch.full_like(i["y"], case.config["num_classes"])
+    else:
+        y = Text(i["text"], i["text_mask"].bool())
+        null = Text(i["null_text"], i["null_text_mask"].bool()) if "null_text" in i else None
+    sampling = case.meta.get("sampling", {})
+    model.ntk_factor = sampling.get("ntk_factor", getattr(model, "ntk_factor", None))
+    model.rope_scaling = sampling.get("rope_scaling_factor", getattr(model, "rope_scaling", None))
+    model.base_length = sampling.get("base_seqlen") if sampling.get("proportional_attn") else None
+    t = i["t"]
+
+    def guided(x, t):
+        one, outputs = lambda y: lambda x, t: diffusion.Denoised(model(x, t, y), model(x, t, y)), []
+        for k in range(len(x)):                        # the scale may depend on each sample's time
+            scale = guidance_scale(case.meta, t[k])
+            d = diffusion.guided(one(y[k:k + 1]), one(null[k:k + 1]), scale, channels=3)(x[k:k + 1], t[k:k + 1])
+            outputs.append(d.eps)
+        return torch.cat(outputs)
+
+    ours = {"out": guided(x, t) if "cfg_scale" in case.meta else model(x, t, y)}
+    if "euler" in case.meta:
+        process = diffusion.RectifiedFlow("flow", shift=case.meta["euler"]["shift"])
+        times = process.times(case.meta["euler"]["num_steps"] - 1, "uniform")
+        denoise = lambda x, s: process.denoised(-guided(x, 1 - torch.as_tensor(s).float().expand(len(x))), x,
+                                                torch.as_tensor(s).float().expand(len(x)))
+        *_, ours["sample"] = diffusion.SAMPLERS["euler"](denoise, x, times, process, torch.randn)
+        ours["times"] = (1 - times).float()
+    if any(name.startswith(("loss", "mse", "vb")) for name in out):
+        variance = case.config.get("learn_sigma") and case.arch == "fit"
+        process = (diffusion.Discrete(diffusion.linear_betas(), learned_variance=variance) if case.arch == "fit" else
+                   diffusion.RectifiedFlow("flow"))
+        net = model if case.arch == "fit" else convert.Reversed(model)
+        objective = objectives.Diffusion(net, process, None)
+        x0, sizes = canvas(x) if mixed else (x, None)
+        eps = canvas(noise)[0] if mixed else noise
+        ours |= objective.parts(x0, y, t if case.arch == "fit" else 1 - t, eps, sizes)
+        ours |= {"loss_mse_mean": ours["mse"].mean(), "loss_mean": ours["loss"].mean()}
+        ours["loss_mse_mean" if mixed and variance else "loss_mean"].backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                ours |= {f"grad_norm:{name}": p.grad.norm(), f"grad:{name}": p.grad}
+    if mixed:
+        p = case.config["patch_size"]
+        for k, image in enumerate(x):
+            tokens = image.shape[1] // p * (image.shape[2] // p + (case.arch == "flag-dit-text"))
+            ours[f"out{k}"] = ours["out"][k]
+            for name in ("block0", "attn0"):           # the real tokens of all images, one after the other
+                if name in seen:
+                    ours[f"{name}_{k}"], seen[name] = seen[name][:tokens, 0], seen[name][tokens:]
+    for name, value in out.items():
+        same({**seen, **ours}[name], value, name)
+
+
+def guidance_scale(meta, t):
+    """FiT's guidance at t = 1 - share; scale_pow 0 is a constant one."""
+    s, k = meta["cfg_scale"], meta.get("scale_pow", 0.0)
+    return objectives.power_cosine(s, 1 - min(t.item(), 1), k) if k else s
+
+
+def check_rope2d(case):
+    c, d = case.config, case.config["head_dim"]
+    names = {"normal": "direct", "linear": "pi", "ntk-aware": "ntk", "ntk-aware-pro1": "ntk-pro1",
+             "ntk-aware-pro2": "ntk-pro2"}
+    row, column = (v.flatten()[None] for v in torch.meshgrid(torch.arange(c["h"]), torch.arange(c["w"]), indexing="ij"))
+    for key, value in case.outputs.items():
+        kind, _, variant = key.partition(":")
+        name, _, scale = variant.partition("/")
+        rope, own = names.get(name, name), scale == "decoupled"
+        lengths = (c["h"], c["w"]) if own else 2 * [max(c["h"], c["w"])]
+        cos, sin = rope_2d(row, column, (c["h"], c["w"]), d, "vision-" * own + rope, c["ori_max_pe_len"], c["theta"])
+        if kind.startswith("freqs"):
+            length = lengths[kind == "freqs_w"]
+            ours = rope_frequencies(d // 2, length, rope, c["ori_max_pe_len"], c["theta"])[0].float()
+        elif kind == "factor":
+            ours = rope_factor((c["h"], c["w"]), rope, c["ori_max_pe_len"])[0].float()
+        elif kind in ("cos", "sin"):
+            ours = (cos if kind == "cos" else sin)[0].repeat_interleave(2, 1)
+        else:
+            assert kind == "q_rot", f"nothing here computes {kind}"
+            kept = re.search(r"every (\d+)th token", case.meta["note"])
+            step = int(kept[1]) if kept else 1
+            ours = rotate(case.inputs["q"], cos[:, ::step], sin[:, ::step])
+        same(ours, value, key)
+
+
+def check_sizes(case):
+    c = case.config
+    if case.arch == "fit-resize":
+        ours = {"wh": torch.tensor([data.fit_size(*wh, c["image_size"], c["vae_down"] * c["patch_size"])
+                                    for wh in case.inputs["wh"].tolist()])}
+    else:
+        ours = {"sizes": torch.tensor(data.crop_sizes(c["num_patches"], c["patch_size"], c["max_ratio"]))}
+    for name, value in case.outputs.items():
+        same(ours[name], value, name)
+
+
 CHECKS = {"bi-wkv": check_scan, "selective-scan": check_scan, "linear-attention": check_lit, "drwkv": check_drwkv,
           "mamba-block": check_mamba, "dimba": check_dimba,
           "dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler,
           "dit-moe": check_dit_moe, "terdit": check_terdit, "t-stitch": check_stitch,
-          "dico": check_dico, "uvit": check_uvit, "td-ln": check_td_ln, "dimr": check_dimr}
+          "dico": check_dico, "uvit": check_uvit, "td-ln": check_td_ln, "dimr": check_dimr,
+          "fit": check_tokens, "fitv2": check_tokens, "flag-dit": check_tokens, "flag-dit-text": check_tokens,
+          "rope2d": check_rope2d, "fit-resize": check_sizes, "lumina-crops": check_sizes}
 
 
 def test_golden(golden_file):

@@ -23,6 +23,7 @@ from layers import (
     pack,
     position_table,
     replace_ternary,
+    rotate,
     ternarize,
     ternary,
     unpack,
@@ -44,7 +45,6 @@ from models import (
     cost,
     create_model,
     q_shift,
-    rotate,
     stitch_steps,
 )
 from objectives import MultiScale, StepNoise, area_target
@@ -87,7 +87,7 @@ def test_starts_at_zero_and_trains(name):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.75 * losses[0], "one fixed batch is learnt"
-    elsewhere = "y_embedder", "branches.0.norm", "branches.0.head"      # rows without samples; DiMR's own objective
+    elsewhere = "y_embedder", "pad_token", "branches.0.norm", "branches.0.head"      # rows without samples; DiMR's own
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if p.requires_grad
                and not n.startswith(elsewhere)), "every weight is trained"
 
@@ -488,7 +488,8 @@ def test_grouped_heads_are_shared_heads():
     torch.testing.assert_close(small(x, t, y), large(x, t, y), rtol=1e-4, atol=1e-5)
     q, k = torch.randn(2, 1, 1, 1, 8)
     angle = lambda n: torch.tensor([[n]]) * 10000 ** (-torch.arange(0, 8, 2) / 8)
-    product = lambda m, n: (rotate(q, angle(float(m))) * rotate(k, angle(float(n)))).sum()
+    turn = lambda z, n: rotate(z, angle(n).cos()[None], angle(n).sin()[None])
+    product = lambda m, n: (turn(q, float(m)) * turn(k, float(n))).sum()
     torch.testing.assert_close(product(5, 2), product(13, 10), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="do not fit a width"):
         TerDiT(16, 4, 3, 32, 1, 4, kv_heads=3)
@@ -542,9 +543,16 @@ def test_stitching_counts_steps_on_any_grid(process, grid):
 def test_stitched_models_keep_their_own_null_label_and_patches():
     models = [randomised(create_model("dit-nano", 8, hidden_size=16, depth=1, num_classes=n, patch_size=p))
               for n, p in ((10, 4), (12, 2))]
-    both, (x, t, y) = Stitched(models, [0.5, 0.5], nulls=[10, 12]), inputs(size=(8, 8))
-    assert torch.equal(both(x, t * 0 + 900, y), models[0](x, t * 0 + 900, y))
-    assert torch.equal(both(x, t * 0 + 100, y), models[1](x, t * 0 + 100, torch.where(y == 10, 12, y)))
+    parts = [objectives.Diffusion(m, create_process("flow"), (3, 8, 8), n) for m, n in zip(models, (10, 12))]
+    calls = []
+    for m in models:
+        m.register_forward_hook(lambda m, args, output: calls.append((models.index(m), args[2].tolist())))
+    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), steps=2))
+    assert calls == [(0, [1, 2]), (1, [1, 2])]
+    calls.clear()
+    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), steps=2,
+                                                         guidance=2.0))
+    assert calls == [(0, [1, 2]), (0, [10, 10]), (1, [1, 2]), (1, [12, 12])]
 
 
 def test_what_cannot_be_stitched():

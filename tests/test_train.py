@@ -433,6 +433,7 @@ def test_stitched_runs(run, capsys):
     assert rows[0]["macs"] > rows[1]["macs"] > rows[2]["macs"] and Image.open("large/stitch.png").size == (800, 460)
     assert "--stitch 0.4" in refused(capsys, sample.sample, "r", "large")
     assert "sum to 1" in refused(capsys, sample.sample, "r", "large", "--stitch", "0.4,0.4")
+    assert "leave out --weak" in refused(capsys, sample.sample, "r", "large", "--stitch", "0.4", "--weak", "r")
     call(train.train, *TINY, "--out", "x0")
     assert "same prediction" in refused(capsys, sample.sample, "r", "x0", "--stitch", "0.4")
 
