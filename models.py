@@ -505,8 +505,8 @@ def stitch_steps(steps, fractions):
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution, as the matrix product that it is: torch's own takes several times as long on a CPU where the
-    batch is small. Free of copies if x (B, C, H, W) is channels-last, and so is its output."""
+    """A 1x1 convolution, as the matrix product that it is, which saves a little on a CPU. Free of copies if x
+    (B, C, H, W) is channels-last, and so is its output."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__(in_channels, out_channels, 1)

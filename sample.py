@@ -218,8 +218,9 @@ def sample():
     options = runs.sampling_options(args) | args.sampler_options
     if args.weak:
         weak = runs.open_run(args.weak, device, args.weights)[1]
-        if (weak.shape, weak.num_classes) != (objective.shape, objective.num_classes):
-            raise ValueError(f"--weak {args.weak}: its images or classes are not those of {args.run}")
+        if weak.encoder or (weak.shape, weak.num_classes) != (objective.shape, objective.num_classes):
+            raise ValueError(f"--weak {args.weak}: it must be a run with the images and classes (no captions) of the "
+                             "one that is drawn from")
         options["weak"] = weak
 
     frames = [] if args.film else None
