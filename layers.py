@@ -88,6 +88,15 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def patch_grid(image_size, patch_size, what="the patch size"):
+    """(rows, columns) of patches; ValueError if the patch does not divide the image."""
+    H, W = pair(image_size)
+    if H % patch_size or W % patch_size:
+        near = "x".join(str(side // patch_size * patch_size or patch_size) for side in (H, W))
+        raise ValueError(f"image size {H}x{W} is not divisible by {what} {patch_size}: try {near}")
+    return H // patch_size, W // patch_size
+
+
 def unpatchify(tokens, grid, p):
     """Tokens (B, N, p*p*C) -> image (B, C, grid[0] p, grid[1] p). Within a token the channel runs fastest (not the
     layout of PatchEmbed's weight, where it runs slowest)."""
@@ -291,6 +300,38 @@ class TDLN(nn.Module):
         if bias is None:
             return x * (gain / (x.square().mean(-1, keepdim=True).sqrt() + 1e-8))
         return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), gain)
+
+
+def adaptive_norm(dim, norm):
+    """The norm that adaLN modulates, or a time-dependent one."""
+    if norm not in ("adaln", "td-ln", "td-rms"):
+        raise ValueError(f"norm {norm!r}: choose adaln, td-ln or td-rms")
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) if norm == "adaln" else TDLN(dim, norm == "td-rms")
+
+
+class FinalLayer(nn.Module):
+    """adaLN, then the linear read-out of each token's patch: (B, N, D) -> (B, N, p*p*C_out). c (B, condition or D)."""
+
+    def __init__(self, dim, patch_size, out_channels, condition=None, norm="adaln"):
+        super().__init__()
+        self.norm_final = adaptive_norm(dim, norm)
+        self.linear = nn.Linear(dim, patch_size**2 * out_channels)
+        self.adaLN_modulation = None
+        if norm == "adaln":
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition or dim, 2 * dim))
+
+    def forward(self, x, c):
+        if self.adaLN_modulation is None:
+            return self.linear(self.norm_final(x, c))
+        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def zeroed(layer):
+    """The layer with weights and bias zero: its residual branch starts closed."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
 
 
 # ------------------------------------------------------------------------------------------------------ attention, MLPs

@@ -36,6 +36,7 @@ from layers import (
     ROPE,
     TDLN,
     Attention,
+    FinalLayer,
     LabelEmbedder,
     Mlp,
     Padding,
@@ -43,11 +44,13 @@ from layers import (
     SwiGlu,
     Text,
     TimestepEmbedder,
+    adaptive_norm,
     canvas,
     cropped,
     gated,
     modulate,
     pair,
+    patch_grid,
     pick,
     position_table,
     put_back,
@@ -57,6 +60,7 @@ from layers import (
     ternarize,
     timestep_embedding,
     unpatchify,
+    zeroed,
 )
 from moe import add_experts
 from scans import bi_wkv, linear_attention, selective_scan
@@ -67,20 +71,13 @@ from scans import bi_wkv, linear_attention, selective_scan
 # 3.2). The gates start at zero, so that every block starts as the identity. N = (H/p)(W/p) tokens, width D.
 
 
-def dit_norm(dim, norm):
-    """The norm that adaLN modulates, or a time-dependent one."""
-    if norm not in ("adaln", "td-ln", "td-rms"):
-        raise ValueError(f"norm {norm!r}: choose adaln, td-ln or td-rms")
-    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) if norm == "adaln" else TDLN(dim, norm == "td-rms")
-
-
 class DiTBlock(nn.Module):
     """Attention and MLP, each between adaLN modulation and a gate. Figure 3, "DiT Block with adaLN-Zero". norm "td-ln"
     or "td-rms": plain residual branches behind DiMR's time-dependent norms, and c is tau."""
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0, norm="adaln"):
         super().__init__()
-        self.norm1, self.norm2 = dit_norm(dim, norm), dit_norm(dim, norm)
+        self.norm1, self.norm2 = adaptive_norm(dim, norm), adaptive_norm(dim, norm)
         self.attn = Attention(dim, num_heads)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if norm == "adaln" else None
@@ -92,24 +89,6 @@ class DiTBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
         x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
         return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
-
-
-class FinalLayer(nn.Module):
-    """adaLN, then the linear read-out of each token's patch: (B, N, D) -> (B, N, p*p*C_out). c (B, condition or D)."""
-
-    def __init__(self, dim, patch_size, out_channels, condition=None, norm="adaln"):
-        super().__init__()
-        self.norm_final = dit_norm(dim, norm)
-        self.linear = nn.Linear(dim, patch_size**2 * out_channels)
-        self.adaLN_modulation = None
-        if norm == "adaln":
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition or dim, 2 * dim))
-
-    def forward(self, x, c):
-        if self.adaLN_modulation is None:
-            return self.linear(self.norm_final(x, c))
-        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class DiT(nn.Module):
@@ -168,15 +147,6 @@ class DiT(nn.Module):
         self.pos_embed.data = table.flatten(2).mT.to(self.pos_embed)                                      # (1, N, D)
 
 
-def patch_grid(image_size, patch_size, what="the patch size"):
-    """(rows, columns) of patches; ValueError if the patch does not divide the image."""
-    H, W = pair(image_size)
-    if H % patch_size or W % patch_size:
-        near = "x".join(str(side // patch_size * patch_size or patch_size) for side in (H, W))
-        raise ValueError(f"image size {H}x{W} is not divisible by {what} {patch_size}: try {near}")
-    return H // patch_size, W // patch_size
-
-
 # ================================================================================================================ U-Net
 # The convolutional baseline of Denoising Diffusion Probabilistic Models, 2006.11239, appendix B, with ADM's
 # improvements (2105.05233, section 3) as options: scale-shift conditioning and resampling inside residual blocks.
@@ -186,13 +156,6 @@ def patch_grid(image_size, patch_size, what="the patch size"):
 def group_norm(channels):
     """GroupNorm with the most groups, up to 32 and of at least 4 channels, that divide the width."""
     return nn.GroupNorm(next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0), channels)
-
-
-def zeroed(layer):
-    """The layer with weights and bias zero: its residual branch starts closed."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    return layer
 
 
 class ResBlock(nn.Module):
@@ -1286,7 +1249,7 @@ class FiTAttention(nn.Module):
         return self.proj(x if padding is None else padding.unpadded(x))
 
 
-class SwiGLU(nn.Module):
+class FiTSwiGlu(nn.Module):
     """fc2(SiLU(fc1_g x) * fc1_x x), (B, N, D) -> (B, N, D). 2002.05202."""
 
     def __init__(self, dim, hidden):
@@ -1306,7 +1269,7 @@ class FiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = FiTAttention(dim, num_heads, qk_norm, gain)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = SwiGLU(dim, hidden) if swiglu else Mlp(dim, hidden)
+        self.mlp = FiTSwiGlu(dim, hidden) if swiglu else Mlp(dim, hidden)
         linears = ([nn.Linear(dim, lora_dim), nn.Linear(lora_dim, 6 * dim)] if lora_dim else [nn.Linear(dim, 6 * dim)])
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), *linears)
 
