@@ -697,6 +697,8 @@ def flags():
     s.add_argument("--n", type=runs.positive, default=256, help="prompts, of the test split (default: %(default)s)")
     s.add_argument("--subset", metavar="REGEX", help="only captions that this finds, such as those not trained on")
     runs.sampling_flags(s)
+    drawing_flags(s)
+
     s = commands.add_parser("sizes", help="class accuracy of shapes at other sizes than those of training")
     s.set_defaults(function=sizes)
     s.add_argument("runs", nargs="+", help="folders of runs on shapes")
