@@ -514,7 +514,8 @@ def infer_drwkv(state_dict):
 def mamba(config, state_dict):
     """state-spaces/mamba's Mamba, and Dimba's two-sided one."""
     c = dict(d_state=16, d_conv=4, expand=2, bidirectional=False) | config
-    model = Mamba(c["d_model"], c["d_state"], c["d_conv"], c["expand"], c["bidirectional"])
+    rank = c.get("dt_rank") if c.get("dt_rank") != "auto" else None
+    model = Mamba(c["d_model"], c["d_state"], c["d_conv"], c["expand"], c["bidirectional"], rank)
     return fill(model, state_dict, "this Mamba")
 
 
@@ -527,7 +528,8 @@ def dimba(config, state_dict):
     if c.get("part") == "attention_block":
         return fill(DimbaBlock(c["hidden_size"], c["num_heads"], c["mlp_ratio"]), state_dict, "this block")
     if c.get("part") == "mamba_blocks":
-        return fill(nn.ModuleList(MambaBlock(c["dim"]) for _ in range(c["n"])), state_dict, "these Mamba blocks")
+        blocks = nn.ModuleList(MambaBlock(c["dim"], d_state=c.get("d_state", 16)) for _ in range(c["n"]))
+        return fill(blocks, state_dict, "these Mamba blocks")
     model = Dimba(c["input_size"], c["patch_size"], c["in_channels"], c["hidden_size"], c["depth"], c["num_heads"],
                   c["mlp_ratio"], c["mamba_ratio"], c["caption_channels"], c["model_max_length"], c["pe_interpolation"],
                   c["micro_condition"], learn_sigma=c["pred_sigma"])

@@ -505,8 +505,8 @@ def stitch_steps(steps, fractions):
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution, as the matrix product that it is: torch's own takes several times as long on a CPU where the
-    batch is small. Free of copies if x (B, C, H, W) is channels-last, and so is its output."""
+    """A 1x1 convolution, as the matrix product that it is, which saves a little on a CPU. Free of copies if x
+    (B, C, H, W) is channels-last, and so is its output."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__(in_channels, out_channels, 1)
@@ -1040,11 +1040,11 @@ class Mamba(nn.Module):
     """Mamba, 2312.00752: in_proj to x | z, causal convolution, selective scan gated by z, out_proj. (B, N, D) likewise.
 
     bidirectional: a second convolution and scan run on the reversed tokens, and both results are added (Vision Mamba,
-    2401.09417, "v2"). d_inner = expand D channels of d_state states, step sizes of rank ceil(D / 16)."""
+    2401.09417, "v2"). d_inner = expand D channels of d_state states, step sizes of rank dt_rank (ceil(D / 16))."""
 
-    def __init__(self, dim, d_state=16, d_conv=4, expand=2, bidirectional=False):
+    def __init__(self, dim, d_state=16, d_conv=4, expand=2, bidirectional=False, dt_rank=None):
         super().__init__()
-        D, self.rank, self.d_state, self.d_conv = expand * dim, -(-dim // 16), d_state, d_conv
+        D, self.rank, self.d_state, self.d_conv = int(expand * dim), dt_rank or -(-dim // 16), d_state, d_conv
         self.in_proj, self.out_proj = nn.Linear(dim, 2 * D, bias=False), nn.Linear(D, dim, bias=False)
         self.branches = ["", "_b"] if bidirectional else [""]
         for b in self.branches:
@@ -1150,15 +1150,16 @@ class Dimba(nn.Module):
 
     def initialise(self):
         """As published, but for the step sizes of Mamba, which the published pass over all layers overwrites by
-        accident (softplus(0) = 0.69 in place of 0.001 .. 0.1): here they keep Mamba's own."""
+        accident (softplus(0) = 0.69 in place of 0.001 .. 0.1): here they keep Mamba's own. Of a narrower text than the
+        published 4096 the projection is drawn larger, so that what it puts out has the same size."""
         for m in self.modules():
             if isinstance(m, nn.Linear) or m is self.x_embedder.proj:
                 nn.init.xavier_uniform_(m.weight.flatten(1))
                 if m.bias is not None and m is not self.x_embedder.proj:
                     nn.init.zeros_(m.bias)
-        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1], self.y_embedder.y_proj.fc1,
-                  self.y_embedder.y_proj.fc2):
+        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1], self.y_embedder.y_proj.fc2):
             nn.init.normal_(m.weight, std=0.02)
+        nn.init.normal_(self.y_embedder.y_proj.fc1.weight, std=0.02 * (4096 / self.text_width) ** 0.5)
         for name, p in self.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):
                 nn.init.kaiming_uniform_(p, a=math.sqrt(5))

@@ -58,7 +58,8 @@ def flags():
                    help="averaged or last weights (default: %(default)s)")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     g = p.add_argument_group("published checkpoints")
-    g.add_argument("--official", choices=["dit", "dit-moe", "terdit", "dico", "fit", "fitv2", "flag-dit"],
+    g.add_argument("--official",
+                   choices=["dit", "dit-moe", "terdit", "dico", "drwkv", "lit", "fit", "fitv2", "flag-dit"],
                    help="architecture of the published checkpoint")
     g.add_argument("--checkpoint", help="its file (.pt, .bin or .safetensors)")
     g.add_argument("--decoder", help="Stable Diffusion's autoencoder file, to turn latents into images")
@@ -72,9 +73,12 @@ def official(args, device):
     state = convert.read_weights(args.checkpoint)
     config = convert.infer_config(args.official, state)
     model = convert.load_official(args.official, config, state)
+    if args.official == "drwkv":
+        config |= {"input_size": config["img_size"], "in_channels": config["channels"],
+                   "num_classes": max(0, config["num_classes"])}
     process = diffusion.Discrete(diffusion.linear_betas(), learned_variance=config["learn_sigma"])
     # As published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
-    scale = 1.4 if args.official == "dico" else 4.0
+    scale = {"dico": 1.4, "drwkv": 1.5, "lit": 1.5}.get(args.official, 4.0)
     draw = dict(sampler="ddpm", steps=250, guidance=scale, guide_channels=3, clip=False)
     if config.get("use_flash_attn"):                              # DiT-MoE's XL and G are rectified flows
         process = convert.DiTMoEFlow(config["learn_sigma"])
@@ -214,8 +218,9 @@ def sample():
     options = runs.sampling_options(args) | args.sampler_options
     if args.weak:
         weak = runs.open_run(args.weak, device, args.weights)[1]
-        if (weak.shape, weak.num_classes) != (objective.shape, objective.num_classes):
-            raise ValueError(f"--weak {args.weak}: its images or classes are not those of {args.run}")
+        if weak.encoder or (weak.shape, weak.num_classes) != (objective.shape, objective.num_classes):
+            raise ValueError(f"--weak {args.weak}: it must be a run with the images and classes (no captions) of the "
+                             "one that is drawn from")
         options["weak"] = weak
 
     frames = [] if args.film else None

@@ -603,6 +603,13 @@ def test_inherit_and_distill(here, capsys):
     assert all(entry["distill_variance"] >= 0 for entry in runs.history(Path("both")))
 
 
+def test_official_drwkv(here, capsys):
+    from models import DRWKV
+    torch.save(DRWKV(8, 2, 4, 32, 3, num_classes=7, learn_sigma=True).state_dict(), "rwkv.pt")
+    call(sample.sample, "--official", "drwkv", "--checkpoint", "rwkv.pt", "--n", "2", "--steps", "2", "--out", "o.png")
+    assert np.load("o.latents.npz")["arr_0"].shape == (2, 4, 8, 8)
+
+
 def test_mixers_are_timed(here, capsys):
     call(evaluate.evaluate, "speed", "--tokens", "256", "--width", "48", "--rounds", "1")
     assert "Bi-WKV" in capsys.readouterr().out and Image.open("mixers.png").size == (800, 460)
