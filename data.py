@@ -913,7 +913,7 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
         raise ValueError(f"aspect {aspect!r}: the images of {name} have one size; shapes and folder have many ratios")
     size = image_size if image_size is not None else {
         "shapes": 16, "imagenet64": 64, "folder": 64}.get(name, MADE[name][2] if name in MADE else 32)
-    sides = pair(size) if name == "shapes" and not mixed else (size,)             # shapes are drawn at any (H, W)
+    sides = size if isinstance(size, (tuple, list)) and name == "shapes" and not mixed else (size,)       # (H, W)
     if not all(isinstance(side, int) and side >= 1 for side in sides):
         raise ValueError(f"image_size is {size!r}: choose a whole number of pixels, such as 32")
     root = Path(data_dir).expanduser()

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import figures
+import layers
 import moe
 import objectives
 import runs
@@ -240,7 +241,8 @@ def train():
     if world > 1 and rank > 0:
         dist.barrier()
     origin = runs.post_trained(config) if config["post_train"] and not checkpoint else None
-    dataset = data.load(config["data"], config["data_dir"], config["image_size"], "train", device, config["flip"],
+    size = config["image_size"] and layers.pair(config["image_size"])[-1]       # a resumed run knows all its sides
+    dataset = data.load(config["data"], config["data_dir"], size, "train", device, config["flip"],
                         config["download"], config["bad_images"], config["aspect"], runs.stride(config))
     if world > 1 and rank == 0:
         dist.barrier()

@@ -509,6 +509,7 @@ def test_a_run_of_clips_or_sounds(here, capsys, monkeypatch, name, suffix, size)
     monkeypatch.setitem(data.FEW, "train", range(64))
     text = ["--model", "flag-dit-text-nano", "--model-options", "depth=1,hidden_size=32,num_heads=2,text_width=32"]
     call(train.train, *FLAGS, *text, "--data", name, "--steps", "2", "--out", "a")
+    call(train.train, "--out", "a", "--resume", "--steps", "3")
     call(sample.sample, "a", "--n", "2", "--prompt", "a rising star", "--out", f"x{suffix}")
     call(sample.sample, "a", "--n", "2", "--size", size, "--rope", "ntk-proportional", "--out", "y.png")
     assert (here / f"x{suffix}").stat().st_size > 100 and (here / "y.png").exists()
