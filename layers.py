@@ -504,7 +504,8 @@ class Text:
 class TextEncoder(nn.Module):
     """Byte tokens (B, L) int64 (see `data.byte_tokens`; 0 is padding) -> Text of width `width`, a token for every four
     bytes. A small bidirectional transformer, trained together with the denoiser, on local convolutions that read
-    letters and join four to a token, as in CANINE, 2103.06874. Padding changes nothing."""
+    letters and join four to a token, as in CANINE, 2103.06874. Padding changes nothing. It learns at a tenth of the
+    rate: at the full one all captions look alike before the denoiser has begun to listen."""
 
     def __init__(self, width, depth=2, inner=96, num_heads=4):
         super().__init__()
@@ -515,6 +516,8 @@ class TextEncoder(nn.Module):
         self.attns = nn.ModuleList(Attention(inner, num_heads) for _ in range(depth))
         self.mlps = nn.ModuleList(Mlp(inner, 4 * inner) for _ in range(depth))
         self.out = nn.Linear(inner, width)
+        for p in self.parameters():
+            p.rate = 0.1
 
     def forward(self, y):
         y = F.pad(y, (0, -y.shape[1] % 4))                                                            # (B, 4 M)
@@ -526,4 +529,4 @@ class TextEncoder(nn.Module):
         for attn, mlp, norm1, norm2 in zip(self.attns, self.mlps, self.norms[::2], self.norms[1::2]):
             x = x + attn(norm1(x), mask)
             x = x + mlp(norm2(x))
-        return Text(self.out(self.norms[-1](x)), mask)
+        return Text(F.layer_norm(self.out(self.norms[-1](x)), (self.out.out_features,)), mask)

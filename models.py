@@ -1065,6 +1065,8 @@ class TextProjection(nn.Module):
         self.y_proj = nn.Sequential(OrderedDict(fc1=nn.Linear(text_width, dim), act=nn.GELU("tanh"),
                                                 fc2=nn.Linear(dim, dim)))
         self.register_buffer("y_embedding", torch.randn(text_length, text_width) / text_width**0.5)
+        for p in self.parameters():
+            p.rate = 0.1                                             # as the encoder's, layers.TextEncoder
 
     def forward(self, tokens):
         return self.y_proj(tokens)
@@ -1120,9 +1122,10 @@ class Dimba(nn.Module):
                 nn.init.xavier_uniform_(m.weight.flatten(1))
                 if m.bias is not None and m is not self.x_embedder.proj:
                     nn.init.zeros_(m.bias)
-        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1], self.y_embedder.y_proj.fc2):
+        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]):
             nn.init.normal_(m.weight, std=0.02)
-        nn.init.normal_(self.y_embedder.y_proj.fc1.weight, std=0.02 * (4096 / self.text_width) ** 0.5)
+        for m, width in ((self.y_embedder.y_proj.fc1, 4096), (self.y_embedder.y_proj.fc2, 1152)):
+            nn.init.normal_(m.weight, std=0.02 * (width / m.in_features) ** 0.5)
         for name, p in self.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):
                 nn.init.kaiming_uniform_(p, a=math.sqrt(5))

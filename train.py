@@ -286,10 +286,12 @@ def train():
         objective.teach(runs.teacher(config).to(device), config["distill_shares"], config["distill_log_variance"])
     weights = [p for p in objective.parameters() if p.requires_grad]
     averages = [e for e, p in zip(ema.parameters(), objective.parameters()) if p.requires_grad]
-    groups = [{"params": [p for p in weights if not hasattr(p, "no_decay")]},
-              {"params": [p for p in weights if hasattr(p, "no_decay")], "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW([g for g in groups if g["params"]], config["lr"], tuple(config["betas"]),
-                                  weight_decay=config["weight_decay"], fused=True)
+    kinds = {}                                       # layers mark weights: no_decay, and rate, a share of --lr
+    for p in weights:
+        kinds.setdefault((hasattr(p, "no_decay"), getattr(p, "rate", 1.0)), []).append(p)
+    groups = [{"params": kind, "rate": rate, "weight_decay": 0.0 if no_decay else config["weight_decay"]}
+              for (no_decay, rate), kind in kinds.items()]
+    optimiser = torch.optim.AdamW(groups, config["lr"], tuple(config["betas"]), fused=True)
     first = 0
     if checkpoint:
         runs.check_resumable(checkpoint["config"], config)
@@ -335,7 +337,7 @@ def train():
                disable=not writer)
     for step in bar:
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = group.get("rate", 1.0) * learning_rate(config, step)
         torch.manual_seed(objectives.seeded(config["seed"], step, rank).initial_seed())
         indices, flips = dataset.plan(step, config["batch"], config["seed"])
         sums = {}
