@@ -784,6 +784,8 @@ class DiMR(nn.Module):
                                         num_classes=num_classes, cascade=cascade, rms=norm == "td-rms",
                                         null_class=null_class, **own))
             below = own
+        if self.branches[-1].reduction != 1:
+            raise ValueError(f"patch_sizes {tuple(patch_sizes)}: the last branch draws the image, so it must end in 1")
 
     def forward(self, x, t, y=None, every=False):
         """The last branch's prediction (B, C_out, H, W); every: a list of all, (B, C_out, h, w), lowest first."""

@@ -885,3 +885,8 @@ def test_sizes_of_linear_mixers_are_read_off_the_weights(arch, name):
     case = golden.load(Path(__file__).parent / "golden" / f"{name}.npz")
     read = infer_config(arch, case.state_dict)
     assert {k for k in read if k in case.config and read[k] != case.config[k]} <= {"num_heads"}
+
+
+def test_dimrs_last_branch_draws_every_pixel():
+    with pytest.raises(ValueError, match="must end in 1"):
+        create_model("dimr-nano", 16, patch_sizes=(4, 2))
