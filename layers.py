@@ -327,6 +327,15 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def xavier(model):
+    """Every linear layer and convolution Xavier uniform, a convolution on its (out, in p p) view; biases zero."""
+    for m in model.modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(m.weight.flatten(1))
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
 def zeroed(layer):
     """The layer with weights and bias zero: its residual branch starts closed."""
     for p in layer.parameters():

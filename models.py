@@ -60,6 +60,7 @@ from layers import (
     ternarize,
     timestep_embedding,
     unpatchify,
+    xavier,
     zeroed,
 )
 from moe import add_experts
@@ -111,11 +112,7 @@ class DiT(nn.Module):
 
     def initialise(self):
         # Linear layers as in ViT: Xavier uniform, the patch embedding on its (D, p*p*C) view.
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight.flatten(1))
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        xavier(self)
         # Embeddings of timestep and label start small.
         tables = [self.y_embedder.embedding_table] if self.y_embedder else []
         for m in (*(self.t_embedder.mlp[::2] if self.t_embedder else []), *tables):
@@ -392,11 +389,7 @@ class TerDiT(nn.Module):
 
     def initialise(self):
         # Linear layers: Xavier uniform, the patch embedding on its (D, p*p*C) view.
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight.flatten(1))
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        xavier(self)
         # Embeddings of timestep and label start small.
         tables = [self.y_embedder.embedding_table] if self.y_embedder else []
         for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *tables):
@@ -930,11 +923,7 @@ class DRWKV(nn.Module):
         self.initialise()
 
     def initialise(self):
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight.flatten(1))
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        xavier(self)
         tables = [self.label_emb.embedding_table] if self.label_emb else []
         for m in (self.time_embed.mlp[0], self.time_embed.mlp[2], *tables):
             nn.init.normal_(m.weight, std=0.02)

@@ -633,6 +633,8 @@ def replaced_last(betas, last):
 
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012}
+DISTILLED = SD | {"beta_schedule": "scaled_linear", "original_inference_steps": 50, "timestep_scaling": 10.0,
+                  "set_alpha_to_one": True, "steps_offset": 0}
 FLOW = {"num_train_timesteps": 1000, "shift": 1.0}
 
 # class: (group, sampler, defaults that differ from the common ones)
@@ -644,30 +646,8 @@ CLASSES = {
     "DDIMInverseScheduler": ("A", "ddim-inversion", {"clip_sample": True, "set_alpha_to_one": True}),
     "PNDMScheduler": ("A", "pndm", {"skip_prk_steps": False, "set_alpha_to_one": False}),
     "IPNDMScheduler": ("IPNDM", "ipndm", {}),
-    "LCMScheduler": (
-        "distilled",
-        "lcm",
-        SD
-        | {
-            "beta_schedule": "scaled_linear",
-            "original_inference_steps": 50,
-            "timestep_scaling": 10.0,
-            "set_alpha_to_one": True,
-            "steps_offset": 0,
-        },
-    ),
-    "TCDScheduler": (
-        "distilled",
-        "tcd",
-        SD
-        | {
-            "beta_schedule": "scaled_linear",
-            "original_inference_steps": 50,
-            "timestep_scaling": 10.0,
-            "set_alpha_to_one": True,
-            "steps_offset": 0,
-        },
-    ),
+    "LCMScheduler": ("distilled", "lcm", DISTILLED),
+    "TCDScheduler": ("distilled", "tcd", DISTILLED),
     "EulerDiscreteScheduler": ("B", "euler", {"interpolation_type": "linear", "final_sigmas_type": "zero"}),
     "EulerAncestralDiscreteScheduler": ("B", "euler-ancestral", {}),
     "LMSDiscreteScheduler": ("B", "lms", {}),

@@ -219,6 +219,7 @@ def test_dispatch_speed():
         t = race({"loop": lambda: step(moe.loop), "grouped": lambda: step(moe.grouped)}, 5)
         print(f"{T} tokens, {E} experts: loop {t['loop']:.3f} s, grouped {t['grouped']:.3f} s, "
               f"{t['loop'] / t['grouped']:.2f} times as fast")
+        assert t["grouped"] < 1.5 * t["loop"], "the grouped products cost far more than the loop that they replace"
 
 
 @pytest.mark.slow
