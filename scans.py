@@ -33,19 +33,21 @@ def recur(a, x, start=None, reverse=False, chunk=None):
     if start is not None:
         x[order[0]].addcmul_(a[order[0]], start)
     if chunk is None:
-        many = 2**20 if x.is_cuda else 2**14
+        many = 2**20 if x.is_cuda else 2**11
         chunk = T if T < 16 or x[0].numel() >= many else math.isqrt(T)
     if chunk >= T:
+        rows, rates = x.unbind(), a.unbind()
         for before, t in zip(order, order[1:]):
-            x[t].addcmul_(a[t], x[before])
+            rows[t].addcmul_(rates[t], rows[before])
         return x
     J, back = T // chunk, T % chunk
     head = slice(back, None) if reverse else slice(0, J * chunk)          # whole chunks first, in the order of time
     X, P = (z[head].unflatten(0, (J, chunk)) for z in (x, a.clone()))
     steps, chunks = (range(n)[::-1] if reverse else range(n) for n in (chunk, J))
+    rows, decays = X.unbind(1), P.unbind(1)
     for before, k in zip(steps, steps[1:]):
-        X[:, k].addcmul_(P[:, k], X[:, before])
-        P[:, k].mul_(P[:, before])
+        rows[k].addcmul_(decays[k], rows[before])
+        decays[k].mul_(decays[before])
     for before, j in zip(chunks, chunks[1:]):
         X[j].addcmul_(P[j], X[before, steps[-1]])
     if back:
@@ -148,18 +150,19 @@ class SelectiveScan(torch.autograd.Function):
         with exact(u):
             for s, start in zip(SelectiveScan.segments(u, A)[::-1], starts[::-1]):
                 a, h = SelectiveScan.states(u[s], d[s], B[s], A, start)
-                gC[s] = (h @ gy[s][..., None])[..., 0]
+                gC[s] = (h * gy[s][:, :, None]).sum(-1)
                 G = gy[s][:, :, None] * C[s][..., None]                     # G_t = C_t gy_t + a_{t+1} G_{t+1}
                 G[-1] += carry
                 recur(a[1:], G[:-1], G[-1], reverse=True)
                 carry = a[0] * G[0]
-                h = a.mul_(torch.cat([start[None], h[:-1]]))                # what is left at t of the state before
+                a[0].mul_(start)                                            # what is left at t of the state before
+                a[1:].mul_(h[:-1])
                 inner = (B[s][:, :, None] @ G)[:, :, 0]
-                gB[s] = (G @ (d[s] * u[s])[..., None])[..., 0]
+                gB[s] = torch.mul(G, (d[s] * u[s])[:, :, None], out=h).sum(-1)
                 gu[s] = inner * d[s]
-                h *= G
-                gd[s] = torch.addcmul((h * A).sum(2), inner, u[s])
-                gA += h.mul_(d[s][:, :, None]).sum((0, 1))
+                G *= a
+                gd[s] = torch.addcmul(torch.mul(G, A, out=h).sum(2), inner, u[s])
+                gA += G.mul_(d[s][:, :, None]).sum((0, 1))
         return gu, gd, gB, gC, gA, carry
 
 
