@@ -234,6 +234,19 @@ def crop_sizes(patches, stride, max_ratio=4.0):
     return sizes
 
 
+def fitting_crop(picture, size, stride, rng):
+    """A picture as uint8 (3, H, W) as in Lumina-T2X: one of the four `crop_sizes` of size x size pixels that lose the
+    least of it, shrunk or enlarged until it covers that size, cut at a random place."""
+    (w, h), choices = picture.size, crop_sizes((size // stride) ** 2, stride)
+    reach = lambda side: min(w / side[0], h / side[1])                      # pixels of the picture for one of the crop
+    best = sorted(choices, key=lambda side: -side[0] * side[1] * reach(side) ** 2)[:4]
+    side = best[rng.integers(len(best))]
+    wide, high = (pixels * reach(side) for pixels in side)
+    left, top = rng.random(2) * (w - wide, h - high)
+    picture = picture.resize(side, Image.BICUBIC, box=(left, top, min(w, left + wide), min(h, top + high)))
+    return np.array(picture).transpose(2, 0, 1)
+
+
 # ---- shapes: the dataset that is always there -------------------------------------------------------------
 
 SHAPES = ["circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent"]
@@ -845,16 +858,20 @@ def _list_folder(root, split):
     return files, np.array(labels), classes
 
 
-def _load_folder(root, split, size, bad_images, stride=None, squares=False):
-    """stride: images keep their ratios and come as a list, without those of fewer than 16 patches of the stride;
-    squares: each a second time as a square, if both its sides exceed the size. FiTv2, 2410.13925, section 3.3."""
+def _load_folder(root, split, size, bad_images, stride=None, aspect="square"):
+    """aspect "crop": a list of `fitting_crop`; "keep" or "mixed": images keep their ratios and come as a list, without
+    those of fewer than 16 patches of the stride; "mixed": each a second time as a square, if both its sides exceed the
+    size. FiTv2, 2410.13925, section 3.3."""
     files, labels, classes = _list_folder(root, split)
-    images, good, bad, again = np.empty((0 if stride else len(files), 3, size, size), np.uint8), [], [], []
-    images = [] if stride else images
+    images, good, bad, again = [], [], [], []
+    mixed, squares = aspect != "square", aspect == "mixed"
+    images = [] if mixed else np.empty((len(files), 3, size, size), np.uint8)
     for i, path in enumerate(tqdm(files, desc=f"reading {root}", unit=" images", delay=2, leave=False)):
         try:
             picture = open_image(path)
-            if stride:
+            if aspect == "crop":
+                images.append(torch.from_numpy(fitting_crop(picture, size, stride, np.random.default_rng(i))))
+            elif mixed:
                 w, h = fit_size(*picture.size, size, stride)
                 if w * h < 16 * stride**2:
                     continue
@@ -876,7 +893,7 @@ def _load_folder(root, split, size, bad_images, stride=None, squares=False):
         warnings.warn(f"{report}; skipped", stacklevel=3)
     beside = [files[i].with_suffix(".txt") for i in good]
     captions = [path.read_text("utf-8", "replace").strip() if path.exists() else "" for path in beside]
-    images = images[:len(good)] + again * squares if stride else images[:len(good)]
+    images = images[:len(good)] + again * squares if mixed else images[:len(good)]
     return images, labels[good], classes, captions if any(captions) else None, [files[i] for i in good]
 
 
@@ -894,7 +911,8 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
                 (folder: a tenth; imagenet64: a twentieth, unless there is val_data.npz)
     flip        mirror half of the images in training batches; None: yes for photographs, no for shapes
     aspect      of shapes and folder: "square"; "keep": images of all ratios, of at most image_size^2 pixels, sides
-                multiples of the stride (FiT); "mixed": half of the draws of large images are squares (FiTv2)
+                multiples of the stride (FiT); "mixed": half of the draws of large images are squares (FiTv2);
+                "crop", of folder: each cut to one of the sizes of as many patches that fit it best (Lumina)
     stride      the patch size of the model
     bad_images  "error", or "skip" to leave out files of a folder that cannot be read, with a warning
 
@@ -905,12 +923,14 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
         near = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.4) or DATASETS
         raise ValueError(f"there is no dataset called {name!r}: did you mean {' or '.join(near)}?")
     for value, choices in ((split, ("train", "test")), (bad_images, ("error", "skip")),
-                           (aspect, ("square", "keep", "mixed"))):
+                           (aspect, ("square", "keep", "mixed", "crop"))):
         if value not in choices:
             raise ValueError(f"{value!r} is neither {' nor '.join(choices)}")
     mixed = aspect != "square"
-    if mixed and name not in ("shapes", "folder"):
-        raise ValueError(f"aspect {aspect!r}: the images of {name} have one size; shapes and folder have many ratios")
+    able = ["folder"] if aspect == "crop" else ["shapes", "folder"]
+    if mixed and name not in able:
+        raise ValueError(f"aspect {aspect!r} is for {' and '.join(able)}: the images of {name} have one size, or are "
+                         "drawn in theirs")
     size = image_size if image_size is not None else {
         "shapes": 16, "imagenet64": 64, "folder": 64}.get(name, MADE[name][2] if name in MADE else 32)
     sides = size if isinstance(size, (tuple, list)) and name == "shapes" and not mixed else (size,)       # (H, W)
@@ -928,7 +948,7 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
         images, labels, classes, captions = _load_imagenet64(root, split, size)
     elif name == "folder":
         images, labels, classes, captions, files = _load_folder(
-            root, split, size, bad_images, stride if mixed else None, aspect == "mixed")
+            root, split, size, bad_images, stride, aspect)
     else:
         images, labels, classes, captions = _load_cifar(name, root, split, size, download)
     if isinstance(images, list):

@@ -69,8 +69,9 @@ def flags():
           ("--data-dir", "data", "folder that holds the dataset's files", folder),
           ("--image-size", None, "side in pixels (default: the dataset's own)", whole),
           ("--aspect", "square", "of shapes and folder, for models of any size: square; keep: every image in its own "
-           "ratio, of at most image-size x image-size pixels (FiT); mixed: half of the large ones as squares (FiTv2)",
-           {"choices": ["square", "keep", "mixed"]}),
+           "ratio, of at most image-size x image-size pixels (FiT); mixed: half of the large ones as squares (FiTv2); "
+           "crop, of folder: each cut to one of the four sizes of as many patches that lose least of it (Lumina)",
+           {"choices": ["square", "keep", "mixed", "crop"]}),
           ("--flip", None, "random horizontal flips (default: yes for photographs)", either),
           ("--download", True, "fetch CIFAR from its home page if it is not there", either),
           ("--bad-images", "error", "what to do about broken files of --data folder: error or skip",

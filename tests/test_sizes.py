@@ -400,6 +400,8 @@ def test_shapes_of_many_ratios():
     assert wide.shape == (2, 3, 16, 48)
     with pytest.raises(ValueError, match="have one size"):
         data.load("cifar10", aspect="keep")
+    with pytest.raises(ValueError, match="is for folder"):
+        data.load("shapes", aspect="crop")
 
 
 def test_folders_keep_their_ratios(tmp_path):
@@ -412,6 +414,20 @@ def test_folders_keep_their_ratios(tmp_path):
     assert sides == {(32, 104), (64, 64), (88, 40)}, "20x20 has fewer than 16 patches"
     squares = {tuple(whole.shape[1:]): tuple(again.shape[1:]) for whole, again in zip(d.images, d.images[len(d):])}
     assert squares == {(32, 104): (64, 64), (64, 64): (64, 64), (88, 40): (88, 40)}
+    d = data.load("folder", tmp_path, 64, aspect="crop", stride=8)
+    crops = [tuple(image.shape[1:]) for image in d.images]
+    assert len(set(crops)) > 4 and all(h % 8 == w % 8 == 0 and 48 * 64 <= h * w <= 64 * 64 for h, w in crops)
+    assert all(w >= 3 * h for (h, w), file in zip(crops, d.files) if int(file.stem) % 4 == 0), "300x100"
+
+
+def test_a_crop_covers_its_size():
+    from PIL import Image
+    rows, columns = np.meshgrid(np.arange(100), np.arange(200), indexing="ij")
+    picture = Image.fromarray(np.stack([rows, columns, 0 * rows], -1).astype(np.uint8))
+    for seed in range(20):
+        r, c, _ = data.fitting_crop(picture, 64, 16, np.random.default_rng(seed)).astype(float)
+        steps = np.diff(r[1:-1, 5]).mean(), np.diff(c[5, 1:-1]).mean()
+        assert abs(steps[0] - steps[1]) < 0.2 and abs(steps[0] - min(100 / r.shape[0], 200 / r.shape[1])) < 0.1
 
 
 @pytest.mark.parametrize("name, shape, words", [("moving-shapes", (3, 6, 16, 16), 6), ("turntable", (3, 6, 16, 16), 4),
