@@ -120,7 +120,7 @@ def infer_dit(state_dict):
     presets = {(k["depth"], k["hidden_size"]): k["num_heads"]
                for name, (_, k) in MODELS.items() if name.startswith("dit-")}
     return dict(input_size=p * math.isqrt(state_dict["pos_embed"].shape[1]), patch_size=p, in_channels=C,
-                hidden_size=D, depth=depth, num_heads=presets.get((depth, D), D // 64),
+                hidden_size=D, depth=depth, num_heads=presets.get((depth, D), max(1, D // 64)),
                 mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / D,
                 num_classes=state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
                 learn_sigma=state_dict["final_layer.linear.bias"].numel() == 2 * C * p * p)
@@ -195,7 +195,7 @@ def infer_uvit(state_dict):
     presets = {(k["depth"], k["hidden_size"]): k["num_heads"] for n, (_, k) in MODELS.items() if n.startswith("uvit-")}
     patches = state_dict["pos_embed"].shape[1] - 1 - (classes > 0)
     return dict(img_size=p * math.isqrt(patches), patch_size=p, in_chans=C, embed_dim=D, depth=depth,
-                num_heads=presets.get((depth, D), D // 64), num_classes=classes,
+                num_heads=presets.get((depth, D), max(1, D // 64)), num_classes=classes,
                 mlp_ratio=state_dict["mid_block.mlp.fc1.weight"].shape[0] / D,
                 qkv_bias="mid_block.attn.qkv.bias" in state_dict, mlp_time_embed="time_embed.0.weight" in state_dict,
                 conv="final_layer.weight" in state_dict, skip="out_blocks.0.skip_linear.weight" in state_dict)
@@ -262,6 +262,17 @@ def infer_dimr(state_dict):
     classes = state_dict.get("stages.0.class_embeds.weight")
     return dict(channels=C, stage_configs=stages, num_classes=None if classes is None else len(classes),
                 norm_type="TDRMSN" if "stages.0.blocks.0.block2.norm.scale.param0" in state_dict else "LN")
+
+
+class CountsFromOne(nn.Module):
+    """A published model told of a chain's steps as 1 .. T, as our chains call models: steps are 0 .. T - 1."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t, y=None):
+        return self.model(x, t + 1, y)
 
 
 # ----------------------------------------------------------------------------------------------- fit, fitv2, flag-dit
@@ -406,7 +417,7 @@ def infer_dit_moe(state_dict):
     E, flash = len(state_dict["blocks.0.moe.gate.weight"]), "blocks.0.attn.Wqkv.weight" in state_dict
     presets = {(k["depth"], k["hidden_size"]): k["num_heads"]
                for name, (_, k) in MODELS.items() if name.startswith("dit-moe-")}
-    heads = (D // len(state_dict["blocks.0.attn.q_norm.weight"]) if flash else presets.get((depth, D), D // 64))
+    heads = (D // len(state_dict["blocks.0.attn.q_norm.weight"]) if flash else presets.get((depth, D), max(1, D // 64)))
     ratio = len(state_dict["blocks.0.moe.experts.0.gate_proj.weight"]) // D
     shape = infer_dit({**state_dict, "blocks.0.mlp.fc1.weight": state_dict["x_embedder.proj.weight"]})
     return shape | dict(num_heads=heads, mlp_ratio=ratio, num_experts=E, num_experts_per_tok=min(2, E),

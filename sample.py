@@ -59,8 +59,8 @@ def flags():
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     g = p.add_argument_group("published checkpoints")
     g.add_argument("--official",
-                   choices=["dit", "dit-moe", "terdit", "dico", "drwkv", "lit", "fit", "fitv2", "flag-dit"],
-                   help="architecture of the published checkpoint")
+                   choices=["dit", "dit-moe", "terdit", "dico", "dimr", "uvit", "drwkv", "lit", "fit", "fitv2",
+                            "flag-dit"], help="architecture of the published checkpoint")
     g.add_argument("--checkpoint", help="its file (.pt, .bin or .safetensors)")
     g.add_argument("--decoder", help="Stable Diffusion's autoencoder file, to turn latents into images")
     return p
@@ -76,6 +76,10 @@ def official(args, device):
     if args.official == "drwkv":
         config |= {"input_size": config["img_size"], "in_channels": config["channels"],
                    "num_classes": max(0, config["num_classes"])}
+    elif args.official in ("uvit", "dimr"):
+        side = config["stage_configs"][-1]["max_height"] if args.official == "dimr" else config["img_size"]
+        config |= {"input_size": side, "in_channels": config.get("channels") or config["in_chans"],
+                   "num_classes": max(0, (config["num_classes"] or 0) - 1), "learn_sigma": False}
     process = diffusion.Discrete(diffusion.linear_betas(), learned_variance=config["learn_sigma"])
     # As published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
     scale = {"dico": 1.4, "drwkv": 1.5, "lit": 1.5}.get(args.official, 4.0)
@@ -89,6 +93,15 @@ def official(args, device):
         process, model = diffusion.RectifiedFlow("flow"), convert.Reversed(model)
         guidance = {"fitv2": 1.5, "flag-dit": 4.0}[args.official]
         draw = dict(sampler="rk45", guidance=guidance, guide_channels=3, clip=False)
+    elif args.official in ("uvit", "dimr"):
+        pixels = config["in_channels"] == 3
+        draw = dict(sampler="dpm-solver", steps=50, guidance=1.0 if pixels else 1.4, clip=pixels)
+        if args.official == "dimr" or config["embed_dim"] == 1152:       # Stable Diffusion's chain; else continuous
+            process, model = diffusion.create_process("scaled-linear"), convert.CountsFromOne(model)
+        else:
+            process = diffusion.create_process("vp")
+        if args.official == "dimr":
+            draw |= dict(sampler="dpmpp-singlestep", steps=250, order=3)
     size = config.get("input_size", 32)
     shape = config["in_channels"], size, size
     objective = objectives.Diffusion(model, process, shape, config["num_classes"], draw=draw)
@@ -230,7 +243,7 @@ def sample():
         with torch.no_grad():
             x = torch.cat([decoder(z[None].to(device)).cpu()
                            for z in tqdm(x, desc="decoding", unit=" images", delay=2)])
-    elif args.official:
+    elif args.official and objective.shape[0] != 3:
         latents = out.with_name(out.stem + ".latents.npz")
         save_npz(latents, arr_0=x.numpy())
         print(f"no --decoder was given: the latents are in {latents}, "

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -608,6 +609,15 @@ def test_official_drwkv(here, capsys):
     torch.save(DRWKV(8, 2, 4, 32, 3, num_classes=7, learn_sigma=True).state_dict(), "rwkv.pt")
     call(sample.sample, "--official", "drwkv", "--checkpoint", "rwkv.pt", "--n", "2", "--steps", "2", "--out", "o.png")
     assert np.load("o.latents.npz")["arr_0"].shape == (2, 4, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["uvit-cond", "uvit-uncond", "dimr-2r", "dimr-3r"])
+def test_official_uvit_and_dimr(here, name):
+    case = golden.load(Path(__file__).parent / f"golden/{name}.npz")
+    torch.save(case.state_dict, "published.pt")
+    call(sample.sample, "--official", case.arch, "--checkpoint", "published.pt", "--n", "2", "--steps", "4",
+         "--out", "o.png")
+    assert Image.open("o.png").mode == "RGB" and Path("o.latents.npz").exists() == (name == "dimr-2r")
 
 
 def test_mixers_are_timed(here, capsys):
