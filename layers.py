@@ -173,6 +173,12 @@ class Padding(NamedTuple):
         return x.flatten(0, 1).index_select(0, self.place)[:, None]
 
 
+def modulation_of(c, n, padding):
+    """Modulation (B, n D) as n times (B, D), or with Padding as n times (T, D), each token's that of its image."""
+    parts = c.chunk(n, 1)
+    return parts if padding is None else [part.index_select(0, padding.image) for part in parts]
+
+
 def put_back(tokens, place, n):
     """tokens (B, L, D) to their places among n patches, the others zero: (B, n, D). What is no patch is dropped."""
     index = place[..., None].expand(tokens.shape)

@@ -49,6 +49,7 @@ from layers import (
     cropped,
     gated,
     modulate,
+    modulation_of,
     pair,
     patch_grid,
     pick,
@@ -1268,9 +1269,8 @@ class FiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), *linears)
 
     def forward(self, x, c, rope, padding, common):
-        modulation = self.adaLN_modulation(c) + common                                              # (B, 6D)
-        modulation = modulation if padding is None else modulation.index_select(0, padding.image)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation_of(
+            self.adaLN_modulation(c) + common, 6, padding)
         x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rope, padding))
         return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
@@ -1285,8 +1285,7 @@ class FiTFinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, c, padding):
-        modulation = self.adaLN_modulation(c)
-        shift, scale = (modulation if padding is None else modulation.index_select(0, padding.image)).chunk(2, 1)
+        shift, scale = modulation_of(self.adaLN_modulation(c), 2, padding)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -1443,9 +1442,8 @@ class FlagBlock(nn.Module):
             self.attention_y_norm = nn.RMSNorm(text_width, eps)
 
     def forward(self, x, c, rope, padding, stretch, text):
-        modulation = self.adaLN_modulation(c)                                                       # (B, 6D)
-        modulation = modulation if padding is None else modulation.index_select(0, padding.image)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 1)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation_of(
+            self.adaLN_modulation(c), 6, padding)
         text = text and Text(self.attention_y_norm(text.tokens), text.mask)
         h = modulate(self.attention_norm(x), shift_attn, scale_attn)
         x = gated(x, gate_attn, self.attention(h, rope, padding, stretch, text))
@@ -1462,8 +1460,7 @@ class FlagFinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(dim, 1024), 2 * dim))
 
     def forward(self, x, c, padding):
-        modulation = self.adaLN_modulation(c)
-        shift, scale = (modulation if padding is None else modulation.index_select(0, padding.image)).chunk(2, 1)
+        shift, scale = modulation_of(self.adaLN_modulation(c), 2, padding)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
