@@ -424,12 +424,13 @@ def check_free(folder, overwrite=False):
                                   "choose another folder by --out")
 
 
-def start(folder, config, overwrite=False):
-    """Begin a new run in a (locked) folder by writing its config. An old run's files, and only those, are removed."""
-    check_free(folder, overwrite)
-    for name in ("config.json", "metrics.jsonl", "loss.png", "score.json", "ckpt.pt", "ckpt.prev.pt"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "samples", ignore_errors=True)
+def start(folder, config, overwrite=False, resume=False):
+    """Write a run's config into its (locked) folder. Unless it resumes, an old run's files, and only those, go."""
+    if not resume:
+        check_free(folder, overwrite)
+        for name in ("config.json", "metrics.jsonl", "loss.png", "score.json", "ckpt.pt", "ckpt.prev.pt"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "samples", ignore_errors=True)
     write(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 

@@ -314,8 +314,7 @@ def train():
               f"{kinds} | {world} x {device.type}, {'bf16' if bf16 else 'fp32'} | "
               f"{folder}{f', from step {first:,}' if first else ''}")
         held = runs.lock(folder)  # noqa: F841 (it holds as long as this variable lives)
-        if not first:
-            runs.start(folder, config, overwrite)
+        runs.start(folder, config, overwrite, resume=first > 0)
         runs.clean(folder)
         entries = runs.history(folder, until=first)
 

@@ -294,6 +294,7 @@ def test_mistakes_with_runs(here, capsys):
         assert "r/ckpt.pt is damaged" in message and "--resume r/ckpt.prev.pt" in message
         assert "r/ckpt.pt is damaged" in refused(capsys, sample.sample, "r")
     call(train.train, "--out", "r", "--resume", "r/ckpt.prev.pt", "--steps", "7")
+    assert json.load(open("r/config.json"))["steps"] == 7
     assert weights("r")[0] == 7
 
     state = runs.load_checkpoint("r/ckpt.pt")
