@@ -152,3 +152,28 @@ def test_extremes_are_finite_and_right(dtype):
 
 def test_softplus_is_the_identity_when_large():
     assert F.softplus(torch.tensor(50.0)) == 50 == scans.step_sizes(torch.tensor(49.0), torch.tensor(1.0), True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form, shapes, bar", [
+    ("selective", dict(D=64, S=16), 6), ("selective", dict(D=192, S=8), 6), ("selective", dict(D=384, S=16), 4),
+    ("wkv", dict(C=64), 50), ("linear", (1, 4, 1024, 16), 3), ("linear", (1, 6, 1024, 64), 3),
+    ("linear", (1, 2, 1024, 192), 1.5)])
+def test_fast_forms_are_fast(form, shapes, bar):
+    """Plain over fast, 1,024 tokens, forward and backward, medians of interleaved calls; the bar leaves room for a
+    busy machine.  python -m pytest -m slow -k fast_forms -s"""
+    import statistics
+    import time
+    fast, plain, make = FORMS[form]
+    inputs = draw(*[shapes] * 3, dtype=torch.float32) if form == "linear" else make(
+        1024, B=1, dtype=torch.float32, **shapes)
+    times = {fast: [], plain: []}
+    for k in range(8):
+        for function in times:
+            clock = time.perf_counter()
+            out = function(*inputs)
+            (out[0] if isinstance(out, tuple) else out).sum().backward()
+            times[function] += [time.perf_counter() - clock] if k else []
+    ratio = statistics.median(times[plain]) / statistics.median(times[fast])
+    print(f"\n{form} {shapes}: {ratio:.1f} times")
+    assert ratio > bar
