@@ -397,6 +397,7 @@ def train():
         print(f"done: pictures in {folder / 'samples'}\n  to draw more:    python sample.py {folder}\n"
               f"  to measure them: python evaluate.py score {folder}")
     if world > 1:
+        time.sleep(0.1)      # gloo's threads, joined below without letting go of the interpreter, need it once more
         dist.destroy_process_group()
 
 
