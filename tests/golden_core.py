@@ -1495,3 +1495,6 @@ def check_sampler(case):
         else:
             RUNS[run["function"]](report, name, run["options"], run["tol"])
     report.close()
+
+
+CHECKS = {"schedule": check_schedule, "loss": check_loss, "sampler": check_sampler}

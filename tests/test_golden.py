@@ -2,13 +2,14 @@
 architecture fails and is named. `pytest tests/test_golden.py --golden FOLDER` runs a folder of other cases."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import golden
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_core import check_loss, check_sampler, check_schedule
+from published import same
 
 import convert
 import data
@@ -35,17 +36,6 @@ from layers import (
     unpack,
 )
 from models import DRWKVBlock, Stitched, channel_norm, create_model, q_shift, stitch_steps
-
-
-def same(ours, theirs, what, tolerance=1e-5):
-    """||ours - theirs|| / ||theirs|| <= tolerance; integers must be equal."""
-    ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
-    assert ours.shape == theirs.shape, f"{what}: shape {tuple(ours.shape)}, published {tuple(theirs.shape)}"
-    if not theirs.is_floating_point():
-        assert torch.equal(ours.to(theirs.dtype), theirs), f"{what} differs"
-        return
-    error = (ours.detach().double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-12)
-    assert error <= tolerance, f"{what}: relative error {error:.2e}"
 
 
 # ------------------------------------------------------------------------------------------------------------------ dit
@@ -874,11 +864,13 @@ def check_sizes(case):
 
 CHECKS = {"bi-wkv": check_scan, "selective-scan": check_scan, "linear-attention": check_lit, "drwkv": check_drwkv,
           "mamba-block": check_mamba, "dimba": check_dimba,
-          "dit": check_dit, "schedule": check_schedule, "loss": check_loss, "sampler": check_sampler,
+          "dit": check_dit,
           "dit-moe": check_dit_moe, "terdit": check_terdit, "t-stitch": check_stitch,
           "dico": check_dico, "uvit": check_uvit, "td-ln": check_td_ln, "dimr": check_dimr,
           "fit": check_tokens, "fitv2": check_tokens, "flag-dit": check_tokens, "flag-dit-text": check_tokens,
           "rope2d": check_rope2d, "fit-resize": check_sizes, "lumina-crops": check_sizes}
+for path in sorted(Path(__file__).parent.glob("golden_*.py")):           # each library's checks, in a file of its own
+    CHECKS |= import_module(path.stem).CHECKS
 
 
 def test_golden(golden_file):
