@@ -37,7 +37,7 @@ import runs
 import scans
 from layers import pair
 from metrics import Classifier, frechet_distance
-from models import MODELS, cost, create_model
+from models import MODELS, cost, create_model, options_of
 
 # ---------------------------------------------------------------------------------------------------------------- score
 
@@ -415,7 +415,7 @@ def sizes(args):
         config, objective = runs.open_run(folder, device, args.weights)
         if config["classes"] != data.SHAPES:
             raise ValueError(f"{folder}: this command knows the shapes only, train with --data shapes and classes")
-        ropes = getattr(objective.model, "ropes", [None])
+        ropes = objective.model.ropes or [None]
         for rope in ropes if args.ropes == ["all"] else [name for name in ropes if name in args.ropes or not name]:
             for size in tqdm(args.sizes, desc=f"{folder} {rope or ''}", unit=" sizes", leave=False):
                 runs.extrapolate(objective, size, rope)
@@ -470,7 +470,7 @@ def seconds(device, call):
 def matched(name, given, image_size, macs):
     """The options that bring a model to `macs` multiply-accumulates, within 3 % if it can be: another width (heads stay
     whole) and, where depth is a number, another depth, as near the preset as may be."""
-    preset = MODELS[name][1] | given
+    preset = {option: p.default for option, p in options_of(name).items()} | given
     key = next(k for k in ("hidden_size", "channels") if k in preset)
     step, depth = 4 * preset.get("num_heads", 1), preset.get("depth")
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from diffusion import GUIDANCE, SAMPLERS, choose, clipped, ddim_inversion, guided
 from layers import Text, canvas
-from models import Stitched, stitch_steps
+from models import check_fractions, stitch_by_steps, stitch_by_time, stitched
 from moe import balanced
 
 
@@ -56,20 +56,21 @@ def power_cosine(scale, share, power):
     return 1 + (scale - 1) * (1 - math.cos(math.pi * share**power)) / 2
 
 
-def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
+def generate(process, denoiser, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
              clip=True, noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
              weak=None, power=None, **options) -> Iterator[torch.Tensor]:
     """Sample: yields the images after each step, starting from standard normal x (B, C, H, W), without gradients.
 
-    y, null: the condition and the null condition that guidance moves away from (both as the model takes them); rule:
+    denoiser: of a condition, as `Diffusion.denoiser`. y, null: the condition and the null condition that guidance moves
+    away from (both as the model takes them); rule:
     how, a name in `GUIDANCE`; interval: only at those times; power: falling by `power_cosine`; weak: another objective
     to move away from instead of the null condition (autoguidance, 2406.02507). grid, last: see `Process.times`. clip:
     keep x0 in [-1, 1] (pixels), quantile: by dynamic thresholding. options go to the sampler.
     """
     draw, make = choose(SAMPLERS, sampler, "sampler"), choose(GUIDANCE, rule, "guidance")
-    denoise = cond = process.denoiser(model, y)
+    denoise = cond = denoiser(y)
     if guidance != 1 and (weak or null is not None):
-        other = weak.process.denoiser(weak.model, y) if weak else process.denoiser(model, null)
+        other = weak.denoiser(y) if weak else denoiser(null)
         scaled = lambda scale: guided(cond, other, scale, guide_channels, process, None if rule == "cfg" else make,
                                       interval)
         share = lambda t: (float(torch.as_tensor(t).max()) - process.t_clean) / (process.t_noisy - process.t_clean)
@@ -91,18 +92,16 @@ class Diffusion(nn.Module):
 
     model: the backbone, model(x, t, y). num_classes: 0 for a model without labels. label_drop: the share of samples
     whose condition becomes the null condition in training, which is what guidance needs. draw: options of `generate`.
-    balance: weight of the balance loss of a model with experts.
 
     A condition is labels (B,) (null: num_classes), byte tokens (B, L), which `encoder` turns into a Text (null: the
     empty caption), or a Text of precomputed embeddings (null: the model's `null_text`). examples: the conditions of
     previews, by default the labels in turn.
     """
 
-    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None, balance=0.0, encoder=None,
-                 examples=None):
+    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None, encoder=None, examples=None):
         super().__init__()
-        self.balance, self.encoder, self.examples = balance, encoder, examples
-        self.conditional = num_classes or getattr(model, "text_width", 0)
+        self.encoder, self.examples = encoder, examples
+        self.conditional = num_classes or model.text_width
         self.model, self.process, self.shape = model, process, shape
         self.num_classes, self.label_drop, self.draw = num_classes, label_drop, draw or {}
 
@@ -120,7 +119,7 @@ class Diffusion(nn.Module):
         else:
             parts = self.parts(x, y, t, noise.normal(x.shape))
         losses = {name: value.mean() for name, value in parts.items()}
-        return losses | balanced(self.model, losses["loss"], self.balance)
+        return losses | balanced(self.model, losses["loss"])
 
     def parts(self, x, y, t, noise, sizes=None):
         """The losses of each sample: {"loss": (B,), ...}. With sizes (B, 2), x is a `layers.canvas`: the mean is over
@@ -187,12 +186,16 @@ class Diffusion(nn.Module):
             return self.examples[turn(len(self.examples)).cpu()].to(device)
         return turn(self.num_classes) if self.num_classes else None
 
+    def denoiser(self, y):
+        """denoise(xt, t) under the condition y, as the model takes it."""
+        return self.process.denoiser(self.model, y)
+
     def trajectory(self, x, y, **draw) -> Iterator[torch.Tensor]:
         """Images after each sampling step, from noise x and conditions y; `draw` overrides the objective's own options.
         """
         with torch.no_grad():
             y, null = (self.encode(y), self.encode(self.null(y))) if y is not None else (None, None)
-        yield from generate(self.process, self.model, x, y, null, **{**self.draw, **draw})
+        yield from generate(self.process, self.denoiser, x, y, null, **{**self.draw, **draw})
 
     def preview(self, n, generator):
         """n images (n, C, H, W) in [-1, 1]; all randomness comes from `generator` (on the CPU)."""
@@ -212,25 +215,28 @@ class Stitch(Diffusion):
         if len({(p.shape, type(p.process), p.process.prediction, p.process.learned_variance) for p in parts}) > 1:
             raise ValueError("only models of one process can be stitched, whose images have the same shape, and which "
                              "predict the same, with learned variances or without")
-        model, last = Stitched([part.model for part in parts], fractions), parts[-1]
-        super().__init__(model, last.process, last.shape, last.num_classes, draw=last.draw, examples=last.examples)
-        self.runs, self.fractions, self.rule = list(parts), fractions, rule
+        check_fractions(fractions, len(parts))
+        last = parts[-1]
+        super().__init__(last.model, last.process, last.shape, last.num_classes, draw=last.draw, examples=last.examples)
+        self.runs, self.fractions, self.rule = nn.ModuleList(parts), fractions, rule
 
     def trajectory(self, x, y, **draw):
         draw = {**self.draw, **draw}
         if draw.get("weak"):
             raise ValueError("stitched models cannot be guided by a weak one: leave out --weak or --stitch")
         if self.rule == "steps":
-            told = self.process.network_time(self.process.times(draw["steps"], draw.get("grid"))[:-1])
-            plan = torch.tensor(stitch_steps(len(told), self.fractions))
-            progress = torch.cat([told.new_tensor([-math.inf]), 1 - told / self.model.T, told.new_tensor([math.inf])])
-            ends = torch.stack([(plan <= j).sum() for j in range(len(self.fractions))])
-            self.model.cumulative = (progress[ends] + progress[ends + 1]).float() / 2    # half-way to the next step
-        null = None
-        if y is not None:                              # each model's own null label or captions
+            rule = stitch_by_steps(self.process.times(draw["steps"], draw.get("grid")), self.fractions)
+        else:
+            rule = stitch_by_time(self.fractions, self.process.t_noisy - self.process.t_clean)
+
+        def denoiser(conditions):
+            return stitched([run.denoiser(own) for run, own in zip(self.runs, conditions)], rule)
+
+        y, null = [y] * len(self.runs), None
+        if y[0] is not None:                           # each model's own null label or captions
             with torch.no_grad():
-                y, null = zip(*((run.encode(y), run.encode(run.null(y))) for run in self.runs))
-        yield from generate(self.process, self.model, x, y, null, **draw)
+                y, null = zip(*((run.encode(own), run.encode(run.null(own))) for run, own in zip(self.runs, y)))
+        yield from generate(self.process, denoiser, x, y, null, **draw)
 
 
 class MultiScale(Diffusion):

@@ -28,9 +28,8 @@ from tqdm import tqdm
 import data
 import diffusion
 import layers
-import moe
 import objectives
-from models import MODELS, DiMR, FiT, FlagDiT, UNet, create_model, patch_grid
+from models import MODELS, FiT, FlagDiT, backbone, create_model, options_of
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
 HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "resume", "overwrite", "device", "accum",
@@ -101,32 +100,39 @@ def device(name="auto"):
 
 def takes_text(config):
     """Whether the model of a config is one of text: its preset, or its options, name the width of the text."""
-    return bool((MODELS[config["model"]][1] | config["model_options"]).get("text_width"))
+    return bool(settings(config).get("text_width"))
+
+
+def settings(config):
+    """Every option of the model of a config with its value, {name: value}."""
+    return {name: p.default for name, p in options_of(config["model"]).items()} | config["model_options"]
 
 
 def build_model(config):
     """The backbone that a config describes, with freshly initialised weights."""
+    given = {name: config[name] for name in ("moe", "ternary", "packed") if config.get(name)}
+    if "balance" in config:
+        given["balance"] = config["balance"]
     learned = {"learn_sigma": True} if config["learned_variance"] else {}
     return create_model(config["model"], config["image_size"], config["in_channels"], config["num_classes"],
-                        **learned, **config["model_options"])
+                        **given, **learned, **config["model_options"])
 
 
 def stride(config):
     """What the sides of images of mixed sizes must be multiples of: the model's patch."""
     if config["aspect"] == "square":
         return 1
-    preset = MODELS[config["model"]]
-    if not hasattr(preset[0], "ropes"):
-        able = ", ".join(name for name, (kind, _) in MODELS.items() if hasattr(kind, "ropes"))
+    if not backbone(config["model"]).mixed_sizes:
+        able = ", ".join(name for name in MODELS if backbone(name).mixed_sizes)
         raise ValueError(f"--aspect {config['aspect']}: {config['model']} draws one size; choose from {able}")
-    return (preset[1] | config["model_options"]).get("patch_size", 2)
+    return settings(config)["patch_size"]
 
 
 def post_trained(config):
     """The averaged weights of the run that --post-train names, after its model's settings have been written into the
     config: rope vision-ntk, which scales from the size that run was trained at."""
     old = load_checkpoint(Path(config["post_train"]) / "ckpt.pt")
-    if not hasattr(MODELS[old["config"]["model"]][0], "post_trains"):
+    if backbone(old["config"]["model"]).post_trains is None:
         raise ValueError(f"--post-train {config['post_train']}: {old['config']['model']} is no FiT")
     config["model"] = old["config"]["model"]
     trained = build(old["config"]).model.trained
@@ -138,21 +144,16 @@ def extrapolate(objective, size=None, rope=None, shift=None):
     """Let a run draw images of another size, sides in pixels (one number: a square), with other rotary frequencies, and
     with sigma/alpha of every time multiplied by `shift`. A plain DiT interpolates its position table. ValueError if the
     model cannot."""
-    model, sides = getattr(objective.model, "model", objective.model), len(objective.shape) - 1
+    model, sides = objective.model, len(objective.shape) - 1
     own = "x".join(map(str, objective.shape[1:]))
     if size is not None:
         size = size * sides if len(size) == 1 and sides == 2 else size
         if len(size) != sides:
             raise ValueError(f"--size {'x'.join(map(str, size))}: give {sides} sides, this run draws {own}")
-        if not (hasattr(model, "ropes") or hasattr(model, "resize") or isinstance(model, UNet)):
-            raise ValueError(f"--size: this model draws {own} only")
-        if sides > 1:
-            patch_grid(size[-2:], model.patch_size)
-        if hasattr(model, "resize"):
-            model.resize(size)
+        model.resize(size)
         objective.shape = objective.shape[0], *size
     if rope is not None:
-        if not hasattr(model, "ropes"):
+        if not model.ropes:
             raise ValueError(f"--rope {rope}: this model has no rotary positions")
         check("rope", rope, model.ropes)
         model.rope = rope
@@ -166,16 +167,6 @@ def build(config):
     """The training objective that a config describes, with freshly initialised weights. A model of text gets a
     TextEncoder of byte tokens beside it, unless its text is precomputed (config["text"] is "npz")."""
     model = build_model(config)
-    if config.get("moe"):
-        if len(config["moe"]) != 2:
-            raise ValueError("--moe takes two numbers, the experts and how many of them a token uses: --moe 8,2")
-        moe.add_experts(model, *config["moe"])
-    if config.get("ternary"):
-        if any(isinstance(m, moe.MoE) for m in model.modules()):
-            raise ValueError("--ternary knows linear layers only, not stacks of experts: leave out one of the two")
-        layers.ternarize(model)
-    if config.get("packed"):
-        layers.replace_ternary(model, layers.PackedLinear)
     encoder = examples = None
     if takes_text(config) and config["text"] == "bytes":
         encoder = layers.TextEncoder(model.text_width)
@@ -183,9 +174,9 @@ def build(config):
     draw = {"sampler": config["sampler"], "steps": config["sample_steps"], "grid": config["grid"],
             "guidance": config["guidance"], "rule": config["guidance_rule"]}
     shape = config["in_channels"], *layers.pair(config["image_size"])
-    objective = objectives.MultiScale if isinstance(model, DiMR) else objectives.Diffusion
-    return objective(model, process(config), shape, config["num_classes"], config["label_drop"], draw,
-                     config.get("balance", 0.0), encoder, examples)
+    objective = objectives.MultiScale if model.multi_scale else objectives.Diffusion
+    return objective(model, process(config), shape, config["num_classes"], config["label_drop"], draw, encoder,
+                     examples)
 
 
 def process(config):
@@ -338,10 +329,8 @@ def adapt(config, folder):
     """Resolution adaption, 2406.01159: where the model computes its positions, one that starts from a run at another
     resolution gets its pe_interpolation, so that its grid spans the same range."""
     old = load_checkpoint(Path(folder) / "ckpt.pt")["config"]
-    model, preset = MODELS[config["model"]]
-    known = model.__init__.__code__.co_varnames
-    if "pe_interpolation" in known and "pe_interpolation" not in config["model_options"]:
-        before = (preset | old["model_options"]).get("pe_interpolation", 1.0)
+    if "pe_interpolation" in settings(config) and "pe_interpolation" not in config["model_options"]:
+        before = settings(old)["pe_interpolation"]
         stretch = before * config["image_size"] / old["image_size"]
         config["model_options"] = config["model_options"] | {"pe_interpolation": stretch}
 

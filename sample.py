@@ -90,14 +90,14 @@ def official(args, device):
     elif args.official == "fit":
         draw |= dict(guidance=1.5)
     elif args.official in ("fitv2", "flag-dit"):
-        process, model = diffusion.RectifiedFlow("flow"), convert.Reversed(model)
+        process = convert.Reversed()
         guidance = {"fitv2": 1.5, "flag-dit": 4.0}[args.official]
         draw = dict(sampler="rk45", guidance=guidance, guide_channels=3, clip=False)
     elif args.official in ("uvit", "dimr"):
         pixels = config["in_channels"] == 3
         draw = dict(sampler="dpm-solver", steps=50, guidance=1.0 if pixels else 1.4, clip=pixels)
         if args.official == "dimr" or config["embed_dim"] == 1152:       # Stable Diffusion's chain; else continuous
-            process, model = diffusion.create_process("scaled-linear"), convert.CountsFromOne(model)
+            process = convert.CountsFromOne(diffusion.BETAS["scaled-linear"]())
         else:
             process = diffusion.create_process("vp")
         if args.official == "dimr":

@@ -96,7 +96,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     """`selective_scan_plain` in segments of tokens whose states fit the processor's cache; the backward pass computes
     the states of a segment again from the one at its start."""
     if u.is_meta:                                                           # shapes only: layers.count
-        products = u.new_empty(u.numel(), 1, 3 * A.shape[1])                # a state costs three: decay, input, read-out
+        products = u.new_empty(u.numel(), 1, 3 * A.shape[1])                # three a state: decay, input, read-out
         return (products @ products.mT).view(u.shape), u.new_empty(len(u), *A.shape)
     dtype = u.dtype
     u, delta, A, B, C, D, z, delta_bias, state = wide(u, delta, A, B, C, D, z, delta_bias, state)

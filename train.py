@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import layers
 import moe
 import objectives
 import runs
-from models import MODELS, FlagDiT, cost, create_model
+from models import MODELS, backbone, cost, costs
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -161,11 +162,9 @@ def print_list(word):
         for name, entry in entries.items():
             print(f"  {name:18} {one_line(entry)}")
     print("models (parameters and multiply-accumulates at 32x32x3 with 10 classes)")
-    for name in (name for name in MODELS if word in name):
-        with torch.device("meta"):
-            model = create_model(name)
-        parameters, macs = cost(model, (3, 32, 32))
-        active = moe.activated_parameters(model)
+    known = costs([name for name in MODELS if word in name])
+    for name in known:
+        parameters, active, macs = known[name]
         note = f", {active / 1e6:.2f} M activated" if active < parameters else ""
         print(f"  {name:18} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs{note}", flush=True)
 
@@ -252,7 +251,7 @@ def train():
     text = runs.takes_text(config)
     classes = [] if config["unconditional"] or text else list(dataset.classes)
     channels, *sides = dataset.shape
-    if len(sides) != 2 and not issubclass(MODELS[config["model"]][0], FlagDiT):
+    if len(sides) not in backbone(config["model"]).sides:
         raise ValueError(f"--data {config['data']} holds {dataset.kind}: choose a Flag-DiT, such as flag-dit-nano")
     config |= {"image_size": sides[0] if sides == 2 * sides[:1] else sides, "in_channels": channels, "classes": classes,
                "num_classes": len(classes), "data_size": len(dataset), "flip": dataset.flip}
@@ -281,7 +280,7 @@ def train():
         runs.load_weights(objective, origin, config["post_train"])
     if config["post_train"]:
         for name, weight in objective.model.named_parameters():
-            weight.requires_grad_(objective.model.post_trains(name))
+            weight.requires_grad_(bool(re.search(objective.model.post_trains, name)))
     ema = copy.deepcopy(objective).eval().requires_grad_(False)
     if config["distill"]:
         objective.teach(runs.teacher(config).to(device), config["distill_shares"], config["distill_log_variance"])
