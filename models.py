@@ -1142,24 +1142,29 @@ class Mamba(nn.Module):
             setattr(self, f"dt_proj{b}", nn.Linear(self.rank, D))
             setattr(self, f"A{b}_log", nn.Parameter(torch.arange(1, d_state + 1.0).log().repeat(D, 1)))
             setattr(self, f"D{b}", nn.Parameter(torch.ones(D)))
-            getattr(self, f"A{b}_log").no_decay = getattr(self, f"D{b}").no_decay = True
+            *_, A_log, skip = self.branch(b)
+            A_log.no_decay = skip.no_decay = True
         self.initialise_steps()
+
+    def branch(self, b):
+        """conv1d, x_proj, dt_proj, A_log and D of the branch with this suffix, as published files name them."""
+        return [getattr(self, name) for name in (f"conv1d{b}", f"x_proj{b}", f"dt_proj{b}", f"A{b}_log", f"D{b}")]
 
     def initialise_steps(self):
         """Step sizes: log-uniform in 0.001 .. 0.1 through the bias of dt_proj, the inverse of softplus."""
         for b in self.branches:
-            dt_proj = getattr(self, f"dt_proj{b}")
+            _, _, dt_proj, _, _ = self.branch(b)
             nn.init.uniform_(dt_proj.weight, -self.rank**-0.5, self.rank**-0.5)
             dt = torch.empty_like(dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
             dt_proj.bias.data = dt + torch.log(-torch.expm1(-dt))
 
     def scan(self, x, z, b):
         """The convolution and scan of branch b on x, z (B, N, d_inner)."""
-        conv, dt_proj = getattr(self, f"conv1d{b}"), getattr(self, f"dt_proj{b}")
-        x = F.silu(conv(F.pad(x.transpose(1, 2), (self.d_conv - 1, 0)))).transpose(1, 2)
-        dt, B, C = getattr(self, f"x_proj{b}")(x).split([self.rank, self.d_state, self.d_state], -1)
-        A = -torch.exp(getattr(self, f"A{b}_log").float())
-        return selective_scan(x, dt @ dt_proj.weight.T, A, B, C, getattr(self, f"D{b}"), z, dt_proj.bias, True)[0]
+        conv1d, x_proj, dt_proj, A_log, skip = self.branch(b)
+        x = F.silu(conv1d(F.pad(x.transpose(1, 2), (self.d_conv - 1, 0)))).transpose(1, 2)
+        dt, B, C = x_proj(x).split([self.rank, self.d_state, self.d_state], -1)
+        A = -torch.exp(A_log.float())
+        return selective_scan(x, dt @ dt_proj.weight.T, A, B, C, skip, z, dt_proj.bias, True)[0]
 
     def forward(self, x):
         x, z = self.in_proj(x).chunk(2, -1)
@@ -1570,7 +1575,7 @@ class FlagDiT(Backbone):
         self.nextline = len(sides) > 1 and (bool(text_width) if nextline is None else nextline)
         self.rope, self.ntk_factor, self.rope_scaling, self.base_length = rope, ntk_factor, rope_scaling, base_length
         self.trained, self.text_width, self.text_length = self.counts(sides), text_width, text_length
-        self.null_text = torch.zeros(text_length, text_width)              # where the text is precomputed
+        self.null_text = torch.zeros(text_length, text_width) if text_width else None
         self.channels_out = in_channels * (2 if learn_sigma else 1)
         self.x_embedder = nn.Linear(p * p * in_channels, D)
         self.t_embedder = TimestepEmbedder(condition)
@@ -1681,13 +1686,16 @@ def options_of(name):
     Those of `changed`, which every model has, come last."""
     facts = "image_size", "in_channels", "num_classes", "model"
     own, common = inspect.signature(MODELS[name]).parameters, inspect.signature(changed).parameters
-    return {option: p for option, p in {**common, **own}.items() if option not in facts}
+    return {option: p for option, p in [*own.items(), *((o, p) for o, p in common.items() if o not in own)]
+            if option not in facts}
 
 
 def backbone(name):
-    """The class of a model of the registry, whose attributes (`layers.Backbone`) say what it can."""
+    """The class of a model of the registry, whose attributes (`layers.Backbone`) say what it can before it is built; of
+    an entry that is a function Backbone itself, with the defaults."""
     entry = MODELS[name]
-    return entry.func if isinstance(entry, functools.partial) else entry
+    entry = entry.func if isinstance(entry, functools.partial) else entry
+    return entry if isinstance(entry, type) else Backbone
 
 
 def changed(model, moe: tuple = (), balance: float | None = None, ternary=False, packed=False):
@@ -1717,7 +1725,9 @@ def changed(model, moe: tuple = (), balance: float | None = None, ternary=False,
 def cost(model, shape):
     """(parameters, multiply-accumulates of one image) of a backbone for images of `shape` (C, *sides), see
     `layers.count`."""
-    def empty(*sizes, dtype=torch.float32):
+    own = next(model.parameters()).dtype
+
+    def empty(*sizes, dtype=own):
         return torch.empty(1, *sizes, dtype=dtype, device="meta")
 
     y = empty(dtype=torch.long)
