@@ -367,7 +367,8 @@ def train():
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         decay = min(config["ema"], (1 + step) / (10 + step))           # early on, average over few steps
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        with torch.no_grad():                                          # else every step would leave a graph behind
+            torch._foreach_lerp_(averages, weights, 1 - decay)
 
         # Log, draw, save.
         step += 1
