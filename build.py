@@ -659,7 +659,7 @@ class PostTrain(Way):
 
     def wrap(self, objective, config, run):
         for name, weight in objective.model.named_parameters():
-            weight.requires_grad_(objective.model.trains_after(name))
+            weight.requires_grad_(bool(re.search(objective.model.post_trains, name)))
         return objective
 
 

@@ -259,6 +259,15 @@ def assemble(config, checkpoint, place):
         options
 
 
+def resume(checkpoint, config, folder, objective, averages, optimiser):
+    """Put a checkpoint's state in place; returns its step. ValueError if its settings compute something else."""
+    runs.check_resumable(folder, checkpoint["config"], config)
+    build.load_weights(objective, checkpoint["model"], folder)
+    build.load_weights(averages.model, checkpoint["ema"], folder)
+    optimiser.load_state_dict(checkpoint["optimiser"])
+    return checkpoint["step"]
+
+
 class Record:
     """What a run leaves in its folder; the first process alone writes."""
 
@@ -327,23 +336,14 @@ def train():
     if config["dry_run"]:
         print(build.shown(config))
         return
-    first = 0
-    if checkpoint:
-        runs.check_resumable(folder, checkpoint["config"], config)
-        build.load_weights(objective, checkpoint["model"], folder)
-        build.load_weights(averages.model, checkpoint["ema"], folder)
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        first, checkpoint = checkpoint["step"], None
+    first = resume(checkpoint, config, folder, objective, averages, optimiser) if checkpoint else 0
     if config["compile"]:
         getattr(objective, "model", objective).compile()
     if place.world > 1:
         learner = DistributedDataParallel(learner)
     writer = place.rank == 0
     if writer:
-        print(f"{config['network']}: {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs an image | "
-              f"{config['data']}: {len(dataset):,} {dataset.kind}, {'x'.join(map(str, dataset.shape[1:]))}, "
-              f"{len(config['classes'])} classes | {place.world} x {place.device.type}, "
-              f"{'bf16' if place.bf16 else 'fp32'} | {folder}{f', from step {first:,}' if first else ''}")
+        print(headline(config, dataset, parameters, macs, place), "|", folder, f"from step {first:,}" if first else "")
     record = Record(folder, config, first, writer)
     weights = optim.trained(objective)
     stop, step = runs.Stop(), first
@@ -383,6 +383,14 @@ def train():
     if writer:
         print(farewell(folder, step, config["steps"]))
     place.leave()
+
+
+def headline(config, dataset, parameters, macs, place):
+    """What is trained on what and where, in one line."""
+    return (f"{config['network']}: {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs an image | "
+            f"{config['data']}: {len(dataset):,} {dataset.kind}, {'x'.join(map(str, dataset.shape[1:]))}, "
+            f"{len(config['classes'])} classes | {place.world} x {place.device.type}, "
+            f"{'bf16' if place.bf16 else 'fp32'}")
 
 
 def check_finite(step, loss, norm, folder):

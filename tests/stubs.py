@@ -1,5 +1,5 @@
-"""Small stand-ins that meet the house's contracts, each registered by its entry alone: an objective of masked tokens on a
-fixed random codebook, two players, a backbone, a data set, a sampler."""
+"""Small stand-ins that meet the house's contracts, each registered by its entry alone: an objective of masked tokens
+on a fixed random codebook, two players, a backbone, a data set, a sampler."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ class MaskedTokens(nn.Module):
     def __init__(self, image_size, in_channels, num_classes, *, width=16, colours=8):
         super().__init__()
         self.shape, self.num_classes = (in_channels, image_size, image_size), num_classes
-        self.register_buffer("book", torch.rand(colours, in_channels, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+        book = torch.rand(colours, in_channels, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.register_buffer("book", book)
         self.register_buffer("seen", torch.zeros(colours))
         self.embed = nn.Embedding(colours + 1, width)
         self.labels = nn.Embedding(max(1, num_classes), width)

@@ -39,8 +39,8 @@ def furnished(here, monkeypatch):  # noqa: F811
     return here
 
 
-BARE = ["--data", "shapes:size=8", "--batch", "8", "--steps", "6", "--log-every", "1", "--sample-n", "8", "--sample-every",
-        "0", "--device", "cpu"]
+BARE = ["--data", "shapes:size=8", "--batch", "8", "--steps", "6", "--log-every", "1", "--sample-n", "8",
+        "--sample-every", "0", "--device", "cpu"]
 OTHERS = {"tokens-stub": ["--model", "tokens-stub:width=8"], "players-stub": ["--model", "players-stub"],
           "mixer-stub": ["--model", "mixer-stub:width=8", "--draw", "sampler=straight:share=0.5,steps=3"],
           "stripes": ["--model", "mixer-stub:width=8", "--data", "stripes:size=4"]}
@@ -143,8 +143,8 @@ def plain_loop(config, steps):
 
 @pytest.mark.parametrize("accum", [1, 4])
 def test_the_loop_against_a_plain_one(here, accum):  # noqa: F811
-    """Would catch: a warm-up of the averages or of the rate off by one, gradients not divided by the micro-batches, marks
-    ignored, clipping after the step, the decay at another step."""
+    """Would catch: a warm-up of the averages or of the rate off by one, gradients not divided by the micro-batches,
+    marks ignored, clipping after the step, the decay at another step."""
     argv = [*TINY, "--model", "dimr-nano:hidden_size=16,depth=2,num_heads=2", "--lr", "2e-2", "--warmup", "4",
             "--weight-decay", "0.5", "--ema", "0.3", "--clip", "0.5"]
     call(train.train, *argv, "--accum", accum, "--out", "r")

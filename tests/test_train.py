@@ -294,7 +294,8 @@ def test_mistakes_with_runs(here, capsys):
     before = weights("r")
     call(train.train, *TINY, "--out", "r")
     assert weights("r") == before, "the same command again finds nothing left to do"
-    for argv, message in ((["--batch", "4"], "batch was 8 and is now 4"), (["--model", "dit-nano:depth=2"], "model was"),
+    for argv, message in ((["--batch", "4"], "batch was 8 and is now 4"),
+                          (["--model", "dit-nano:depth=2"], "model was"),
                           (["--data", "shapes:size=16"], "data was")):
         assert message in refused(capsys, train.train, *TINY, "--out", "r", *argv)
         assert message in refused(capsys, train.train, "--out", "r", "--resume", *argv)
