@@ -34,6 +34,7 @@ import layers
 import models
 import moe
 import objectives
+import optim
 import runs
 from runs import Run
 
@@ -354,7 +355,7 @@ def registries():
             "predictions": diffusion.PREDICTIONS, "weightings": diffusion.WEIGHTINGS,
             "densities of the training times": diffusion.DENSITIES, "samplers": diffusion.SAMPLERS,
             "grids of sampling times": diffusion.GRIDS, "guidance rules": diffusion.GUIDANCE,
-            "ways to begin": WAYS}
+            "optimisers": optim.OPTIMISERS, "ways to begin": WAYS}
 
 
 def listing(word=""):
@@ -529,8 +530,15 @@ def check_settings(config):
     """Refuse, before anything is loaded, names and options that do not exist or do not go together."""
     choose_model(config["model"])
     choose("data", config["data"], data.DATASETS)
+    choose("optimiser", config["optimiser"], optim.OPTIMISERS)
     build_process(config)
     ways(config)
+
+
+def build_optimiser(objective, config):
+    """The optimiser that a config describes, over the parameters that learn."""
+    name, options = choose("optimiser", config["optimiser"], optim.OPTIMISERS)
+    return optim.OPTIMISERS[name](objective, config["lr"], config["weight_decay"], **options)
 
 
 def checked_cost(objective, config):
@@ -896,8 +904,9 @@ def upgraded(config):
     for option in ("flip", "download", "bad_images", "aspect"):
         if option in config and option in parameters(data.DATASETS[name]):
             dataset[option] = config[option]
-    for key in ("model_options", "moe", "ternary", "packed", "balance", "shift", "learned_variance", "objective",
-                "flip", "download", "bad_images", "aspect", "sampler", "sample_steps", "grid", "guidance",
+    new["optimiser"] = f"adamw:betas={tuple(config['betas'])!r}"
+    for key in ("betas", "model_options", "moe", "ternary", "packed", "balance", "shift", "learned_variance",
+                "objective", "flip", "download", "bad_images", "aspect", "sampler", "sample_steps", "grid", "guidance",
                 "guidance_rule", "distill_shares", "distill_log_variance"):
         new.pop(key, None)
     draw_options = {"sampler": config["sampler"], "steps": config["sample_steps"], "guidance": config["guidance"],

@@ -111,6 +111,7 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
         for stack in (self.gate, self.up, self.down):                  # Xavier uniform, each expert by itself
             nn.init.uniform_(stack, -(6 / (dim + hidden)) ** 0.5, (6 / (dim + hidden)) ** 0.5)
+            stack.stacked = True                                       # for the optimiser: a matrix for each expert
         self.shared = SwiGlu(dim, shared) if shared else None
         self.dispatch, self.balance = grouped, None
 
