@@ -14,12 +14,16 @@ trained: `process.loss(model, x0, y, t, noise)` trains, `process.denoiser(model,
     SNR               snr             (alpha/sigma)^2
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
 import torch
+from tqdm import tqdm
+
+import runs
 
 
 def expand(v, x):
@@ -458,6 +462,15 @@ DENSITIES: dict[str, Callable] = {
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
+def joined(*lists):
+    """The signature with the parameters of several lists, a name as it first appears; *args and **options stand for those
+    that follow."""
+    parameters = {}
+    for p in (p for parameters in lists for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)):
+        parameters.setdefault(p.name, p)
+    return inspect.Signature(sorted(parameters.values(), key=lambda p: p.kind))
+
+
 class Process:
     """A path x_t = alpha(t) x0 + sigma(t) eps, what the network predicts on it, and how it is trained.
 
@@ -480,6 +493,11 @@ class Process:
         self.weighting = None if weighting is None else choose(WEIGHTINGS, weighting, "weighting")
         require(0 < shift < math.inf, f"shift {shift}: it multiplies sigma/alpha, so it must be above 0")
         require(0 < sigma_data < math.inf, f"sigma_data {sigma_data}: a standard deviation must be above 0")
+
+    def __init_subclass__(cls):
+        """A subclass's options are its own and those of what it is built on, in its signature too."""
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        cls.__signature__ = joined(own, inspect.signature(cls.__mro__[1]).parameters.values())
 
     # the path
 
@@ -937,44 +955,33 @@ class EDM(VE):
         return 1000 * torch.log(t.clamp(min=1e-8) / 0.002) / math.log(80 / 0.002)
 
 
-def linear(prediction=None, *, T=1000, start=1e-4, end=0.02, **options):
-    """DDPM's chain of 1000 steps with linear betas."""
-    return Discrete(linear_betas(T, start, end), prediction, **options)
+def chain(betas, line, own_prediction="eps"):
+    """An entry of `PROCESSES`: the discrete chain of a table, with the options of both. line: what it is."""
+
+    def make(prediction=None, **options):
+        of_table = {name: options.pop(name) for name in inspect.signature(betas).parameters if name in options}
+        return Discrete(betas(**of_table), prediction or own_prediction, **options)
+
+    table = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(betas).parameters.values()]
+    options = [p.replace(kind=p.KEYWORD_ONLY) if p.name != "prediction" else p
+               for p in inspect.signature(Discrete).parameters.values() if p.name != "betas"]
+    make.__signature__, make.__doc__ = joined(options[:1], table, options[1:]), line
+    return make
 
 
-def cosine(prediction=None, *, T=1000, offset=0.008, **options):
-    """Improved DDPM's chain of 1000 steps with the cosine table."""
-    return Discrete(cosine_betas(T, offset), prediction, **options)
-
-
-def scaled_linear(prediction=None, *, T=1000, start=0.00085, end=0.012, **options):
-    """Latent diffusion's chain, linear in sqrt(beta)."""
-    return Discrete(scaled_linear_betas(T, start, end), prediction, **options)
-
-
-def sigmoid(prediction=None, *, T=1000, start=1e-4, end=0.02, **options):
-    """A chain whose betas are a sigmoid of time."""
-    return Discrete(sigmoid_betas(T, start, end), prediction, **options)
-
-
-def laplace(prediction=None, *, T=1000, **options):
-    """A chain with a Laplace density of log SNR."""
-    return Discrete(laplace_betas(T), prediction, **options)
-
-
-def zero_snr(prediction=None, *, T=1000, start=0.00085, end=0.012, **options):
-    """Latent diffusion's chain stretched to end in pure noise; predicts v."""
-    return Discrete(zero_terminal_snr(scaled_linear_betas(T, start, end)), prediction or "v", **options)
+def zero_snr_betas(T=1000, start=0.00085, end=0.012):
+    """Latent diffusion's table with zero terminal SNR."""
+    return zero_terminal_snr(scaled_linear_betas(T, start, end))
 
 
 PROCESSES: dict[str, Callable] = {
     "flow": RectifiedFlow,
-    "linear": linear,
-    "cosine": cosine,
-    "scaled-linear": scaled_linear,
-    "sigmoid": sigmoid,
-    "laplace": laplace,
-    "zero-snr": zero_snr,
+    "linear": chain(linear_betas, "DDPM's chain of 1000 steps with linear betas"),
+    "cosine": chain(cosine_betas, "Improved DDPM's chain of 1000 steps with the cosine table"),
+    "scaled-linear": chain(scaled_linear_betas, "Latent diffusion's chain, linear in sqrt(beta)"),
+    "sigmoid": chain(sigmoid_betas, "A chain whose betas are a sigmoid of time"),
+    "laplace": chain(laplace_betas, "A chain with a Laplace density of log SNR"),
+    "zero-snr": chain(zero_snr_betas, "Latent diffusion's chain stretched to end in pure noise; predicts v", "v"),
     "vp": VP,
     "sub-vp": SubVP,
     "ve": VE,
@@ -990,7 +997,7 @@ def create_process(name="flow", prediction=None, shift=1.0, **options):
     ValueError for what cannot be."""
     make = choose(PROCESSES, name, "process")
     options = {k: v for k, v in {"prediction": prediction, "shift": shift, **options}.items() if v is not None}
-    if isinstance(getattr(make, "func", make), type):
+    if "objective" not in inspect.signature(make).parameters:
         asked = [options.pop(k, None) for k in ("learned_variance", "objective", "fixed_variance")]
         require(not any(asked), "learned variances and the bound need a discrete chain (linear, cosine, ...), not "
                 f"{name if isinstance(name, str) else 'a continuous process'}")
@@ -1062,3 +1069,45 @@ def log_likelihood(process, denoise, x0, probe=None, rtol=1e-5, atol=1e-5):
     z, std = y[:, :-1], process.path(process.t_noisy)[1]
     return y[:, -1] - 0.5 * (z**2 / std**2 + math.log(2 * math.pi * std**2)).sum(1), z.reshape(x0.shape)
 
+
+# --------------------------------------------------------------------------------------------- the command `likelihood`
+
+def likelihood_flags(p):
+    p.add_argument("run", type=runs.Run, help="folder of a run, or a checkpoint file in it")
+    p.add_argument("--n", type=int, default=64, help="held-out images (default: %(default)s)")
+    p.add_argument("--chain-steps", type=int, metavar="N", help="of a chain: a sub-grid of so many (default: all)")
+    p.add_argument("--tolerance", type=float, default=1e-3, help="of the adaptive solver (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    p.add_argument("--batch", type=int, default=64, help="images at once (default: %(default)s)")
+    p.add_argument("--weights", choices=["ema", "model"], default="ema",
+                   help="averaged or last weights (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+
+def likelihood(args):
+    """Bits per dimension of held-out images: of a chain the variational bound, else the probability-flow ODE."""
+    if not 0 < args.tolerance < 1:
+        raise ValueError(f"--tolerance {args.tolerance}: choose a number between 0 and 1, such as 1e-3")
+    process, objective = args.run.objective.process, args.run.objective
+    held_out, generator = args.run.data("test"), torch.Generator().manual_seed(args.seed)
+    chain, bits = isinstance(process, Discrete), []
+
+    def noise(shape):
+        return torch.randn(shape, generator=generator).to(args.device)
+
+    for rows in tqdm(torch.arange(min(args.n, len(held_out))).split(args.batch), desc="images", unit=" batches"):
+        x, y = held_out.gather(rows)
+        denoise = process.denoiser(objective.model, y if objective.num_classes else None)
+        if chain:
+            with torch.no_grad():
+                kept = respaced(process.T, str(args.chain_steps)) if args.chain_steps else range(process.T)
+                times = double(*reversed(kept), -1)
+                bits.append(process.bits_per_dim(denoise, x, noise, times)["total"])
+        else:
+            level = ((x + 1) * 127.5).round() + torch.rand(x.shape, generator=generator).to(args.device)  # dequantised
+            log_p, _ = log_likelihood(process, denoise, level / 128 - 1, noise(x.shape).sign(), args.tolerance,
+                                      args.tolerance)
+            bits.append(7 - log_p / (x[0].numel() * math.log(2)))
+    bits = torch.cat(bits)
+    print(f"{bits.mean():.3f} bits per dimension (+- {bits.std() / len(bits) ** 0.5:.3f}) on {len(bits)} held-out "
+          f"images: {'the variational bound' if chain else 'the ODE, with a random estimate of its divergence'}")

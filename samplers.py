@@ -32,12 +32,11 @@ import numpy as np
 import torch
 
 from diffusion import (
-    Denoised,
     Discrete,
     choose,
     dormand_prince,
     double,
-    expand,
+    joined,
     mix,
     require,
     respaced,
@@ -292,10 +291,8 @@ def with_churn(sampler):
             x = next(sampler(denoise, x, rest, process, noise, memory, **options))
             yield x
 
-    own = [p for p in inspect.signature(sampler).parameters.values() if p.name != "memory"]
-    added = [p for p in inspect.signature(churned, follow_wrapped=False).parameters.values()
-             if p.name == "memory" or (p.kind == p.KEYWORD_ONLY and p.name not in [q.name for q in own])]
-    churned.__signature__ = inspect.Signature(sorted([*own, *added], key=lambda p: p.kind))
+    own, added = (inspect.signature(f, follow_wrapped=False).parameters.values() for f in (sampler, churned))
+    churned.__signature__ = joined(own, added)
     return churned
 
 
@@ -931,16 +928,16 @@ def unified_step(x, i, j, nodes, form, bh):
 
 
 @with_churn
-def unipc(denoise, x, times, process, noise, memory=None, *, order=2, bh="bh2", form="x0", uncorrected=(),
-          lower_final=True, solver_p: str | None = None):
+def unipc(denoise, x, times, process, noise, memory=None, *, order=2, bh="bh2", form="x0", corrector=True,
+          uncorrected=(), lower_final=True, solver_p: str | None = None):
     """UniPC, 2302.04867, algorithms 1-2: a multistep predictor of `order`, and a corrector one order higher that costs no
-    network call. uncorrected: steps (from 0) without, or "all"; solver_p: another sampler as the predictor."""
+    network call. uncorrected: steps (from 0) without; solver_p: another sampler as the predictor."""
     memory, grid = {} if memory is None else memory, steps(process, times)
     outputs, done = memory.setdefault("outputs", []), memory.setdefault("done", 0)
     for n, (i, j) in enumerate(grid):
         d = denoise(x, i.t)
         m = d.eps if form == "eps" else d.x0
-        if memory.get("step") and uncorrected != "all" and done + n - 1 not in uncorrected:
+        if corrector and memory.get("step") and done + n - 1 not in uncorrected:
             start, before, (newest, *older) = memory["step"]
             x = unified_step(start, before, i, [newest, (i, m), *older], form, bh)        # UniC
         nodes = [(i, m), *outputs][:min(order, len(grid) - n) if lower_final else order]
@@ -1309,11 +1306,11 @@ def draw(process, denoise, x, *, sampler="dpmpp-2m", steps=30, grid=None, times=
     `strength` of the steps; and mask: keep it where the mask is 1, paint the rest by `repaint`, whose options are then
     taken. brownian: noise that is the same path for any number of steps. Raises ValueError for what it cannot do."""
     walk = repaint if mask is not None else choose(SAMPLERS, sampler, "sampler")
-    unknown = set(options) - set(options_of(walk))
-    require(not unknown, f"{sampler} has no option {', '.join(sorted(unknown))}: it has "
-            f"{', '.join(options_of(walk)) or 'none'}")
+    known = options_of(walk)
+    require(set(options) <= set(known), f"the sampler has no option {', '.join(sorted(set(options) - set(known)))}: it has "
+            f"{', '.join(known) or 'none'}")
     if times is None and sigmas is None:
-        times = grid_times(process, steps, grid or default_grid(process, walk), last, lambda_min)
+        times = times_of(process, steps, walk, grid, last, lambda_min)
     else:
         times = listed_times(process, times, sigmas)
     x, noise = single(x), Brownian(noise, len(x)) if brownian else noise
@@ -1329,8 +1326,9 @@ def draw(process, denoise, x, *, sampler="dpmpp-2m", steps=30, grid=None, times=
         yield from walk(denoise, x, times, process, noise, **options)
 
 
-def default_grid(process, walk):
-    return process.grid
+def times_of(process, steps, sampler="dpmpp-2m", grid=None, last="clean", lambda_min=None):
+    """`grid_times` with the grid that suits the sampler where none is asked for."""
+    return grid_times(process, steps, grid, last, lambda_min)
 
 
 def generate(process, model, x, y=None, null=None, *, guidance=1.0, guide_channels=None, rule="cfg", interval=None,
