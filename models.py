@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from guidance import check_fractions, stitch_by_time
 from layers import (
     ROPE,
     TDLN,
@@ -476,75 +477,20 @@ for size, (depth, width) in {"600m": (16, 1536), "4.2b": (32, 3072),          # 
 # ============================================================================================================= T-Stitch
 # T-Stitch, 2402.14167: no network, but several trained ones in one trajectory. Denoisers of all sizes agree in the
 # noisy first steps, which set layout and low frequencies; so a small model takes these and a large one the rest. Which
-# one, a rule says: a function from the process's time to the number of a model, the smallest being number 0.
-
-
-def check_fractions(fractions, count):
-    """ValueError unless these are the shares of so many models."""
-    if len(fractions) != count or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=0.02):
-        raise ValueError(f"stitching {count} models takes as many fractions of the steps, which sum to 1, "
-                         f"not {', '.join(f'{f:g}' for f in fractions)}")
-
-
-def stitch_steps(steps, fractions):
-    """The number of the model at each of so many steps: model j has taken over round(steps * (fractions[0] + ... +
-    fractions[j-1])) steps from the start. 2402.14167, section 3.2, for more than two models."""
-    total, ends = 0.0, []
-    for f in fractions:
-        total += f
-        ends.append(math.floor(steps * total / sum(fractions) + 0.5))
-    return [next(j for j, end in enumerate(ends) if step < end) for step in range(steps)]
-
-
-def stitch_by_steps(times, fractions):
-    """The paper's rule: fractions of the steps of this grid of the process's times, from noise to data, whatever their
-    spacing. A model's share ends just before the time at which the next one's begins."""
-    times = [float(t) for t in times]
-    plan = stitch_steps(len(times) - 1, fractions)
-    begins = [plan.index(j) for j in sorted(set(plan))[1:]]            # the step at which each later model begins
-    # Solvers call at times of the grid, whatever their rounding, and between them: begin a little before.
-    limits = {plan[k]: times[k] + 1e-3 * (times[k - 1] - times[k]) for k in begins}
-
-    def rule(t):
-        return max([plan[0], *(j for j, limit in limits.items() if t <= limit)])
-
-    return rule
-
-
-def stitch_by_time(fractions, T=1000):
-    """The published code's rule: the first model j with 1 - t/T <= fractions[0] + ... + fractions[j], the last if there
-    is none. A threshold on t gives a model its fraction of the steps on an even grid only. T: length of the process."""
-    ends = torch.tensor(fractions).cumsum(0)                           # float32 as published, where it decides a tie
-    ends[ends == 0] = -math.inf                                        # no share, no step
-
-    def rule(t):
-        progress = 1 - torch.as_tensor(t, dtype=torch.float32).cpu() / T
-        return min(int((ends < progress).sum()), len(ends) - 1)
-
-    return rule
-
-
-def stitched(denoisers, rule):
-    """One denoiser of several: denoise(xt, t) is that of the model which the rule names for t, the same time for the
-    whole batch."""
-
-    def denoise(xt, t):
-        return denoisers[rule(float(torch.as_tensor(t).max()))](xt, t)
-
-    return denoise
+# one, `guidance.stitch_by_steps` says, or `stitch_by_time`; `guidance.stitched` makes one denoiser of several.
 
 
 class Stitched(nn.Module):
-    """The published form, a module for chains of T steps, which tell a network the process's time itself:
-    model(x, t, y) is the model that `stitch_by_time` names for t[0]."""
+    """The published form, a module for chains of T steps, which tell a network the process's own time: model(x, t, y)
+    is the model that `guidance.stitch_by_time` names for t[0]."""
 
     def __init__(self, models, fractions, T=1000):
         super().__init__()
         check_fractions(fractions, len(models))
-        self.models, self.rule = nn.ModuleList(models), stitch_by_time(fractions, T)
+        self.models, self.choose_model = nn.ModuleList(models), stitch_by_time(fractions, T)
 
     def forward(self, x, t, y=None):
-        return self.models[self.rule(t[0])](x, t, y)
+        return self.models[self.choose_model(t[0].item())](x, t, y)
 
 
 # ================================================================================================================= DiCo

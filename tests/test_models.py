@@ -16,6 +16,7 @@ import objectives
 from convert import KLDecoder, fill, infer_config, load_official, read_weights
 from data import byte_tokens
 from diffusion import create_process
+from guidance import stitch_by_steps, stitch_by_time, stitch_steps, stitched
 from layers import (
     TDLN,
     PackedLinear,
@@ -50,10 +51,6 @@ from models import (
     create_model,
     options_of,
     q_shift,
-    stitch_by_steps,
-    stitch_by_time,
-    stitch_steps,
-    stitched,
 )
 from objectives import MultiScale, StepNoise, area_target
 
