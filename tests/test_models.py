@@ -282,6 +282,16 @@ def test_dit_gradients_open_in_three_steps():
     assert learning() == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
+def test_modulations_start_closed():
+    """What makes shifts, scales and gates is zero at first, of FiTv2's low-rank pairs the second map alone."""
+    for name in ("dit-nano", "drwkv-nano", "fitv2-nano", "flag-dit-nano", "terdit-nano"):
+        options = {"ternary": False} if name == "terdit-nano" else {}
+        for part, m in create_model(name, 16, **options).named_modules():
+            if part.endswith("adaLN_modulation"):
+                zero = [not any(p.any() for p in linear.parameters()) for linear in m[1:]]
+                assert zero == [False] * (len(zero) - 1) + [True], part
+
+
 def test_dit_without_positions_does_not_see_order():
     model = randomised(DiT(16, 4, 3, hidden_size=32, depth=2, num_heads=2, num_classes=5))
     x, t, y = inputs(size=(16, 16), classes=5)
@@ -425,7 +435,10 @@ def test_dit_takes_time_dependent_norms(norm):
     assert sum(p.numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in plain.parameters())
     x, t, y = inputs(size=(16, 16), classes=5)
     assert (model(x, t, y) == 0).all()
+    told = []
+    model.blocks[0].register_forward_pre_hook(lambda m, args: told.append(args[1]))
     out = randomised(model)(x, t, y)
+    torch.testing.assert_close(told[0], t / 500 - 1)
     assert not torch.allclose(out, model(x, t.flip(0), y), atol=1e-3), "the time matters"
     assert not torch.allclose(out, model(x, t, y.flip(0)), atol=1e-3), "the label matters"
     with pytest.raises(ValueError, match="norm 'ln': choose adaln, td-ln or td-rms"):
