@@ -14,8 +14,10 @@ from published import same
 import convert
 import data
 import diffusion
+import guidance
 import moe
 import objectives
+import samplers
 import scans
 from layers import (
     LabelEmbedder,
@@ -87,8 +89,8 @@ def check_dit_guidance(case, model):
         return torch.cat([d.eps] + ([] if d.variance is None else [2 * d.variance - 1]), 1)
 
     cond, uncond = process.denoiser(model, y), process.denoiser(model, null)
-    outputs["out_first3"] = output_of(diffusion.guided(cond, uncond, scale, channels=3)(x, t))
-    outputs["out_all_channels"] = output_of(diffusion.guided(cond, uncond, scale)(x, t))
+    outputs["out_first3"] = output_of(guidance.guided(cond, uncond, scale, channels=3)(x, t))
+    outputs["out_all_channels"] = output_of(guidance.guided(cond, uncond, scale)(x, t))
     # the published batch holds both halves: the second keeps the unconditional variance and fourth channel
     first3 = outputs["out_first3"]
     outputs["out_first3_second_half"] = torch.cat([first3[:, :3], outputs["uncond"][:, 3:]], 1)
@@ -126,9 +128,9 @@ def check_dit_sampling(case, model):
     times = torch.tensor([*reversed(kept), -1], dtype=torch.float64)
     null = torch.full_like(y, case.config["num_classes"])
     cond, uncond = process.denoiser(model, y), process.denoiser(model, null)
-    denoise = diffusion.guided(cond, uncond, case.meta["cfg_scale"], channels=3)
+    denoise = guidance.guided(cond, uncond, case.meta["cfg_scale"], channels=3)
     if case.meta["clip_denoised"]:
-        denoise = diffusion.clipped(denoise, process)
+        denoise = guidance.clipped(denoise, process)
     t, s = times[:-1], times[1:]
     _, _, log_small, log_large = process.posterior(t, s)
     log_small = torch.cat([log_small[:-1], log_small[-2:-1]])           # the last, -inf, is published as its neighbour
@@ -138,8 +140,8 @@ def check_dit_sampling(case, model):
             return torch.stack(list(sampler(denoise, z, times, process, lambda shape: next(pool), **options)))
 
         ours = {"timestep_map": torch.tensor(kept), "betas_respaced": log_large.exp().flip(0),
-                "posterior_log_variance_clipped": log_small.flip(0), "ddpm_steps": walk(diffusion.SAMPLERS["ddpm"]),
-                "ddim_steps": walk(diffusion.SAMPLERS["ddim"], eta=case.meta["ddim_eta"])}
+                "posterior_log_variance_clipped": log_small.flip(0), "ddpm_steps": walk(samplers.SAMPLERS["ddpm"]),
+                "ddim_steps": walk(samplers.SAMPLERS["ddim"], eta=case.meta["ddim_eta"])}
         d = denoise(z, times[0])
         x0_factor, xt_factor, small, large = process.posterior(t[:1], s[:1])
     ours |= {"ddpm_final": ours["ddpm_steps"][-1], "ddim_final": ours["ddim_steps"][-1], "ddpm_xstart0": d.x0,
@@ -293,14 +295,14 @@ def check_moe_flow(case, model):
     ours = {"t": t, "loss_per_sample": process.loss(model, x0, y, t, noise)["loss"]}
     ours["loss"] = ours["loss_per_sample"].mean()[None]
     null, kept = torch.full_like(y, case.config["num_classes"]), []
-    denoise = diffusion.guided(process.denoiser(model, y), process.denoiser(model, null), case.meta["cfg_scale"])
+    denoise = guidance.guided(process.denoiser(model, y), process.denoiser(model, null), case.meta["cfg_scale"])
 
     def keeping(x, t):
         kept.append(denoise(x, t))
         return kept[-1]
 
     with torch.no_grad():
-        walk = diffusion.SAMPLERS["euler"](keeping, z, process.times(case.meta["sample_steps"]), process, None)
+        walk = samplers.SAMPLERS["euler"](keeping, z, samplers.grid_times(process, case.meta["sample_steps"]), process, None)
         ours["trajectory"] = torch.stack([z, *walk])
     ours |= {"x0_predictions": torch.stack([d.x0 for d in kept]), "final": ours["trajectory"][-1]}
     for name, value in case.outputs.items():
@@ -337,8 +339,8 @@ def check_moe_stats(case, model):
     with torch.no_grad(), counter:
         for z, y, noises in zip(case.inputs["z"], case.inputs["y"], case.inputs["noises"]):
             cond, uncond = process.denoiser(model, y[None]), process.denoiser(model, torch.full_like(y[None], null))
-            denoise, pool = diffusion.guided(cond, uncond, case.meta["cfg_scale"], channels=3), iter(noises)
-            walk = diffusion.SAMPLERS["ddpm"](denoise, z[None], times, process, lambda shape: next(pool)[None])
+            denoise, pool = guidance.guided(cond, uncond, case.meta["cfg_scale"], channels=3), iter(noises)
+            walk = samplers.SAMPLERS["ddpm"](denoise, z[None], times, process, lambda shape: next(pool)[None])
             for counter.step, x in enumerate(walk, start=1):            # noqa: B007
                 pass
             finals.append(x[0])
@@ -430,13 +432,13 @@ def check_stitch(case):
     configs = case.config["denoisers"]
     process = chain({"learn_sigma": configs[0]["learn_sigma"], **case.meta.get("diffusion", {})})
     z, y, noises, scale = *(case.inputs[k] for k in ("z", "y", "noises")), case.meta["cfg_scale"]
-    times, chosen, kept = process.times(case.meta["steps"]), [], []
+    times, chosen, kept = samplers.grid_times(process, case.meta["steps"]), [], []
     denoise = process.denoiser(model, y)
     if scale is not None:
         null = torch.full_like(y, configs[0]["num_classes"])
-        denoise = diffusion.guided(denoise, process.denoiser(model, null), scale, channels=3)
+        denoise = guidance.guided(denoise, process.denoiser(model, null), scale, channels=3)
     if case.meta["clip_denoised"]:
-        denoise = diffusion.clipped(denoise, process)
+        denoise = guidance.clipped(denoise, process)
 
     def keeping(x, t):
         chosen.append(model.choose(t))
@@ -445,7 +447,7 @@ def check_stitch(case):
 
     pool, options = iter(noises), {"eta": case.meta["eta"]} if case.meta["solver"] == "ddim" else {}
     with torch.no_grad():
-        sampler = diffusion.SAMPLERS[case.meta["solver"]]
+        sampler = samplers.SAMPLERS[case.meta["solver"]]
         steps = list(sampler(keeping, z, times, process, lambda shape: next(pool), **options))
     ours = {"model_index": torch.tensor(chosen), "timesteps": times[:-1], "steps": torch.stack(steps),
             "final": steps[-1], "pred_xstart": torch.stack([d.x0 for d in kept])}
@@ -520,7 +522,7 @@ def check_dico(case):
         process = chain({"learn_sigma": case.config["learn_sigma"]})
         null = torch.full_like(i["y"], case.config["num_classes"])
         cond, uncond = (process.denoiser(model, y) for y in (i["y"], null))
-        d = diffusion.guided(cond, uncond, case.config["cfg_scale"], channels=3)(i["x"], i["t"])
+        d = guidance.guided(cond, uncond, case.config["cfg_scale"], channels=3)(i["x"], i["t"])
         guided = torch.cat([d.eps] + ([] if d.variance is None else [2 * d.variance - 1]), 1)
         return compare(case, {"guided_3ch": guided, "cond": model(i["x"], i["t"], i["y"]),
                               "uncond": model(i["x"], i["t"], null)})
@@ -780,17 +782,17 @@ def check_tokens(case):
         one, outputs = lambda y: lambda x, t: diffusion.Denoised(model(x, t, y), model(x, t, y)), []
         for k in range(len(x)):                        # the scale may depend on each sample's time
             scale = guidance_scale(case.meta, t[k])
-            d = diffusion.guided(one(y[k:k + 1]), one(null[k:k + 1]), scale, channels=3)(x[k:k + 1], t[k:k + 1])
+            d = guidance.guided(one(y[k:k + 1]), one(null[k:k + 1]), scale, channels=3)(x[k:k + 1], t[k:k + 1])
             outputs.append(d.eps)
         return torch.cat(outputs)
 
     ours = {"out": guided(x, t) if "cfg_scale" in case.meta else model(x, t, y)}
     if "euler" in case.meta:
         process = diffusion.RectifiedFlow("flow", shift=case.meta["euler"]["shift"])
-        times = process.times(case.meta["euler"]["num_steps"] - 1, "uniform")
+        times = samplers.grid_times(process, case.meta["euler"]["num_steps"] - 1, "uniform")
         denoise = lambda x, s: process.denoised(-guided(x, 1 - torch.as_tensor(s).float().expand(len(x))), x,
                                                 torch.as_tensor(s).float().expand(len(x)))
-        *_, ours["sample"] = diffusion.SAMPLERS["euler"](denoise, x, times, process, torch.randn)
+        *_, ours["sample"] = samplers.SAMPLERS["euler"](denoise, x, times, process, torch.randn)
         ours["times"] = (1 - times).float()
     if any(name.startswith(("loss", "mse", "vb")) for name in out):
         variance = case.config.get("learn_sigma") and case.arch == "fit"
