@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import moe
 import objectives
+import samplers
 from convert import KLDecoder, fill, infer_config, load_official, read_weights
 from data import byte_tokens
 from diffusion import create_process
@@ -546,7 +547,7 @@ def stitching(fractions, rule="steps", sampler="dpmpp-2m", grid=None, parts=None
     objective, calls = objectives.Stitch(parts, fractions, rule).eval(), []
     hooks = [part.model.register_forward_hook(lambda *a, k=k: calls.append(k)) for k, part in enumerate(parts)]
     noise = objectives.ImageNoise(0, range(2))
-    frames = list(objective.trajectory(noise((2, 3, 8, 8)), torch.tensor([1, 2]), noise=noise, sampler=sampler,
+    frames = list(objective.trajectory(noise, torch.tensor([1, 2]), sampler=sampler,
                                        steps=steps, grid=grid, guidance=1.5))
     for hook in hooks:
         hook.remove()
@@ -562,7 +563,7 @@ def test_stitching(sampler):
     alone = []
     for part in parts:
         noise = objectives.ImageNoise(0, range(2))
-        alone.append(list(part.trajectory(noise((2, 3, 8, 8)), torch.tensor([1, 2]), noise=noise, sampler=sampler,
+        alone.append(list(part.trajectory(noise, torch.tensor([1, 2]), sampler=sampler,
                                           steps=10, guidance=1.5)))
     for fractions, k, rule in (([0.0, 1.0], 1, "steps"), ([0.0, 1.0], 1, "time"), ([1.0, 0.0], 0, "steps")):
         ours, calls, _ = stitching(fractions, rule, sampler, parts=parts)
@@ -587,11 +588,11 @@ def test_stitched_models_keep_their_own_null_label_and_patches():
     calls = []
     for m in models:
         m.register_forward_hook(lambda m, args, output: calls.append((models.index(m), args[2].tolist())))
-    x = torch.randn(2, 3, 8, 8)
-    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(x, torch.tensor([1, 2]), steps=2))
+    noise = objectives.ImageNoise(0, range(2))
+    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(noise, torch.tensor([1, 2]), steps=2))
     assert calls == [(0, [1, 2]), (1, [1, 2])]
     calls.clear()
-    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(x, torch.tensor([1, 2]), steps=2, guidance=2.0))
+    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(noise, torch.tensor([1, 2]), steps=2, guidance=2.0))
     assert calls == [(0, [1, 2]), (0, [10, 10]), (1, [1, 2]), (1, [12, 12])]
 
 
@@ -600,7 +601,7 @@ def test_stitched_models_keep_their_own_null_label_and_patches():
 def test_steps_begin_at_the_process_own_times(process, grid, fractions):
     """At every time of the grid and between two of them the step's own model; rounding of a time does not matter."""
     process = create_process(process)
-    times = process.times(25, grid)
+    times = samplers.grid_times(process, 25, grid)
     rule, plan = stitch_by_steps(times, fractions), stitch_steps(25, fractions)
     assert [rule(t) for t in times[:-1].tolist()] == [rule(t) for t in times[:-1].float().tolist()] == plan
     between = [(a + b) / 2 for a, b in zip(times.tolist(), times[1:].tolist())]
@@ -610,7 +611,7 @@ def test_steps_begin_at_the_process_own_times(process, grid, fractions):
 def test_thresholds_are_the_published_ones():
     """Where fractions are no whole numbers of steps, the published threshold and the paper's rule part."""
     by_time = stitch_by_time([0.05, 0.95])
-    times = create_process("linear").times(25)
+    times = samplers.grid_times(create_process("linear"), 25)
     assert [by_time(t) for t in times[:-1].tolist()].count(0) == 2 and stitch_steps(25, [0.05, 0.95]).count(0) == 1
     assert [stitch_by_time([0.5, 0.5])(t) for t in (999, 500, 499, 0)] == [0, 0, 1, 1]
     named = stitched([lambda x, t: "small", lambda x, t: "large"], stitch_by_time([0.5, 0.5]))
