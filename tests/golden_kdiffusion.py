@@ -44,7 +44,7 @@ def fast(denoise, x, times, process, noise, n, eta=0.0):
         k = k._replace(lam=i.lam + (torch.tensor(a) - torch.tensor(-k.lam)).item())
         d = denoise(x, i.t)
         if size == 1:
-            x = S.taylor_step(x, i, k, "eps", d.eps)
+            x = S.taylor_step(x, i, k, "eps", [d.eps])
         else:
             x, _ = S.adaptive_step(denoise, x, i, k, d, process, order=size)
         x = S.raised(x, k, j, noise(x.shape)) if eta else x
