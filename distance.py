@@ -37,6 +37,7 @@ import runs
 # ------------------------------------------------------------------- sides: runs, folders, files and data sets
 
 BLOCK = 1000                                    # images whose features lie in one file
+SAMPLES = 10_000                                # images that go with statistics, as ADM's reference files have them
 
 
 @dataclasses.dataclass
@@ -297,8 +298,8 @@ class Rows:
 @torch.no_grad()
 def extract(side, network, levels, batch=64, kept=0):
     """The features of all images of a side: {level: Rows}. They are computed block by block into files in its folder,
-    so that a killed measurement goes on where it was; block k is the work of process k modulo their number. kept: also the
-    bytes of every kept-th image, as level "images", a list of arrays (n, H, W, C)."""
+    so that a killed measurement goes on where it was; block k is the work of process k modulo their number. kept: also
+    the bytes of every kept-th image, as level "images", a list of arrays (n, H, W, C)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, folder = next(network.parameters()).device, side.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -370,7 +371,7 @@ def place(text):
 def distance_flags(p):
     add, own = p.add_argument, [level for level in metrics.LEVELS if level != "spatial"]
     add("a", metavar="A", type=place, help="what is judged: the folder of a run (drawn now), a folder of images, an "
-        ".npz of samples (arr_0), of statistics (mu, sigma) or of features, or a data set: NAME, NAME:split=test,size=16")
+        ".npz of samples (arr_0), of statistics (mu, sigma) or of features, or a data set, NAME or NAME:split=test")
     add("b", metavar="B", type=place, nargs="?", help="the reference, likewise; may be left out with --stats or "
         "--metrics is")
     add("--metrics", default="fid", metavar="NAME,...", help="default: fid; "
@@ -405,11 +406,12 @@ def distance(args):
     written = sides[-1] if args.stats else None
     network, level = network_of(sides, names, args)
     for side in sides:
-        check_side(side, network, side is written)
+        check_side(side, names, level, network, side is written)
+    for side in sides:
         if network is not None and side.images is not None:
             levels = needed(side, names, level, network, side is a, side is written)
             side.folder = Path(args.work).expanduser() / f"{side.key}-{network.key}"
-            side.features |= extract(side, network, levels, args.batch, -(-side.n // 10_000) if side is written else 0)
+            side.features |= extract(side, network, levels, args.batch, -(-side.n // SAMPLES) if side is written else 0)
     figures = {}
     if first_process():
         describe(a, b, network)
@@ -472,15 +474,23 @@ def network_of(sides, names, args):
                      "--inception FILE")
 
 
-def check_side(side, network, written):
-    """ValueError for a side that cannot be measured, or was measured in another way."""
+def check_side(side, names, level, network, written):
+    """ValueError for a side that cannot be measured, or was measured in another way: before any time is spent."""
     if side.n == 1:
         raise ValueError(f"{side.name} holds 1 image: distances need at least 2 on each side")
+    if written and side.images is None:
+        raise ValueError(f"--stats: {side.name} holds statistics already, and no images")
     if side.network and network is not None and side.network != network.key:
         raise ValueError(f"the statistics of {side.name} are those of {side.network}, and here {network.key} looks: "
                          "choose the same --inception and --camp, or other statistics")
-    if written and side.images is None:
-        raise ValueError(f"--stats: {side.name} holds statistics already, and no images")
+    if side.images is not None or network is None:
+        return
+    if {"fid", "fid-infinity"} & set(names):
+        side.at(level)
+    if "sfid" in names:
+        side.at("spatial")
+    for name in {"kid", "prdc", "cmmd"} & set(names):
+        side.rows(level, name)
 
 
 def needed(side, names, level, network, is_a, is_written):

@@ -530,9 +530,9 @@ def frechet_distance(x, y):
     """|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), covariances with N - 1, in float64 -> float.
 
     Each side is features (N, D), `Statistics`, (mu (D,), sigma (D, D)), or a `Gaussian`. With Inception's features it
-    is called FID, with its "spatial" ones sFID. GANs Trained by a Two Time-Scale Update Rule, 1706.08500, eq. 6; Generating Images
-    with Sparse Representations, 2103.03841, for sFID. With C = R^T R the trace of the root is the sum of the singular
-    values of R_x R_y^T: nothing complex and nothing singular can come up.
+    is called FID, with its "spatial" ones sFID. GANs Trained by a Two Time-Scale Update Rule, 1706.08500, eq. 6;
+    Generating Images with Sparse Representations, 2103.03841, for sFID. With C = R^T R the trace of the root is the sum
+    of the singular values of R_x R_y^T: nothing complex and nothing singular can come up.
     """
     x, y = Gaussian.of(x), Gaussian.of(y)
     if len(x.mu) != len(y.mu):
@@ -581,7 +581,8 @@ def inception_score(x, splits=10, chunk=None, seed=None, head=None):
         rows = torch.as_tensor(x[order[begin:end]])
         log_p = (head(rows) if head else rows).double().cpu().log_softmax(1)           # (n, K)
         p = log_p.exp()
-        scores.append((p * (log_p - p.mean(0).log())).sum(1).mean().exp().item())
+        divergence = torch.where(p > 0, p * (log_p - p.mean(0).log()), 0.0)            # 0 log 0 = 0
+        scores.append(divergence.sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
 
