@@ -6,15 +6,20 @@
     balanced       the balance loss, an explicit term of the training loss
     add_experts    the feed-forward networks of any backbone -> MoE;   upcycle: their weights from a dense run
 
-Letters: B batch, N tokens of an image, T = B N tokens in all, D width, H hidden width, E experts, K experts a token.
+Letters as in layers.py, where T are the tokens of all images in one row; and H, the hidden width of an expert.
 """
 
+import json
+import math
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
+import figures
+import runs
 from layers import Mlp, SwiGlu
 
 # ------------------------------------------------------------------------------------------------------------- dispatch
@@ -23,6 +28,7 @@ from layers import Mlp, SwiGlu
 
 
 def swiglu(x, gate, up, down):
+    """One expert: down(SiLU(gate x) * up x), x (n, D)."""
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
@@ -51,14 +57,23 @@ def products(x, ends, gate, up, down):
     """Each expert e on its rows, ends[e-1] .. ends[e] of x (n, D) -> (n, D), by torch's grouped matrix product."""
     if torch.is_autocast_enabled("cuda"):
         x, gate, up, down = (v.to(torch.get_autocast_dtype("cuda")) for v in (x, gate, up, down))
-    product = lambda x, weights: F.grouped_mm(x, weights.mT, offs=ends.int())
+
+    def product(x, weights):
+        return F.grouped_mm(x, weights.mT, offs=ends.int())
+
     return product(F.silu(product(x, gate)) * product(x, up), down)
 
 
-@torch.compiler.disable
 def slices(x, ends, gate, up, down):
-    """The same, expert by expert, which a CPU does as fast. On the meta device, where nothing is chosen, loads are
-    even."""
+    """The same, expert by expert, which a CPU does as fast. torch.compile leaves this to Python, since the lengths
+    change with every batch."""
+    # As a decorator, torch.compiler.disable would import the whole compiler, 1.5 s, whenever this file is imported.
+    run = torch.compiler.disable(by_expert) if torch.compiler.is_compiling() else by_expert
+    return run(x, ends, gate, up, down)
+
+
+def by_expert(x, ends, gate, up, down):
+    """`slices`, as Python runs it. On the meta device, where nothing is chosen, loads are even."""
     n, E = len(x), len(gate)
     ends = [n * (e + 1) // E for e in range(E)] if x.is_meta else ends.tolist()
     rows = x.split([b - a for a, b in pairwise([0, *ends])])
@@ -106,19 +121,20 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
         for stack in (self.gate, self.up, self.down):                  # Xavier uniform, each expert by itself
             nn.init.uniform_(stack, -(6 / (dim + hidden)) ** 0.5, (6 / (dim + hidden)) ** 0.5)
+            stack.stacked = True                                       # for the optimiser: a matrix for each expert
         self.shared = SwiGlu(dim, shared) if shared else None
-        self.dispatch, self.balance = grouped, None
+        self.dispatch, self.routed = grouped, None
 
     def forward(self, x):
         tokens = x.flatten(0, -2)                                                                     # (T, D)
         weight, index, probs = self.router(tokens)
         if self.training:
-            self.balance = balance_loss(probs, index)
+            self.routed = balance_loss(probs, index)
         y = self.dispatch(tokens, index, weight, self.gate, self.up, self.down).view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
     def __getstate__(self):                                            # a copy takes no graph along
-        return {**self.__dict__, "balance": None}
+        return {**self.__dict__, "routed": None}
 
 
 # -------------------------------------------------------------------------------------------------------------- balance
@@ -133,19 +149,28 @@ def balance_loss(probs, index):
     return (load * probs.mean(0)).sum(), load
 
 
-def balanced(model, loss, alpha):
-    """What training adds for a model with experts: {"loss": loss + alpha * the sum of the layers' balance losses,
-    "balance": their mean (1: even), "load_cv": the mean coefficient of variation of the loads (0: even)}. {} for a
-    model without experts, or after a call in evaluation mode."""
-    layers = [m for m in model.modules() if isinstance(m, MoE) and m.balance is not None]
+def balance_losses(model):
+    """What the layers with experts have left behind in their last training call, each once: (losses (layers,), loads
+    (layers, E)), or None."""
+    layers = [m for m in model.modules() if isinstance(m, MoE) and m.routed is not None]
     if not layers:
-        return {}
-    losses, loads = zip(*(layer.balance for layer in layers))
+        return None
+    losses, loads = zip(*(layer.routed for layer in layers))
     for layer in layers:
-        layer.balance = None
-    total = torch.stack(losses).sum()
-    return {"loss": loss + alpha * total, "balance": total.detach() / len(layers),
-            "load_cv": torch.stack(loads).std(1, correction=0).mean()}
+        layer.routed = None
+    return torch.stack(losses), torch.stack(loads)
+
+
+def balanced(model, loss):
+    """What training adds for a backbone with experts: {"loss": loss + model.balance * the sum of the layers' balance
+    losses, "balance": their mean (1: even), "load_cv": the mean coefficient of variation of the loads (0: even)}. {}
+    for a model without experts, or after a call in evaluation mode."""
+    routed = balance_losses(model)
+    if routed is None:
+        return {}
+    losses, loads = routed
+    return {"loss": loss + model.balance * losses.sum(), "balance": losses.detach().mean(),
+            "load_cv": loads.std(1, correction=0).mean()}
 
 
 def activated_parameters(model):
@@ -164,7 +189,7 @@ def add_experts(model, num_experts, top_k, blocks=None, shared=2, renormalise=Fa
     blocks: only those, counted from 0 in the order of the network (None: all). Raises ValueError if there are none.
     """
     if any(isinstance(m, MoE) for m in model.modules()):
-        raise ValueError("this model has experts already: change them by --model-options num_experts=8,top_k=2")
+        raise ValueError(f"{type(model).__name__} has experts already: change them by num_experts=8,top_k=2")
     names = [name for name, m in model.named_modules() if isinstance(m, (Mlp, SwiGlu))]
     if not names or any(b not in range(len(names)) for b in blocks or ()):
         raise ValueError(f"experts replace feed-forward networks, and {type(model).__name__} has {len(names)} of them"
@@ -191,7 +216,7 @@ def upcycle(model, dense):
         else:
             raise ValueError(f"these weights cannot be upcycled: {name} is {tuple(own.shape)} here and "
                              f"{'absent' if given is None else tuple(given.shape)} there; upcycling starts from a "
-                             "run of the same model with --model-options num_experts=1,top_k=1")
+                             "run of the same model with num_experts=1,top_k=1")
 
 
 # ------------------------------------------------------------------------------------------------------------- analysis
@@ -212,7 +237,9 @@ class Counter:
         self.positions = None                                          # the number of tokens is known at the first call
 
     def __enter__(self):
-        hear = lambda module, args: setattr(self, "labels", args[2])
+        def hear(module, args):
+            self.labels = args[2]
+
         self.hooks = [self.model.register_forward_pre_hook(hear)]
         for k, layer in enumerate(self.layers):
             self.hooks.append(layer.router.register_forward_hook(
@@ -233,3 +260,61 @@ class Counter:
         self.classes[:, layer].index_add_(0, y, chosen.sum(1))
         self.positions[layer] += chosen.sum(0)
         self.steps[layer, min(self.step, self.steps.shape[1] - 1)] += chosen.sum((0, 1))
+
+
+def dependence(counts):
+    """Mutual information, in bits, of the expert and the row of a matrix of counts (rows, E): 0 if the choice of the
+    expert says nothing about the row."""
+    p = counts.double() / counts.sum()
+    independent = p.sum(0) * p.sum(1, keepdim=True)
+    return (p * (p / independent).log2().nan_to_num()).sum().item()
+
+
+def experts_flags(p):
+    p.add_argument("run", type=runs.Run, help="folder of a run of a model with experts")
+    p.add_argument("--n", type=int, default=50, help="images of each class (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=1, help="of the samples (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=64, help="images drawn at once (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+
+def experts(args):
+    """Which experts a run's tokens choose, by class, position and denoising step (2407.11633, section 4)."""
+    run, objective = args.run, args.run.objective
+    classes = objective.num_classes
+    if not classes:
+        raise ValueError(f"{run.path} is unconditional: the analysis by class needs a run with classes")
+    steps = (objective.options | run.config["draw"] | args.draw)["steps"]
+    with Counter(objective.model, classes, steps) as counter:
+        labels = torch.arange(args.n * classes) % classes
+        for k in tqdm(range(0, len(labels), args.batch), desc="counting", unit=" batches", delay=2):
+            some, counter.step = labels[k:k + args.batch], 0
+            for _ in run.trajectory(range(k, k + len(some)), some, args.seed, **args.draw):
+                counter.step += 1
+    write_experts(run, counter, args, steps)
+
+
+def write_experts(run, counter, args, steps):
+    """Maps, counts and a table of what a `Counter` has counted."""
+    # Maps of an analysis: (layers, rows, E). Of more than 100 classes every so many is drawn.
+    maps = {"class": counter.classes.transpose(0, 1), "position": counter.positions, "step": counter.steps}
+    for name, counts in maps.items():
+        drawn = counts[:, ::max(1, counts.shape[1] // 100)] if name == "class" else counts
+        title = f"{run.path}: experts across, {name} down"
+        figures.save(figures.heat_maps(drawn, [f"layer {k}" for k in range(len(drawn))], title),
+                     run.folder / f"experts-{name}.png")
+    load = counter.classes.sum(0).double()
+    load = load / load.mean(1, keepdim=True)
+    rows = [{"load": load[k].tolist(), "load_cv": load[k].std(correction=0).item(),
+             **{name: dependence(counts[k]) for name, counts in maps.items()}} for k in range(len(load))]
+    result = {"run": run.path, "images_per_class": args.n, "seed": args.seed, "layers": rows,
+              "counts": {name: counts.tolist() for name, counts in maps.items()}}
+    runs.write(run.folder / "experts.json", lambda path: path.write_text(json.dumps(result) + "\n"))
+    print(f"{args.n} images of each of {len(counter.classes)} classes, {steps} steps. Bits that an expert tells of "
+          "(0: nothing)")
+    print("layer   class  position    step   load: least, most, coefficient of variation")
+    for k, row in enumerate(rows):
+        print(f"{k:5}{row['class']:8.4f}{row['position']:10.4f}{row['step']:8.4f}"
+              f"{min(row['load']):14.2f}{max(row['load']):6.2f}{row['load_cv']:7.2f}")
+    print(f"of at most {math.log2(load.shape[1]):.1f} bits; counts: {run.folder / 'experts.json'}, pictures: "
+          f"{run.folder}/experts-class.png, -position.png, -step.png")
