@@ -629,8 +629,8 @@ def remarks(a, b, level, network):
     for side in sides:
         n = side.counted(level) or side.n
         if network is not None and 0 < n < 2048:
-            found.append(f"{side.name} has N = {n:,} < 2,048: Inception's covariance is then singular, and a Frechet "
-                         "distance far too high; compare only with figures of the same N")
+            found.append(f"{side.name} has N = {n:,} < 2,048: a Frechet distance of few images is far too high (the "
+                         "covariance of 2,048 features is singular then); compare only with figures of the same N")
         if side.statistics and not side.network:
             found.append(f"{side.name} does not tell its convention: figures against it are right only if it was made "
                          "by the one used here")
