@@ -10,6 +10,7 @@ where it was, and processes need nothing from each other but to wait.
 Contents: sides; features of many images; the command; its metrics; statistics files.
 """
 
+import ast
 import contextlib
 import dataclasses
 import datetime
@@ -131,10 +132,13 @@ def side_of_data(text, args):
     name, _, rest = text.partition(":")
     options = {"data_dir": args.data_dir, "split": "train"}
     for piece in filter(None, rest.split(",")):
-        option, equals, value = piece.partition("=")
+        option, equals, value = (part.strip() for part in piece.partition("="))
         if not equals:
             raise ValueError(f"{text}: {piece!r} is not of the form option=value, such as split=test")
-        options[option.strip()] = int(value) if value.strip().isdigit() else value.strip()
+        try:
+            options[option] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[option] = value                  # a bare word
     options["flip"] = False
     dataset = data.load(name, **options)
     if isinstance(dataset.images, list):
@@ -205,17 +209,18 @@ def side_of_npz(path):
             samples = Samples(path)
             side.n, side.images, side.sides = samples.shape[0], samples.read, samples.shape[1:3]
         if "features" in names:
-            side.features["features"] = numbers(archive, "features", 2, 2**33).float()
+            side.features["features"] = numbers(archive, "features", 2, 2**33, shrinks=100).float()
             side.n = len(side.features["features"])
         for end in ("", "_s"):
             if f"mu{end}" in names:
-                mu, sigma = numbers(archive, f"mu{end}", 1), numbers(archive, f"sigma{end}", 2)
+                mu = numbers(archive, f"mu{end}", 1, 2**15 + 128)
+                sigma = numbers(archive, f"sigma{end}", 2, 8 * len(mu) ** 2 + 128)
                 if sigma.shape != (len(mu), len(mu)):
                     raise ValueError(f"`mu{end}` has {len(mu)} numbers, and `sigma{end}` is {tuple(sigma.shape)}")
                 level = next((level for level, width in metrics.LEVELS.items() if width == len(mu)), "classifier")
                 side.statistics["spatial" if end else level] = mu, sigma
         if "n" in names:
-            side.statistics_n = int(numbers(archive, "n", 0))
+            side.statistics_n = int(numbers(archive, "n", 0, 256))
         if "network" in names and archive.getinfo("network.npy").file_size < 2**12:
             with archive.open("network.npy") as file:
                 side.network = str(np.lib.format.read_array(file, allow_pickle=False))
@@ -232,11 +237,15 @@ def unreadable(path):
         raise ValueError(f"{path} cannot be used: {reason}") from None
 
 
-def numbers(archive, name, dimensions, most=2**28):
-    """An array of finite numbers in an .npz as a float64 tensor, of at most so many bytes."""
-    if f"{name}.npy" not in archive.namelist() or archive.getinfo(f"{name}.npy").file_size > most:
-        raise ValueError(f"`{name}` is missing or larger than {most / 2**20:,.0f} MB")
-    with archive.open(f"{name}.npy") as file:
+def numbers(archive, name, dimensions, most, shrinks=math.inf):
+    """An array of finite numbers in an .npz as a float64 tensor, of at most so many bytes, and of at most `shrinks`
+    times what it takes in the file."""
+    if f"{name}.npy" not in archive.namelist():
+        raise ValueError(f"`{name}` is missing")
+    info = archive.getinfo(f"{name}.npy")
+    if info.file_size > min(most, shrinks * info.compress_size):
+        raise ValueError(f"`{name}` would take {info.file_size:,} bytes, more than belong to it")
+    with archive.open(info) as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
     if array.ndim != dimensions or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
         raise ValueError(f"`{name}` is {array.dtype} {array.shape}, not finite real numbers in {dimensions} dimensions")
@@ -250,8 +259,10 @@ class Samples:
         self.path = path
         self.stream, self.shape, self.dtype = data.open_array(zipfile.ZipFile(path), "arr_0")
         self.start, self.row = self.stream.tell(), math.prod(self.shape[1:]) * self.dtype.itemsize
-        if len(self.shape) != 4 or self.shape[3] not in (1, 3) or not self.shape[0]:
+        if len(self.shape) != 4 or self.shape[3] not in (1, 3) or not all(self.shape):
             raise ValueError(f"`arr_0` is {self.shape}, not (N, H, W, 3) or (N, H, W, 1)")
+        if self.shape[1] * self.shape[2] > data.MAX_PIXELS:
+            raise ValueError(f"`arr_0` holds images of more than {data.MAX_PIXELS // 10**6} million pixels")
         if self.dtype != np.uint8 and self.dtype.kind != "f":
             raise ValueError(f"`arr_0` is {self.dtype}, not bytes, nor floats in [0, 1]")
 
@@ -265,7 +276,7 @@ class Samples:
                     raise ValueError(f"`arr_0` holds floats from {x.min():.3g} to {x.max():.3g}: save bytes, or floats "
                                      "in [0, 1]")
                 x = (x * 255).round().astype(np.uint8)
-        return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+        return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
 
 
 # ---------------------------------------------------------------------------------------------- features of many images
@@ -350,6 +361,16 @@ def together():
         dist.barrier()
 
 
+@contextlib.contextmanager
+def first_alone():
+    """With several processes: the first passes alone, then the others, who find what it downloaded or trained."""
+    if not first_process():
+        together()
+    yield
+    if first_process():
+        together()
+
+
 def leave():
     """With several processes: wait for all, and take leave of each other."""
     together()
@@ -401,10 +422,11 @@ def distance_flags(p):
 def distance(args):
     """FID and its relatives between two sets of images: runs, folders, files or data sets."""
     names = wanted(args)
-    a, b = (side_of(what, args) if what is not None else None for what in (args.a, args.b))
-    sides = [side for side in (a, b) if side is not None]
+    with first_alone():
+        a, b = (side_of(what, args) if what is not None else None for what in (args.a, args.b))
+        sides = [side for side in (a, b) if side is not None]
+        network, level = network_of(sides, names, args)
     written = sides[-1] if args.stats else None
-    network, level = network_of(sides, names, args)
     for side in sides:
         check_side(side, names, level, network, side is written)
     for side in sides:
@@ -464,11 +486,7 @@ def network_of(sides, names, args):
         return metrics.load_inception(args.inception, args.device, args.camp), args.level
     for side in reversed(sides):
         if (labelled := side.labelled()) is not None:
-            if not first_process():
-                together()                           # the first process trains it, the others find it
             network = metrics.judge(*labelled, args.classifier_steps, args.device)
-            if first_process():
-                together()
             return network, network.level
     raise ValueError("neither side has classes that a classifier could learn: give Inception's weights by "
                      "--inception FILE")
@@ -628,7 +646,7 @@ def remarks(a, b, level, network):
     found = [remark for side in sides for remark in side.remarks]
     for side in sides:
         n = side.counted(level) or side.n
-        if network is not None and 0 < n < 2048:
+        if level and 0 < n < 2048:
             found.append(f"{side.name} has N = {n:,} < 2,048: a Frechet distance of few images is far too high (the "
                          "covariance of 2,048 features is singular then); compare only with figures of the same N")
         if side.statistics and not side.network:

@@ -445,6 +445,13 @@ def _check_features(x, y, least=2):
         raise ValueError(f"this distance needs at least {least} images on each side, not {len(x)} and {len(y)}")
 
 
+def _finite(x):
+    """x itself; ValueError if it holds numbers that are not finite."""
+    if not x.isfinite().all():
+        raise ValueError("the features hold numbers that are not finite: the network or its weights are at fault")
+    return x
+
+
 class Statistics:
     """Mean (D,) and covariance (D, D) with N - 1, float64, of any number of features, added batch by batch.
 
@@ -477,11 +484,11 @@ class Statistics:
         return self.scatter / (self.n - 1)
 
 
-def statistics(x, chunk=1000):
-    """The `Statistics` of features x (N, D), which may lie on disk."""
-    result = Statistics(x.shape[1])
-    for begin in range(0, len(x), chunk):
-        result.add(_whole(x, slice(begin, begin + chunk)))
+def statistics(x, chunk=1000, rows=None):
+    """The `Statistics` of features x (N, D), which may lie on disk, or of some of their rows (integers)."""
+    result, rows = Statistics(x.shape[1]), np.arange(len(x)) if rows is None else rows
+    for begin in range(0, len(rows), chunk):
+        result.add(_whole(x, rows[begin:begin + chunk]))
     return result
 
 
@@ -491,7 +498,7 @@ def root(sigma):
     Cholesky's factor where all pivots stand clear of rounding, which at D = 2048 costs a fortieth of the eigenvalues;
     else by eigenvalues, without those that rounding leaves in the place of zeros.
     """
-    small = len(sigma) * torch.finfo(sigma.dtype).eps * sigma.diagonal().max()
+    small = len(sigma) * torch.finfo(sigma.dtype).eps * _finite(sigma).diagonal().max()
     factor, failed = torch.linalg.cholesky_ex(sigma)
     if not failed and factor.diagonal().square().min() > small:
         return factor.T
@@ -522,7 +529,7 @@ class Gaussian(NamedTuple):
                              f"{tuple(x.shape)}")
         if len(x) > x.shape[1]:
             return cls.of(statistics(x))
-        x = _whole(x)
+        x = _finite(_whole(x))
         return cls(x.mean(0), (x - x.mean(0)) / (len(x) - 1) ** 0.5)
 
 
@@ -555,7 +562,8 @@ def frechet_infinity(x, y, points=15, seed=0):
     sizes = np.linspace(min(5000, max(len(x) // 10, 2)), len(x), points).astype(int)
     for size in tqdm(sizes, desc="distances of subsets", delay=2, leave=False):
         rows = np.sort(rng.choice(len(x), size, replace=False))
-        line.append((int(size), frechet_distance(x[rows], reference)))
+        subset = statistics(x, rows=rows) if size > x.shape[1] else x[rows]
+        line.append((int(size), frechet_distance(subset, reference)))
     slope, at_zero = np.polyfit([1 / size for size, _ in line], [value for _, value in line], 1)
     return float(at_zero), line
 

@@ -215,13 +215,14 @@ def bad_inputs(tmp):
     for name, content in arrays.items():
         np.savez(tmp / f"{name}.npz", **content)
     (tmp / "cut.npz").write_bytes((tmp / "range.npz").read_bytes()[:500])
+    np.savez_compressed(tmp / "bomb.npz", mu=np.zeros(64), sigma=np.zeros((5000, 5000)))
     return [(f"{name}.npz {good}", why) for name, why in {
         "range": "floats from -1 to", "nan": "floats from nan", "layout": "not (N, H, W, 3)",
         "alpha": "not (N, H, W, 3)", "flat": "not (N, H, W, 3)", "ints": "not bytes", "empty": "not (N, H, W, 3)",
         "other": "it holds x",
         "half": "`sigma` is missing", "wrong": "`sigma` is (9, 9)", "width": "holds statistics of 64 features",
         "inf": "not finite", "features": "only be compared with given features", "cut": "cannot be used",
-        "absent": "is no run, no folder"}.items()] + [
+        "bomb": "more than belong to it",        "absent": "is no run, no folder"}.items()] + [
         (f"empty {good}", "holds no image"), (f"one {good}", "holds 1 image"), (f"mixed {good}", "mixed sizes"),
         (f"broken {good}", "y.png cannot be read"), (f"cifar11 {good}", "did you mean cifar10"),
         (f"{good}", "needs two sides"), (f"{good} {good} --metrics fid,fod", "no 'fod'"),

@@ -126,6 +126,14 @@ def test_a_covariance_near_singular_has_a_root():
     assert (metrics.root(spread).T @ metrics.root(spread) - spread).abs().max() < 1e-16
 
 
+@pytest.mark.parametrize("n", [10, 40])
+def test_features_that_are_not_finite_are_refused(n):
+    x = normal(n, 20)
+    x[3, 5] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.frechet_distance(x, normal(30, 20))
+
+
 def test_extrapolation_removes_the_bias_of_small_sets():
     """The reference is exact here (mean 0, covariance 1), so the distance of endlessly many x is 0."""
     x, width = normal(3000, 30), 30
