@@ -246,11 +246,12 @@ class Inception(FeatureNetwork):
         "spatial", of the sFID, is flattened in the order (H, W, C), as in ADM's statistics files. Goes no deeper than
         the levels need."""
         found = {}
-        for level, x in self.stages(self.prepare(images)):
-            if level in levels:
-                found[level] = x.permute(0, 2, 3, 1).flatten(1) if level == "spatial" else x.mean((2, 3))
-            if len(found) == len(levels):
-                break
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):               # TF32 would keep 3 digits
+            for level, x in self.stages(self.prepare(images)):
+                if level in levels:
+                    found[level] = x.permute(0, 2, 3, 1).flatten(1) if level == "spatial" else x.mean((2, 3))
+                if len(found) == len(levels):
+                    break
         return found
 
     def prepare(self, images):

@@ -84,6 +84,17 @@ def test_a_wrong_line_breaks_a_recorded_case(case, right, wrong, tmp_path, monke
         golden_metrics.CHECKS[recorded.arch](recorded)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("camp, prefix", [("tf", "tf_"), ("pytorch-fid", "ptfid_")])
+def test_inception_on_a_gpu_gives_the_recorded_features(camp, prefix):
+    case = golden.load(HERE / "golden" / "inception-fid-cifar.npz")
+    network = metrics.fill_weights(metrics.Inception(camp), case.state_dict, "the case")
+    network = network.to("cuda", memory_format=torch.channels_last)
+    found = network(case.inputs["images"].to("cuda", torch.uint8), ["64", "192", "768", "2048"])
+    for level, features in found.items():
+        assert (features.cpu() - case.outputs[prefix + level]).abs().max() < 1e-3, level
+
+
 # ------------------------------------------------------------------------------------------------------------- formulas
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import golden
 import numpy as np
@@ -74,7 +75,7 @@ def agree(name, mine, theirs, bound):
 
 
 @pytest.mark.slow
-def test_pytorch_fid(sides, ours, monkeypatch):
+def test_pytorch_fid(sides, ours, monkeypatch, tmp_path):
     installed("scipy")
     tool, network = installed("pytorch_fid.fid_score"), installed("pytorch_fid.inception")
     monkeypatch.setattr(network, "load_state_dict_from_url",
@@ -82,6 +83,14 @@ def test_pytorch_fid(sides, ours, monkeypatch):
     with torch.no_grad():
         theirs = tool.calculate_fid_given_paths([str(sides[0]), str(sides[1])], 50, "cpu", 2048, num_workers=0)
     agree("FID, pytorch-fid", ours["pytorch-fid"]["fid"], theirs, 1e-4)
+
+    side = distance.Side("real", N, features={"2048": torch.from_numpy(ours["pytorch-fid", 1]), "images": []})
+    side.features["images"].append(np.zeros((1, 8, 8, 3), np.uint8))
+    distance.write_statistics(tmp_path / "stats.npz", side, "2048", SimpleNamespace(key="ours"))
+    mu, sigma = tool.compute_statistics_of_path(str(tmp_path / "stats.npz"), None, 50, 2048, "cpu")
+    generated = ours["pytorch-fid", 0].astype(np.float64)
+    value = tool.calculate_frechet_distance(generated.mean(0), np.cov(generated, rowvar=False), mu, sigma)
+    agree("the same, from our statistics file", value, theirs, 1e-4)
 
 
 @pytest.mark.slow
