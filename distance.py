@@ -426,13 +426,15 @@ def distance(args):
         a, b = (side_of(what, args) if what is not None else None for what in (args.a, args.b))
         sides = [side for side in (a, b) if side is not None]
         network, level = network_of(sides, names, args)
-    written = sides[-1] if args.stats else None
+    written, locks = sides[-1] if args.stats else None, {}
     for side in sides:
         check_side(side, names, level, network, side is written)
     for side in sides:
         if network is not None and side.images is not None:
             levels = needed(side, names, level, network, side is a, side is written)
             side.folder = Path(args.work).expanduser() / f"{side.key}-{network.key}"
+            if first_process() and side.folder not in locks:
+                locks[side.folder] = runs.lock(side.folder)
             side.features |= extract(side, network, levels, args.batch, -(-side.n // SAMPLES) if side is written else 0)
     figures = {}
     if first_process():

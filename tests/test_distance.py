@@ -17,6 +17,7 @@ from pytest import approx
 import data
 import distance
 import metrics
+import runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,6 +167,17 @@ def test_a_killed_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
     run.drawn.clear()
     call("-", reference, "--n", "30", run=run)
     assert len(run.drawn) == 30 and whole["kid"] < 0.5
+
+
+def test_a_second_measurement_of_the_same_images_is_refused_until_the_first_ends(tmp_path):
+    reference = folder_of(tmp_path / "real", bytes_of(12))
+    call(reference, reference, "--keep")                                           # one folder for both sides
+    (folder,) = (tmp_path / "runs" / "features").iterdir()
+    held = runs.lock(folder)
+    with pytest.raises(ValueError, match="another process"):
+        call(reference, reference)
+    held.close()
+    assert abs(call(reference, reference)["fid"]) < 1e-6
 
 
 def test_given_features_and_pairs(tmp_path, capsys):
