@@ -102,21 +102,24 @@ def test_torch_fidelity(sides, ours):
     tool = installed("torch_fidelity")
     with contextlib.redirect_stderr(io.StringIO()):
         theirs = tool.calculate_metrics(
-            input1=str(sides[0]), input2=str(sides[1]), isc=True, fid=True, kid=True, prc=True, kid_subset_size=N,
-            kid_subsets=2, feature_extractor_weights_path=str(sides[2]), cuda=False, cache=False, verbose=False)
+            input1=str(sides[0]), input2=str(sides[1]), isc=True, fid=True, kid=True, kid_subset_size=N, kid_subsets=2,
+            feature_extractor_weights_path=str(sides[2]), cuda=False, cache=False, verbose=False)
     mine = ours["tf"]
     agree("FID, torch-fidelity", mine["fid"], theirs["frechet_inception_distance"], 1e-4)
     agree("IS", mine["is"], theirs["inception_score_mean"], 1e-5)
     agree("IS, std", mine["is_std"], theirs["inception_score_std"], 1e-3)
     agree("KID, all images", mine["kid"], theirs["kernel_inception_distance_mean"], 1e-4)
-    inclusive = metrics.prdc(torch.from_numpy(ours["tf", 1]), torch.from_numpy(ours["tf", 0]), 3, inclusive=True)
-    agree("precision, k = 3, <=", inclusive["precision"], theirs["precision"], 1.01 / N)
+    generated, real = (torch.from_numpy(ours["tf", n]) for n in (0, 1))
+    theirs = installed("torch_fidelity.metric_prc").prc_features_to_metric(
+        generated, real, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=False, verbose=False)
+    inclusive = metrics.prdc(real, generated, 3, inclusive=True)
+    agree("precision, k = 3, <=", inclusive["precision"], theirs["precision"], 1.01 / N)       # in float32 there
     agree("recall, k = 3, <=", inclusive["recall"], theirs["recall"], 1.01 / N)
-    subsets = metrics.kid(torch.from_numpy(ours["tf", 1]), torch.from_numpy(ours["tf", 0]), 20, 100)
-    published = installed("torch_fidelity.metric_kid").kid_features_to_metric(
-        *(torch.from_numpy(ours["tf", n]).double() for n in (1, 0)), kid_subsets=20, kid_subset_size=100, verbose=False)
-    agree("KID, 20 subsets of 100", subsets[0], published["kernel_inception_distance_mean"], 1e-9)
-    agree("KID, their std", subsets[1], published["kernel_inception_distance_std"], 1e-9)
+    theirs = installed("torch_fidelity.metric_kid").kid_features_to_metric(
+        real.double(), generated.double(), kid_subsets=20, kid_subset_size=100, verbose=False)
+    mean, std = metrics.kid(real, generated, 20, 100)
+    agree("KID, 20 subsets of 100", mean, theirs["kernel_inception_distance_mean"], 1e-9)
+    agree("KID, their std", std, theirs["kernel_inception_distance_std"], 1e-9)
 
 
 @pytest.mark.slow
