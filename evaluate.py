@@ -2,6 +2,7 @@
 
     python evaluate.py score runs/shapes-unet-pico      how good a run's samples are, beside real images
     python evaluate.py samplers runs/shapes-unet-pico   what each sampler makes of 5, 10, 20, 50 steps
+    python evaluate.py distance runs/my-run cifar10     FID and its relatives, between runs, folders, files, data sets
     python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
     python evaluate.py COMMAND --help                   what a command takes
 
@@ -10,10 +11,14 @@ are, `python sample.py RUN --help` says.
 """
 
 import argparse
+import os
 import sys
+
+import torch
 
 import build
 import diffusion
+import distance
 import moe
 import scores
 import speed
@@ -23,6 +28,7 @@ from runs import Run
 COMMANDS = {
     "score": (scores.score_flags, scores.score),
     "samplers": (scores.samplers_flags, scores.samplers),
+    "distance": (distance.distance_flags, distance.distance),
     "prompts": (scores.prompts_flags, scores.prompts),
     "sizes": (scores.sizes_flags, scores.sizes),
     "stitch": (scores.stitch_flags, scores.stitch),
@@ -56,6 +62,8 @@ def evaluate():
     args, rest = flags().parse_known_args(sys.argv[1:])
     if hasattr(args, "device"):
         args.device = build.device(args.device)
+        if args.device.type == "cuda" and "LOCAL_RANK" in os.environ:              # torchrun: each process its own GPU
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     for key, value in vars(args).items():
         setattr(args, key, opened(value, args))
     first = next((v for value in vars(args).values() for v in (value if isinstance(value, list) else [value])
