@@ -1,0 +1,833 @@
+"""Masked generation: an image is a set of tokens, and any of them can be predicted from any others.
+
+To train, hide a random part of the tokens and predict the hidden ones. To draw, start with everything hidden; T times,
+predict all hidden tokens at once, keep some, hide the rest again: few at first, many at last. One file, one story:
+
+    what is hidden    how many tokens stay hidden after each step, and which ratio is hidden in training
+    who predicts      Embedding, Block ...        the Transformers, with keys and values that can be kept
+                      MaskGIT                     MaskGIT: Masked Generative Image Transformer, 2202.04200
+                      MaskGITr                    its skip-connected form, in the code of ReCAP
+                      MAGE                        MAsked Generative Encoder, 2211.09117
+                      MAR, DiffusionHead          Autoregressive Image Generation without Vector Quantization,
+                                                  2406.11838
+    what is kept      decode, decode_mar          the loops that draw
+    what is reused    plan, recap, recap_mar      Plug-and-Play Context Feature Reuse, 2505.19089
+    the objectives    Tokens, MAREmbedded ...     what train.py trains and sample.py draws, and the registry
+
+The three models differ in what is hidden from what (MaskGIT: a mask embedding in one Transformer; MAGE and MAR: an
+encoder that never sees hidden tokens, a decoder that fills them in), in what chooses the tokens to keep (confidence;
+MAR: a random order, fixed in advance), and in the distribution of one token (softmax over a codebook; MAR: a small
+diffusion model).
+
+Letters: B batch, N tokens of an image, n tokens of a pass, D width, h heads, K codes, T steps, C channels of a
+continuous token, m tokens still hidden, S the targets of a group.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffusion import SAMPLERS, guided
+from layers import TimestepEmbedder
+
+# ------------------------------------------------------------------------------------------------------ what is hidden
+
+
+def gamma(ratio, schedule="cosine", total=256):
+    """The share of `total` tokens that is still hidden when a `ratio` of the steps is done: float64, in [1e-6, 1].
+
+    cosine: cos(pi/2 r); uniform: 1 - r; powP: 1 - r^P, for example pow2.5; log: -log2(r)/log2(total); exp: 1 -
+    2^(-log2(total) (1 - r)). A concave one decodes few tokens first, when little is known, and many last. MaskGIT,
+    2202.04200, section 3.3.
+    """
+    bits = torch.as_tensor(total, dtype=torch.float64).log2()
+    if schedule == "cosine":
+        share = torch.full_like(bits, math.cos(math.pi / 2 * ratio))
+    elif schedule == "uniform":
+        share = torch.full_like(bits, 1 - ratio)
+    elif schedule.startswith("pow") and schedule[3:].replace(".", "", 1).isdigit():
+        share = torch.full_like(bits, 1 - ratio ** float(schedule[3:]))
+    elif schedule == "log":
+        share = -math.log2(max(ratio, 1e-300)) / bits
+    elif schedule == "exp":
+        share = 1 - torch.exp2(-bits * (1 - ratio))
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}: choose cosine, uniform, log, exp, or pow and a number")
+    return share.clamp(1e-6, 1)
+
+
+def still_hidden(t, steps, total, left, schedule="cosine"):
+    """How many of `total` tokens stay hidden after step t of `steps`, when `left` were hidden before it: floor(total
+    gamma), but at least one less than before, and at least one. Integers or tensors (B,). 2202.04200, section 3.2.
+
+    In float64: in float32 floor(256 cos(pi/3)) is 127.
+    """
+    total, left = torch.as_tensor(total), torch.as_tensor(left)
+    planned = (total * gamma((t + 1) / steps, schedule, total)).floor().long()
+    return torch.minimum(torch.minimum(left - 1, planned).clamp(min=1), left)
+
+
+class TruncatedNormal(NamedTuple):
+    """The masking ratio of a batch in training: a normal distribution (mean, std) cut to [low, high]."""
+    low: float
+    high: float
+    mean: float
+    std: float
+
+    def quantile(self, u):
+        """The ratio below which a share u in [0, 1] of the distribution lies."""
+        normal = torch.special.ndtr
+        ends = torch.tensor([self.low, self.high], dtype=torch.float64)
+        below, above = normal((ends - self.mean) / self.std)
+        u = torch.as_tensor(u, dtype=torch.float64)
+        return (self.mean + self.std * torch.special.ndtri(below + u * (above - below))).clamp(self.low, self.high)
+
+    def of_step(self, step):
+        """The ratio of a training step, a float. One for the whole batch, as published, so it is drawn from the number
+        of the step alone: micro-batches and processes agree without a word."""
+        return self.quantile(np.random.default_rng(step).random()).item()
+
+
+MAGE_RATIO = TruncatedNormal(0.5, 1.0, 0.55, 0.25)           # 2211.09117, section 3.1
+MAR_RATIO = TruncatedNormal(0.7, 1.0, 1.0, 0.25)             # 2406.11838, section 5
+
+
+def first_of(order, n):
+    """The first n entries of each order (B, N) as a mask (B, N) bool."""
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :n], True)
+
+
+def picked(x, mask):
+    """The rows of x (B, N, ...) where mask (B, N) is true, as many in every sample: (B, n, ...), in raster order."""
+    return x[mask].unflatten(0, (len(x), -1))
+
+
+def take(x, positions):
+    """The rows of x (B, N, ...) at positions (B, n): (B, n, ...)."""
+    index = positions.view(*positions.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
+
+
+# --------------------------------------------------------------------------------------------------------- who predicts
+# A pass of a network is full (all N tokens) or local (n of them, at `positions` (B, n)). Every pass returns its memory:
+# the keys and values of each layer, (B, tokens, h, D/h); a local pass attends to those of other tokens beside its own,
+# `past`. That is all that ReCAP needs of a network.
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (B, n, D) -> (B, n, D), and the keys and values (B, n, h, D/h) of these n tokens."""
+
+    def __init__(self, dim, num_heads, qkv_bias=True, dropout=0.0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} does not divide into {num_heads} heads")
+        self.num_heads, self.dropout = num_heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, past=None):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)                     # (B, n, h, D/h) each
+        kept = k, v
+        if past is not None:
+            k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(x.transpose(1, 2).flatten(2)), kept
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, dropout, Linear: (B, n, D) -> (B, n, D). gelu: "none", the exact one, or "tanh"."""
+
+    def __init__(self, dim, hidden, gelu="none", dropout=0.0):
+        super().__init__()
+        self.gelu = gelu
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.fc2(self.drop(F.gelu(self.fc1(x), approximate=self.gelu)))
+
+
+class Block(nn.Module):
+    """x + attention(LN(x)), then x + MLP(LN(x)): the pre-norm block of MAGE, MAR and MaskGITr. skip: the block starts
+    with a linear map of x and the output of an earlier block, side by side."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, eps=1e-6, qkv_bias=True, dropout=0.0, skip=False):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads, qkv_bias, dropout)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), dropout=dropout)
+        self.drop = nn.Dropout(dropout)
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+
+    def forward(self, x, past=None, skip=None):
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], 2))
+        attended, kept = self.attn(self.norm1(x), past)
+        x = x + self.drop(attended)
+        return x + self.drop(self.mlp(self.norm2(x))), kept
+
+
+class PostNormBlock(nn.Module):
+    """LN(x + attention(x)), then LN(x + MLP(x)): the block of BERT, 1810.04805, with its tanh GELU."""
+
+    def __init__(self, dim, num_heads, hidden, dropout):
+        super().__init__()
+        self.attn = Attention(dim, num_heads, dropout=dropout)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-12)
+        self.mlp = Mlp(dim, hidden, gelu="tanh")
+        self.norm2 = nn.LayerNorm(dim, eps=1e-12)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x, past=None):
+        attended, kept = self.attn(x, past)
+        x = self.norm1(x + self.drop(attended))
+        return self.norm2(x + self.drop(self.mlp(x))), kept
+
+
+def through(blocks, x, past=None):
+    """x through blocks, each with its own past: -> x, memory."""
+    memory = []
+    for k, block in enumerate(blocks):
+        x, kept = block(x, None if past is None else past[k])
+        memory.append(kept)
+    return x, memory
+
+
+class Embedding(nn.Module):
+    """LN(word + position) of ids (B, n) at positions (B, n), None: 0 .. n-1. -> (B, n, D)"""
+
+    def __init__(self, words, positions, dim, eps=1e-6, dropout=0.0):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(words, dim)
+        self.position_embeddings = nn.Embedding(positions, dim)
+        self.LayerNorm = nn.LayerNorm(dim, eps=eps)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, ids, positions=None):
+        positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
+        return self.drop(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings(positions)))
+
+
+class WordHead(nn.Module):
+    """h (B, n, D) -> logits of all words: LN(GELU(fc h)) times the embedding of each word, and a bias a word."""
+
+    def __init__(self, dim, words, word_dim=None, eps=1e-5, gelu="none"):
+        super().__init__()
+        self.gelu = gelu
+        self.fc = nn.Linear(dim, word_dim or dim)
+        self.ln = nn.LayerNorm(word_dim or dim, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(1, 1, words))
+
+    def forward(self, h, embeddings):
+        return self.ln(F.gelu(self.fc(h), approximate=self.gelu)) @ embeddings.T + self.bias
+
+
+def small_normal(model, std=0.02):
+    """Every linear map and embedding normal with this standard deviation, cut at two of them; biases zero."""
+    for m in model.modules():
+        if isinstance(m, (nn.Linear, nn.Embedding)):
+            nn.init.trunc_normal_(m.weight, std=std, a=-2 * std, b=2 * std)
+            if getattr(m, "bias", None) is not None:
+                nn.init.zeros_(m.bias)
+
+
+def xavier_and_normal(model):
+    """Linear maps Xavier uniform, biases zero; embeddings and bare tables normal with standard deviation 0.02."""
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Embedding):
+            nn.init.normal_(m.weight, std=0.02)
+
+
+def labels_or_null(y, network, batch):
+    """Labels (B,), or where there are none the null label of a network: num_classes."""
+    if y is not None:
+        return y
+    device = next(network.parameters()).device
+    return torch.full((batch,), network.num_classes, device=device)
+
+
+class MaskGIT(nn.Module):
+    """Codes (B, N), K where hidden, and labels y (B,) -> logits (B, N, K) of every token: a BERT whose first token is
+    the class. 2202.04200, section 3; post-norm, tanh GELU, output tied to the embeddings.
+
+    Words: K codes, the classes (num_classes + `null`, the label of no class, which guidance needs and the published
+    model does not have), and last the mask. The published network has 24 layers of width 768 with 16 heads.
+    """
+
+    def __init__(self, codes=1024, num_classes=1000, length=256, width=768, depth=24, num_heads=16, hidden=3072,
+                 dropout=0.1, null=False):
+        super().__init__()
+        self.codes, self.num_classes, self.length = codes, num_classes, length
+        null = null or num_classes == 0
+        self.null = num_classes if null else None
+        words = codes + num_classes + null + 1
+        self.token_emb = Embedding(words, length + 1, width, eps=1e-12, dropout=dropout)
+        self.blocks = nn.ModuleList(PostNormBlock(width, num_heads, hidden, dropout) for _ in range(depth))
+        self.mlm_layer = WordHead(width, words, eps=1e-12, gelu="tanh")
+        small_normal(self)
+
+    def states(self, tokens, y, positions=None, past=None):
+        """-> (B, 1 + n, D), the class token first, and the memory."""
+        label = labels_or_null(y, self, len(tokens)) + self.codes
+        mask = self.token_emb.word_embeddings.num_embeddings - 1
+        ids = torch.cat([label[:, None], torch.where(tokens == self.codes, mask, tokens)], 1)     # (B, 1 + n)
+        if positions is not None:
+            positions = F.pad(positions + 1, (1, 0))
+        return through(self.blocks, self.token_emb(ids, positions), past)
+
+    def words(self, h):
+        """Logits of all words, (B, n, V)."""
+        return self.mlm_layer(h, self.token_emb.word_embeddings.weight)
+
+    def forward(self, tokens, y=None, positions=None, past=None):
+        h, memory = self.states(tokens, y, positions, past)
+        return self.words(h[:, 1:])[..., :self.codes], memory
+
+    def hide(self, noise, step):
+        """Which tokens are hidden in training, (B, N) bool: a random ceil(gamma(r) N) of them, r uniform, of each
+        sample. 2202.04200, section 3.1."""
+        ratio = torch.cos(math.pi / 2 * noise.uniform())
+        count = (ratio * self.length).ceil().clamp(min=1)
+        rank = noise.uniform(self.length).argsort(1).argsort(1)
+        return rank < count[:, None]
+
+    def loss(self, tokens, y, hidden):
+        """Cross-entropy of the hidden tokens, averaged in each sample, then over samples; labels are smoothed by 0.1
+        over the whole vocabulary, as in the published helper."""
+        h, _ = self.states(torch.where(hidden, self.codes, tokens), y)
+        return per_sample(smoothed(self.words(h[:, 1:]), tokens), hidden)
+
+
+def smoothed(logits, targets):
+    """Cross-entropy (B, N) of logits (B, N, V), a tenth of the label spread over all V."""
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", label_smoothing=0.1)
+
+
+def per_sample(losses, hidden):
+    """The mean over the hidden tokens of each sample, then over samples."""
+    return ((losses * hidden).sum(1) / hidden.sum(1)).mean()
+
+
+class MaskGITr(nn.Module):
+    """MaskGIT with long skip connections (U-ViT, 2209.12152), the network that ReCAP was published on: codes (B, N), K
+    where hidden, and labels (B,), num_classes for none -> logits (B, N, K).
+
+    Pre-norm blocks without bias for q, k and v: depth/2, one, depth/2, the last of which take the outputs of the first.
+    The class token has an embedding of its own. The head's copy of the word embeddings gets no gradient.
+    """
+
+    def __init__(self, codes=1024, num_classes=1000, length=256, width=768, depth=24, num_heads=8, dropout=0.0):
+        super().__init__()
+        self.codes, self.num_classes, self.length, self.null = codes, num_classes, length, num_classes
+        self.token_emb = Embedding(codes + 1, length, width)
+        self.context_embed = Embedding(num_classes + 1, 1, width)
+
+        def block(skip=False):
+            return Block(width, num_heads, eps=1e-5, qkv_bias=False, dropout=dropout, skip=skip)
+
+        self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
+        self.mid_block = block()
+        self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.mlm_layer = WordHead(width, codes + 1)
+        small_normal(self)
+
+    def forward(self, tokens, y=None, positions=None, past=None):
+        label = labels_or_null(y, self, len(tokens))[:, None]
+        x = torch.cat([self.context_embed(label), self.token_emb(tokens, positions)], 1)          # (B, 1 + n, D)
+        past = iter(past) if past is not None else None
+        memory, skips = [], []
+        for block in (*self.in_blocks, self.mid_block, *self.out_blocks):
+            skip = skips.pop() if block.skip_linear is not None else None
+            x, kept = block(x, None if past is None else next(past), skip)
+            memory.append(kept)
+            if len(memory) <= len(self.in_blocks):
+                skips.append(x)
+        words = self.mlm_layer(self.norm(x[:, 1:]), self.token_emb.word_embeddings.weight.detach())
+        return words[..., :self.codes], memory
+
+    hide = MaskGIT.hide
+
+    def loss(self, tokens, y, hidden):
+        """As `MaskGIT.loss`, over the codes alone."""
+        logits, _ = self(torch.where(hidden, self.codes, tokens), y)
+        return per_sample(smoothed(logits, tokens), hidden)
+
+
+class MAGE(nn.Module):
+    """Codes (B, N), K where hidden -> logits (B, N, K): an encoder that sees a part of the tokens, as MAE's does, and a
+    decoder that fills in the rest, trained at all masking ratios, so that one model represents and generates. It knows
+    no classes. 2211.09117, section 3.
+
+    Words: K codes, a fake class (the first token of every sequence), the mask; legacy: the published rows, K + 1001 of
+    them, of which the fake class is K + 76 and the mask K + 1000, and 257 positions.
+    """
+    num_classes, null = 0, None
+
+    def __init__(self, codes=1024, length=256, width=768, depth=12, num_heads=12, decoder_width=None, decoder_depth=8,
+                 decoder_heads=16, dropout=0.1, legacy=False):
+        super().__init__()
+        decoder_width = decoder_width or width
+        self.codes, self.length = codes, length
+        self.fake_class, self.mask = (codes + 76, codes + 1000) if legacy else (codes, codes + 1)
+        words, positions = (codes + 1001, max(257, length + 1)) if legacy else (codes + 2, length + 1)
+        self.token_emb = Embedding(words, positions, width, dropout=dropout)
+        self.blocks = nn.ModuleList(Block(width, num_heads, dropout=dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.decoder_pos_embed_learned = nn.Parameter(0.02 * torch.randn(1, length + 1, decoder_width))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_width, decoder_heads, dropout=dropout) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
+        self.mlm_layer = WordHead(decoder_width, words, width)
+        xavier_and_normal(self)
+
+    def encode(self, tokens, positions=None, past=None, drop=None):
+        """-> (B, 1 + n, D), the class token first, and the memory. drop (B, N) bool: these tokens are left out, as many
+        in each sample."""
+        ids = F.pad(torch.where(tokens == self.codes, self.mask, tokens), (1, 0), value=self.fake_class)
+        x = self.token_emb(ids, None if positions is None else F.pad(positions + 1, (1, 0)))
+        if drop is not None:
+            x = picked(x, F.pad(~drop, (1, 0), value=True))
+        x, memory = through(self.blocks, x, past)
+        return self.norm(x), memory
+
+    def decode(self, x, hidden, positions=None, past=None, drop=None):
+        """The encoder's output x -> (B, 1 + n, decoder width). Every hidden token (B, n) bool starts as the encoded
+        class token, which has seen the whole image; MAE has a learned vector there."""
+        x = self.decoder_embed(x)
+        blank = F.pad(hidden, (1, 0))[..., None]                                                  # (B, 1 + n, 1)
+        if drop is not None:
+            whole = x[:, :1].expand(-1, blank.shape[1], -1).clone()
+            whole[F.pad(~drop, (1, 0), value=True)] = x.flatten(0, 1)
+            x = whole
+        x = torch.where(blank, x[:, :1], x)
+        table = self.decoder_pos_embed_learned
+        x = x + (table if positions is None else table[0][F.pad(positions + 1, (1, 0))])
+        x, memory = through(self.decoder_blocks, x, past)
+        return self.decoder_norm(x), memory
+
+    def words(self, h):
+        """Logits of all words; the tied embedding gets no gradient from here, as published."""
+        return self.mlm_layer(h, self.token_emb.word_embeddings.weight.detach())
+
+    def forward(self, tokens, y=None, positions=None, past=None):
+        depth = len(self.blocks)
+        past = (None, None) if past is None else (past[:depth], past[depth:])
+        x, encoder_memory = self.encode(tokens, positions, past[0])
+        h, decoder_memory = self.decode(x, tokens == self.codes, positions, past[1])
+        return self.words(h[:, 1:])[..., :self.codes], encoder_memory + decoder_memory
+
+    def hide(self, noise, step):
+        """Hidden and dropped tokens in training, (B, N) bool each: one masking ratio for the batch, of which the first
+        half of all tokens is dropped from the encoder and the others become mask embeddings."""
+        return self.hidden_and_dropped(noise.uniform(self.length), MAGE_RATIO.of_step(step), MAGE_RATIO.low)
+
+    @staticmethod
+    def hidden_and_dropped(u, ratio, least):
+        """The masks of the ceil(N ratio) and of the ceil(N least) smallest of u (B, N); none where least is 0."""
+        smallest = u.sort(1).values
+        N = u.shape[1]
+        hidden = u <= smallest[:, math.ceil(N * ratio) - 1][:, None]
+        drop = u <= smallest[:, math.ceil(N * least) - 1][:, None] if least else torch.zeros_like(hidden)
+        return hidden, drop
+
+    def loss(self, tokens, y, masks):
+        """Cross-entropy, labels smoothed by 0.1 over the codes, averaged over all hidden tokens of the batch."""
+        hidden, drop = masks
+        x, _ = self.encode(torch.where(hidden, self.codes, tokens), drop=drop)
+        h, _ = self.decode(x, hidden, drop=drop)
+        losses = smoothed(self.words(h[:, 1:])[..., :self.codes], tokens)
+        return (losses * hidden).sum() / hidden.sum()
+
+    def features(self, tokens):
+        """What a linear probe reads: the mean of the encoder's output over all tokens but the class token, (B, D)."""
+        return self.encode(tokens)[0][:, 1:].mean(1)
+
+
+class MAR(nn.Module):
+    """Continuous tokens (B, N, C), and which are hidden (B, N) bool -> a vector z (B, N, D) of what each token should
+    be, from which `head`, a small diffusion model, draws it. 2406.11838, section 3.
+
+    The encoder sees `buffer` copies of the class embedding and the visible tokens; the decoder fills a learned mask
+    token in for the hidden ones. channels: C of a token. out_channels of the head: C, or 2C with learned variance.
+    """
+
+    def __init__(self, channels=16, num_classes=1000, length=256, width=768, depth=12, num_heads=12, buffer=64,
+                 head_depth=6, head_width=1024, out_channels=None, dropout=0.1, decoder_width=None, decoder_depth=None,
+                 decoder_heads=None):
+        super().__init__()
+        decoder_width, decoder_depth = decoder_width or width, decoder_depth or depth
+        self.num_classes, self.length, self.channels, self.buffer = num_classes, length, channels, buffer
+
+        def table(*shape):
+            return nn.Parameter(0.02 * torch.randn(shape))
+
+        def blocks(dim, count, heads):
+            return nn.ModuleList(Block(dim, heads, dropout=dropout) for _ in range(count))
+
+        self.class_emb = nn.Embedding(num_classes, width) if num_classes else None
+        self.fake_latent = table(1, width)                                   # the class embedding of no class
+        self.z_proj, self.z_proj_ln = nn.Linear(channels, width), nn.LayerNorm(width, eps=1e-6)
+        self.encoder_pos_embed_learned = table(1, buffer + length, width)
+        self.encoder_blocks, self.encoder_norm = blocks(width, depth, num_heads), nn.LayerNorm(width, eps=1e-6)
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.mask_token = table(1, 1, decoder_width)
+        self.decoder_pos_embed_learned = table(1, buffer + length, decoder_width)
+        self.decoder_blocks = blocks(decoder_width, decoder_depth, decoder_heads or num_heads)
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
+        self.diffusion_pos_embed_learned = table(1, length, decoder_width)
+        xavier_and_normal(self)
+        self.head = DiffusionHead(channels, decoder_width, head_width, head_depth, out_channels or channels)
+
+    def conditions(self, y, drop=None):
+        """The class embeddings (B, D) of labels y (B,): of no class where y is num_classes, or drop (B,) is set."""
+        nowhere = y == self.num_classes
+        if drop is not None:
+            nowhere = nowhere | drop
+        if self.class_emb is None:
+            return self.fake_latent.expand(len(y), -1)
+        known = self.class_emb(y.clamp(max=self.num_classes - 1))
+        return torch.where(nowhere[:, None], self.fake_latent, known)
+
+    def rows(self, table, positions, buffer):
+        """The rows of a table (1, buffer + N, D) for the buffer, if it is in this pass, and the tokens."""
+        if positions is None:
+            return table if buffer else table[:, self.buffer:]
+        front = torch.arange(self.buffer, device=positions.device).expand(len(positions), -1)
+        positions = positions + self.buffer
+        return table[0][torch.cat([front, positions], 1) if buffer else positions]
+
+    def encode(self, tokens, hidden, c, positions=None, past=None, buffer=True):
+        """tokens (B, n, C), hidden (B, n), class embeddings c (B, D) -> (B, buffer + visible, D), and the memory.
+        buffer=False: the buffer is not computed again, its keys and values are in `past`."""
+        x, visible = self.z_proj(tokens), ~hidden
+        if buffer:
+            x = torch.cat([c[:, None].expand(-1, self.buffer, -1), x], 1)
+            visible = F.pad(visible, (self.buffer, 0), value=True)
+        x = self.z_proj_ln(x + self.rows(self.encoder_pos_embed_learned, positions, buffer))
+        x, memory = through(self.encoder_blocks, picked(x, visible), past)
+        return self.encoder_norm(x), memory
+
+    def decode(self, x, hidden, positions=None, past=None, buffer=True):
+        """The encoder's output and hidden (B, n) -> z (B, n, D), and the memory."""
+        x, visible = self.decoder_embed(x), ~hidden
+        if buffer:
+            visible = F.pad(visible, (self.buffer, 0), value=True)
+        whole = self.mask_token.to(x.dtype).expand(*visible.shape, -1).clone()
+        whole[visible] = x.flatten(0, 1)
+        whole = whole + self.rows(self.decoder_pos_embed_learned, positions, buffer)
+        x, memory = through(self.decoder_blocks, whole, past)
+        x = self.decoder_norm(x)
+        x = x[:, self.buffer:] if buffer else x
+        table = self.diffusion_pos_embed_learned
+        return x + (table if positions is None else table[0][positions]), memory
+
+    def forward(self, tokens, hidden, c, positions=None, past=None, buffer=True):
+        """past: a pair, the encoder's and the decoder's. -> z, the pair of this pass."""
+        past = (None, None) if past is None else past
+        x, encoder_memory = self.encode(tokens, hidden, c, positions, past[0], buffer)
+        z, decoder_memory = self.decode(x, hidden, positions, past[1], buffer)
+        return z, (encoder_memory, decoder_memory)
+
+    def loss(self, process, tokens, hidden, c, t, eps):
+        """The diffusion loss of the hidden tokens, each given z, averaged over them and over as many draws of time and
+        noise as t (B, r, N) and eps (B, r, N, C) hold. {name: scalar}. 2406.11838, section 3.2."""
+        z, _ = self(tokens, hidden, c)
+        chosen = hidden[:, None].expand_as(t)                                                     # (B, r, N)
+        z = z[:, None].expand(-1, t.shape[1], -1, -1)[chosen]                                     # (M, D)
+        x0 = tokens[:, None].expand_as(eps)[chosen]                                               # (M, C)
+        parts = process.loss(self.head, x0, z, t[chosen], eps[chosen])
+        return {name: value.mean() for name, value in parts.items()}
+
+
+class HeadBlock(nn.Module):
+    """x + gate * MLP(LN(x) (1 + scale) + shift), each modulation a linear map of SiLU(c); x, c (M, W)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x, c):
+        shift, scale, gate = self.adaLN_modulation(c).chunk(3, 1)
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+
+
+class HeadOutput(nn.Module):
+    """The read-out: LN without weights, modulation, a linear map. x, c (M, W)."""
+
+    def __init__(self, width, channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = nn.Linear(width, channels)
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class DiffusionHead(nn.Module):
+    """The denoiser of one token, with the interface of every denoiser: x (M, C) noisy, t (M,), z (M, D) -> (M, C), or
+    (M, 2C) with learned variance. It starts as zero. 2406.11838, section 3.2."""
+
+    def __init__(self, channels, condition, width, depth, out_channels):
+        super().__init__()
+        self.time_embed = TimestepEmbedder(width)
+        self.cond_embed = nn.Linear(condition, width)
+        self.input_proj = nn.Linear(channels, width)
+        self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
+        self.final_layer = HeadOutput(width, out_channels)
+        xavier_and_normal(self)
+        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        closed = [block.adaLN_modulation[1] for block in self.res_blocks]
+        for layer in (*closed, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, t, z):
+        c = self.time_embed(t) + self.cond_embed(z)
+        x = self.input_proj(x)
+        for block in self.res_blocks:
+            x = block(x, c)
+        return self.final_layer(x, c)
+
+
+# --------------------------------------------------------------------------------------------------------- what is kept
+
+
+def gumbel(u):
+    """Gumbel numbers from uniform ones in [0, 1): argmax(logits + Gumbel) is a draw from softmax(logits)."""
+    return -(-u.clamp(min=1e-20).log()).log()
+
+
+class Step(NamedTuple):
+    """What there is after a step: tokens, with a guess in every place that is still hidden; which were hidden before
+    the step (B, N); the places (B, n) that this step has written for good, where a loop never takes one back."""
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+    written: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def decode(predict, tokens, mask, steps, noise, schedule="cosine", choice=4.5, temperature=1.0) -> Iterator[Step]:
+    """Parallel decoding: yields a `Step` after each of `steps`. 2202.04200, section 3.2.
+
+    predict(tokens, t) -> logits (B, N, K) in step t. tokens (B, N) int64: the known ones, and `mask` where one is to be
+    drawn; known ones never change. noise(*sizes) -> Gumbel numbers (B, *sizes).
+    choice: the noise in the choice of what is kept; 0 keeps the surest, which gives monotone images. temperature: of
+    the last step's draws, falling from 1 (ours; the paper's is 1 throughout).
+    """
+    total = (tokens == mask).sum(1)                                                               # (B,)
+    for t in range(steps):
+        hidden = tokens == mask
+        left = hidden.sum(1)
+        logits = predict(tokens, t)
+        drawn = (logits / falling(temperature, t, steps) + noise(*logits.shape[1:])).argmax(2)
+        guess = torch.where(hidden, drawn, tokens)
+        yield Step(guess, hidden)
+        # The surest stay. Known tokens are infinitely sure.
+        confidence = logits.log_softmax(2).gather(2, guess[..., None])[..., 0]
+        confidence = confidence.masked_fill(~hidden, math.inf)
+        confidence = confidence + choice * (1 - (t + 1) / steps) * noise(tokens.shape[1])
+        rank = confidence.argsort(1).argsort(1)
+        m = still_hidden(t, steps, total, left, schedule)
+        tokens = torch.where(rank < m[:, None], mask, guess)
+
+
+def falling(temperature, t, steps):
+    """From 1 in the first step to `temperature` in the last, by the root of the step: ReCAP's schedule."""
+    return temperature + (1 - math.sqrt(t / max(steps - 1, 1))) * (1 - temperature)
+
+
+class HeadNoise:
+    """Normal numbers for the head of MAR, by place: number k of a token is the same whatever step writes it. normal:
+    (*sizes) -> (B, *sizes); drawn when first asked for."""
+
+    def __init__(self, normal, length, channels):
+        self.normal, self.sizes, self.numbers = normal, (length, channels), []
+
+    def number(self, k):
+        while len(self.numbers) <= k:
+            self.numbers.append(self.normal(*self.sizes))
+        return self.numbers[k]                                                                    # (B, N, C)
+
+    def at(self, places, temperature=1.0):
+        """For tokens at places (B, n): a start (B n, C), and the noise(shape) of a sampler."""
+        calls = iter(range(1, 10**9))
+        start = take(self.number(0), places).flatten(0, 1)
+        return start, lambda shape: temperature * take(self.number(next(calls)), places).flatten(0, 1)
+
+
+def draw_tokens(head, process, sampler, times, z, places, noise, scale=1.0, temperature=1.0):
+    """Tokens (B, n, C) from MAR's head: any process, any sampler on its times. z (B, n, D), or (2B, n, D) with guidance
+    by `scale`: below are those of no class. noise: a `HeadNoise`; temperature multiplies that of the steps."""
+    start, step_noise = noise.at(places, temperature)
+    cond = denoise = process.denoiser(head, z[:len(places)].flatten(0, 1))
+    if len(z) > len(places):
+        denoise = guided(cond, process.denoiser(head, z[len(places):].flatten(0, 1)), scale)
+    if process.exploding:
+        start = start * process.sigma(times[:1]).item()
+    for x in SAMPLERS[sampler](denoise, start, times, process, step_noise):  # noqa: B007
+        pass
+    return x.unflatten(0, places.shape)
+
+
+def guidance_at(guidance, share, schedule="linear"):
+    """Guidance when this share of the tokens is decoded: "linear", from 1 (Muse, 2301.00704), or "constant"."""
+    if schedule not in ("linear", "constant"):
+        raise ValueError(f"guidance_schedule {schedule!r}: choose linear or constant")
+    return 1 + (guidance - 1) * share if schedule == "linear" else guidance
+
+
+def patchify(x, p):
+    """Images (B, C, H, W) -> tokens (B, N, C p p), row-major; inside a token the channel runs slowest."""
+    return F.unfold(x, p, stride=p).transpose(1, 2)
+
+
+def unpatchify(tokens, grid, p):
+    """The inverse of `patchify`, for a grid of (rows, columns)."""
+    return F.fold(tokens.transpose(1, 2), (grid[0] * p, grid[1] * p), p, stride=p)
+
+
+def hidden_counts(total, steps, schedule="cosine"):
+    """How many of `total` tokens are hidden after each step: a list, strictly falling to 0; at most `total` steps."""
+    steps, left, counts = min(steps, total), total, []
+    for t in range(steps):
+        left = still_hidden(t, steps, total, left, schedule).item() if t < steps - 1 else 0
+        counts.append(left)
+    return counts
+
+
+# ------------------------------------------------------------------------------------------------------- what is reused
+# Between two steps few tokens change, so most features hardly move. ReCAP runs the network in full, keeps the keys and
+# values of every layer, and in the next u steps computes only the tokens that are due: they attend to each other and to
+# what was kept of the others. 2505.19089. Nothing is trained and no weight changes.
+
+
+def plan(T, P, u, counts):
+    """Groups of steps, each a list of token counts: the first P of the T steps alone, then runs of 1 + u, of which the
+    first is a full pass and the others are local. P + ceil((T - P)/(1 + u)) full passes in all."""
+    if len(counts) != T or not 0 <= P <= T or u < 0:
+        raise ValueError(f"no plan of {T} steps with {len(counts)} counts, the first {P} full and {u} local ones after "
+                         "each other: choose full between 0 and the steps, and u of 0 or more")
+    groups, k = [], 0
+    while k < T:
+        size = 1 if k < P else 1 + u
+        groups.append(list(counts[k:k + size]))
+        k += size
+    return groups
+
+
+def token_counts(total, steps, schedule="pow2.5"):
+    """How many of `total` tokens each step writes: the differences of floor(total gamma), at least one, taken from the
+    last step, which writes what is left. At most `total` steps."""
+    steps = min(steps, total)
+    left = [total] + [int((total * gamma(k / steps, schedule, total)).floor()) for k in range(1, steps)]
+    counts = [max(1, before - after) for before, after in zip(left, left[1:])]
+    counts.append(total - sum(counts))
+    if counts[-1] < 1:
+        raise ValueError(f"schedule {schedule} leaves nothing of {total} tokens for the last of {steps} steps: take "
+                         "fewer steps, or a concave schedule such as cosine")
+    return counts
+
+
+def outside(memory, positions, front, keep_front=False):
+    """What a local pass at positions (B, n) may use of a full pass's memory: the other tokens' keys and values. The
+    targets' own would else be seen twice, stale beside fresh. front: leading tokens that are no image tokens (class,
+    buffer), which stay if the local pass does not compute them again."""
+    others = torch.ones(len(positions), memory[0][0].shape[1] - front, dtype=torch.bool, device=positions.device)
+    mask = F.pad(others.scatter_(1, positions, False), (front, 0), value=keep_front)
+    return [(picked(k, mask), picked(v, mask)) for k, v in memory]
+
+
+@torch.no_grad()
+def recap(network, tokens, y, groups, noise, choice=5.5, temperature=0.7, scales=None) -> Iterator[Step]:
+    """ReCAP's decoding with a network of codes: yields a `Step` after each of the T steps in `groups` (see `plan`).
+
+    tokens (B, N), K where one is to be drawn, as many in each sample as the groups write. A group's targets S are those
+    of which the full pass is surest; they are written surest first, each once. noise(*sizes): Gumbel numbers (B,
+    *sizes). choice, temperature: at first full noise in the choice and temperature 1, falling to 0 and `temperature`.
+    scales: of guidance, one a step: logits = c + s (c - u). 2505.19089, algorithm 1; order of writing, and the scale
+    that a local pass takes from the step before, as in the published code.
+    """
+    B, N, K = *tokens.shape, network.codes
+    steps, step = sum(len(group) for group in groups), 0
+
+    def evaluate(tokens, step, positions=None, past=None):
+        if scales is None:
+            return network(tokens, y, positions, past)
+        both = torch.cat([labels_or_null(y, network, B), labels_or_null(None, network, B)])
+        positions = None if positions is None else positions.repeat(2, 1)
+        logits, memory = network(tokens.repeat(2, 1), both, positions, past)
+        c, u = logits.chunk(2)
+        return c + scales[step] * (c - u), memory
+
+    for g, group in enumerate(groups):
+        hidden = tokens == K
+        logits, memory = evaluate(tokens, step)
+        guess = (logits + noise(N, K)).argmax(2)
+        confidence = logits.log_softmax(2).gather(2, guess[..., None])[..., 0].masked_fill(~hidden, -math.inf)
+        confidence = confidence + choice * (1 - (g + 1) / len(groups)) * noise(N)
+        targets = confidence.argsort(1, descending=True)[:, :sum(group)]                          # S, (B, n)
+        logits, done = take(logits, targets), 0
+        past = outside(memory, targets if scales is None else targets.repeat(2, 1), front=1) if len(group) > 1 else None
+        for j, count in enumerate(group):
+            if j:
+                logits, _ = evaluate(take(tokens, targets), step - 1, targets, past)
+            new = slice(done, done + count)
+            numbers = take(noise(N, K), targets[:, new])
+            drawn = (logits[:, new] / falling(temperature, step, steps) + numbers).argmax(2)
+            tokens = tokens.scatter(1, targets[:, new], drawn)
+            done, step = done + count, step + 1
+            yield Step(torch.where(tokens == K, guess, tokens), hidden, targets[:, new])
+
+
+@torch.no_grad()
+def decode_mar(network, draw, tokens, hidden, c, order, groups, cache_buffer=False) -> Iterator[Step]:
+    """MAR's generation, with ReCAP where a group has more than one step: yields a `Step` after each. 2406.11838,
+    section 4.2; 2505.19089.
+
+    tokens (B, N, C), hidden (B, N) bool, as many in each sample as the groups write; order (B, N): hidden tokens first,
+    of which the LAST are written first. c: class embeddings (B, D), or with guidance (2B, D), those of no class below.
+    draw(z, places, step, fast) -> tokens (B, n, C) for z (B or 2B, n, D); fast: in local passes. cache_buffer: the
+    buffer is not computed again in local passes. Inside a group tokens are written in raster order, as published.
+    """
+    copies, left, step = len(c) // len(tokens), int(hidden[0].sum()), 0
+
+    def evaluate(tokens, hidden, *rest, **options):
+        return network(tokens.repeat(copies, 1, 1), hidden.repeat(copies, 1), c, *rest, **options)
+
+    for group in groups:
+        z, (encoder, decoder) = evaluate(tokens, hidden)
+        left -= sum(group)
+        targets = (hidden & ~first_of(order, left)).nonzero()[:, 1].view(len(tokens), -1)         # S, (B, n)
+        positions = targets.repeat(copies, 1)
+        z, done = take(z, positions), 0
+        if len(group) > 1:                             # the encoder has not seen S yet, so its memory needs no cut
+            front = 0 if cache_buffer else network.buffer
+            past = [(k[:, front:], v[:, front:]) for k, v in encoder], outside(decoder, positions, network.buffer,
+                                                                               cache_buffer)
+        for j, count in enumerate(group):
+            if j:
+                z, _ = evaluate(take(tokens, targets), take(hidden, targets), positions, past, buffer=not cache_buffer)
+            new, before = slice(done, done + count), hidden
+            drawn = draw(z[:, new], targets[:, new], step, fast=j > 0)
+            index = targets[:, new, None].expand_as(drawn)
+            tokens = tokens.scatter(1, index, drawn.to(tokens.dtype))
+            hidden = hidden.scatter(1, targets[:, new], False)
+            done, step = done + count, step + 1
+            yield Step(tokens, before, targets[:, new])
