@@ -15,12 +15,21 @@ Letters beside those of layers.py: p patch size, q frames of a tubelet, L tokens
 
 
 import math
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-from layers import rotate
+import data
+import metrics
+import runs
+from layers import count, detached, pair, rotate
 
 # ------------------------------------------------------------------------------------------------------------------- KL
 
@@ -636,3 +645,383 @@ class ConvTokenizer(Discrete):
                                      nn.GroupNorm(32, before), nn.SiLU(),
                                      nn.Conv2d(before, in_channels, 3, padding=1))
         self.quantize = quantiser
+
+
+# ------------------------------------------------------------------------------------------------ what they learn from
+
+
+class Discriminator(nn.Module):
+    """Images (B, C, H, W), or clips, frame by frame -> how real each is, (B,): the residual critic of StyleGAN2,
+    1912.04958, section 4.1, with the standard deviation over the batch as a last channel."""
+
+    def __init__(self, sides, in_channels=3, width=32, most=512):
+        super().__init__()
+        H, W = sides[-2:]
+        self.enter = nn.Conv2d(in_channels, width, 1)
+        self.convs, self.skips = nn.ModuleList(), nn.ModuleList()
+        while min(H, W) >= 8:
+            wider, H, W = min(2 * width, most), H // 2, W // 2
+            self.convs.append(nn.ModuleList([nn.Conv2d(width, width, 3, padding=1),
+                                             nn.Conv2d(width, wider, 3, padding=1)]))
+            self.skips.append(nn.Conv2d(width, wider, 1, bias=False))
+            width = wider
+        self.last = nn.Conv2d(width + 1, width, 3, padding=1)
+        self.hidden, self.out = nn.Linear(width * H * W, width), nn.Linear(width, 1)
+
+    def forward(self, x):
+        if x.ndim == 5:
+            x = x.transpose(1, 2).flatten(0, 1)
+        x = F.leaky_relu(self.enter(x), 0.2)
+        for (first, second), skip in zip(self.convs, self.skips):
+            h = F.leaky_relu(second(F.leaky_relu(first(x), 0.2)), 0.2)
+            x = (F.avg_pool2d(h, 2) + F.avg_pool2d(skip(x), 2)) / math.sqrt(2)
+        spread = x.var(0, unbiased=False).add(1e-8).sqrt().mean().expand(len(x), 1, *x.shape[2:])
+        x = F.leaky_relu(self.last(torch.cat([x, spread], 1)), 0.2)
+        return self.out(F.leaky_relu(self.hidden(x.flatten(1)), 0.2))[:, 0]
+
+
+def critic_loss(real, fake, kind="hinge"):
+    """What the critic minimises. hinge: 1705.02894; non-saturating: 1406.2661."""
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def generator_loss(fake, kind="hinge"):
+    """What the decoder minimises."""
+    return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
+
+
+def feature_distance(classifier, a, b):
+    """Perceptual distance of images a, b (B, C, H, W): the squared difference of unit feature vectors, summed over the
+    convolutions of a classifier of the data, averaged over pixels. LPIPS (1801.03924, eq. 1) without learned weights,
+    for where its own networks are not at hand."""
+    distance = 0.0
+    for stage in list(classifier.body)[:4]:
+        a, b = stage(a), stage(b)
+        distance = distance + (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean()
+    return distance
+
+
+def frames_of(x):
+    """Clips (B, C, F, H, W) as images (B F, C, H, W); images as they are."""
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+
+
+class Reconstruction(nn.Module):
+    """The objective of every tokenizer: mean squared error + the network's own terms + perceptual distance + a GAN.
+
+    network: `ViTok` or a `Discrete` one. kl: weight of its KL term. perceptual: weight of LPIPS, if `lpips` names its
+    two files, else of `feature_distance` in the data set's own classifier, the file `judge`. gan: weight of the GAN's
+    term, ramped up from step gan_from to gan_until; critic "hinge" or "non-saturating", r1: weight of its gradient
+    penalty (1801.04406). stage 2 of ViTok: encoder and code are frozen, code_to_decoder and what follows learn.
+    A preview shows images of the first batch over their reconstructions.
+    """
+    options, options_help = {}, {}
+    starts_fresh = ["discriminator.", "examples"]      # what another run of stage 1 cannot give
+
+    def __init__(self, network, shape, kl=0.0, perceptual=0.0, gan=0.0, gan_from=0, gan_until=1, critic="hinge", r1=0.0,
+                 stage=1, lpips="", judge="", num_classes=0):
+        super().__init__()
+        self.network, self.image_shape = network, tuple(shape)
+        self.shape = (*shape[:-2], 2 * shape[-2], shape[-1])
+        self.kl, self.perceptual, self.stage, self.num_classes = kl, perceptual, stage, num_classes
+        self.gan, self.ramp, self.critic, self.r1 = gan, (gan_from, gan_until), critic, r1
+        self.lpips, self.judge = lpips, judge
+        if stage not in (1, 2):
+            raise ValueError(f"stage {stage}: a tokenizer has stages 1 and 2")
+        if stage == 2:
+            for name, p in network.named_parameters():
+                if name.startswith(("tubelet_embed.", "encoder.", "encoder_to_code.", "posemb")):
+                    p.requires_grad_(False)
+        self.discriminator = None
+        if gan and (stage == 2 or not isinstance(network, ViTok)):
+            self.discriminator = Discriminator(shape[1:], shape[0])
+            for p in self.discriminator.parameters():
+                p.rate = 0.2                          # 2e-5 where the decoder has 1e-4, 2501.09755
+        self.register_buffer("examples", torch.full((8, *shape), 128, dtype=torch.uint8))
+        if self.codes:                                # steps since each code was last seen
+            self.register_buffer("unseen", torch.full((self.codes,), 10**6))
+
+    @property
+    def codes(self):
+        """K of a discrete tokenizer, else None."""
+        return getattr(self.network, "codes", None)
+
+    def encode(self, x):
+        """Images (B, C, H, W) -> codes (B, h, w) int64, or latents (B, c, h, w)."""
+        return self.network.encode(x)
+
+    def decode(self, z):
+        """The inverse of `encode`."""
+        return self.network.decode(z)
+
+    def loss(self, batch):
+        """batch: x in [-1, 1], step, noise -> {"loss", "mse", "psnr" in dB, and one entry a term}."""
+        x, step = batch["x"], batch["step"]
+        eps = batch["noise"].normal(math.prod(self.network.grid), self.network.code_width) if self.kl_term else None
+        rec, terms = self.network(x, eps)
+        mse = F.mse_loss(rec, x)
+        losses = {"mse": mse, "psnr": 10 * (4 / mse.detach()).log10()}
+        total = mse
+        for name, value in terms.items():
+            if name == "codes":
+                losses |= self.watch_codes(value)
+            else:
+                losses[name] = value
+                total = total + (self.kl * value if name == "kl" else value)
+        if self.perceptual:
+            name, distance = self.distance(rec, x)
+            losses[name] = distance
+            total = total + self.perceptual * distance
+        if self.discriminator is not None:
+            adversarial, critic = self.players(x, rec)
+            start, end = self.ramp
+            ramp = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+            losses |= {"adversarial": adversarial, "critic": critic}
+            total = total + self.gan * ramp * adversarial + critic
+        if step == 0 and self.training:
+            self.keep(x)
+        return {"loss": total, **losses}
+
+    forward = loss
+
+    @property
+    def kl_term(self):
+        return isinstance(self.network, ViTok) and self.network.variational
+
+    def players(self, x, rec):
+        """(the decoder's term, the critic's): added, each detached from the other's weights."""
+        adversarial = generator_loss(detached(self.discriminator, rec), self.critic)
+        real = x.detach().requires_grad_(self.r1 > 0)
+        verdict = self.discriminator(real)
+        critic = critic_loss(verdict, self.discriminator(rec.detach()), self.critic)
+        if self.r1:
+            slope, = torch.autograd.grad(verdict.sum(), real, create_graph=True)
+            critic = critic + self.r1 / 2 * slope.square().flatten(1).sum(1).mean()
+        return adversarial, critic
+
+    def distance(self, rec, x):
+        """(the name under which it is logged, the perceptual distance). Its network is no part of the state."""
+        if "perceiver" not in self.__dict__:
+            self.__dict__["perceiver"] = self.load_perceiver().to(x.device).eval().requires_grad_(False)
+        rec, x = frames_of(rec), frames_of(x)
+        if self.lpips:
+            colour = 1 if x.shape[1] == 3 else 3                      # grey images three times
+            return "lpips", self.perceiver(rec.tile(1, colour, 1, 1), x.tile(1, colour, 1, 1)).mean()
+        return "perceptual_classifier", feature_distance(self.perceiver, rec, x)
+
+    def load_perceiver(self):
+        if self.lpips:
+            features, _, linear = self.lpips.partition(",")
+            if not linear:
+                raise ValueError(f"lpips={self.lpips}: give two files, that of the network and that of LPIPS, as "
+                                 "lpips=(vgg16-397923af.pth,vgg.pth)")
+            return metrics.load_lpips("alex" if "alex" in linear else "vgg", features.strip(), linear.strip())
+        if not self.judge:
+            raise ValueError("a perceptual loss needs LPIPS's files (lpips=(FEATURES,LINEAR)) or a data set with "
+                             "classes, whose classifier is used instead: choose perceptual=0 to do without")
+        network = metrics.Classifier(self.num_classes, self.image_shape[0])
+        network.load_state_dict(torch.load(self.judge, map_location="cpu", weights_only=True))
+        return network
+
+    @torch.no_grad()
+    def watch_codes(self, codes):
+        """{"usage": the share of codes seen in the last 100 steps, "perplexity": of this batch}."""
+        count = torch.bincount(codes.flatten(), minlength=self.codes).float()
+        if self.training:
+            self.unseen.copy_(torch.where(count > 0, 0, self.unseen + 1))
+        share = count / count.sum()
+        entropy = -(share * share.clamp(min=1e-12).log()).sum()
+        return {"usage": (self.unseen < 100).float().mean(), "perplexity": entropy.exp()}
+
+    @torch.no_grad()
+    def keep(self, x):
+        """The images that previews show, as bytes."""
+        rows = torch.arange(len(self.examples)) % len(x)
+        self.examples.copy_((x[rows.to(x.device)] * 127.5 + 128).clamp(0, 255).to(torch.uint8))
+
+    def conditions(self, n):
+        """Images to reconstruct, (n, C, H, W) bytes: those of the first batch in turn."""
+        return self.examples[torch.arange(n) % len(self.examples)]
+
+    @torch.no_grad()
+    def trajectory(self, noise, conditions):
+        """One step: originals over reconstructions, (n, C, 2 H, W)."""
+        x = conditions.to(self.examples.device).float() / 127.5 - 1
+        yield torch.cat([x, self.decode(self.encode(x))], -2)
+
+    def cost(self):
+        eps = torch.zeros(1, math.prod(self.network.grid), self.network.code_width) if self.kl_term else None
+        return count(self.network, torch.zeros(1, *self.image_shape), eps)
+
+
+# ------------------------------------------------------------------------------------------------------------ registry
+
+
+def vitok(image_size, in_channels, num_classes, judge, patch_size=16, tubelet=1, code_width=16, width=768,
+          encoder_depth=6, decoder_depth=12, num_heads=12, encoder_width: int | None = None,
+          encoder_heads: int | None = None, variational=True, posemb="nope", rope="1d", stage=1, kl=1e-3,
+          perceptual=1.0, gan=1.0, gan_from=5000, gan_until=55000, lpips=""):
+    """ViTok: Transformers as encoder and decoder, a code of E = tokens x code_width floats, 2501.09755.
+
+    stage=2 with --start-from RUN: the encoder is frozen, the decoder learns with a GAN."""
+    sides = pair(image_size)
+    network = ViTok(sides, in_channels, patch_size, tubelet, width, encoder_depth, decoder_depth, num_heads, code_width,
+                    variational, posemb, rope, encoder_width=encoder_width, encoder_heads=encoder_heads)
+    return Reconstruction(network, (in_channels, *sides), kl if variational else 0.0, perceptual, gan, gan_from,
+                          gan_until, stage=stage, lpips=lpips, judge=judge, num_classes=num_classes)
+
+
+def vqgan(image_size, in_channels, num_classes, judge, codes=1024, dim=256, width=128, multipliers=(1, 1, 2, 2, 4),
+          blocks=2, perceptual=0.1, gan=0.1, r1=10.0, lpips=""):
+    """MaskGIT's convolutional tokenizer with a learned codebook, 2202.04200."""
+    sides = divisible(image_size, 2 ** (len(multipliers) - 1))
+    network = VQGAN(in_channels, width, multipliers, blocks, dim, codes)
+    return Reconstruction(network, (in_channels, *sides), perceptual=perceptual, gan=gan, critic="non-saturating",
+                          r1=r1, lpips=lpips, judge=judge, num_classes=num_classes)
+
+
+def convolutional(quantiser, image_size, in_channels, num_classes, judge, width, multipliers, blocks, perceptual, gan,
+                  gan_from, lpips):
+    """The objective of a `ConvTokenizer` with this quantiser."""
+    sides = divisible(image_size, 2 ** (len(multipliers) - 1))
+    network = ConvTokenizer(quantiser, in_channels, width, multipliers, blocks)
+    return Reconstruction(network, (in_channels, *sides), perceptual=perceptual, gan=gan, gan_from=gan_from,
+                          gan_until=2 * gan_from + 1, lpips=lpips, judge=judge, num_classes=num_classes)
+
+
+def divisible(image_size, factor):
+    """(H, W), or ValueError if they cannot be halved often enough."""
+    sides = pair(image_size)
+    if len(sides) != 2 or any(side % factor for side in sides):
+        raise ValueError(f"a convolutional tokenizer of factor {factor} needs images whose sides it divides, not "
+                         f"{'x'.join(map(str, sides))}: choose fewer multipliers")
+    return sides
+
+
+def fsq(image_size, in_channels, num_classes, judge, levels=(8, 5, 5, 5), width=64, multipliers=(1, 2, 2), blocks=2,
+        perceptual=0.0, gan=0.0, gan_from=20000, lpips=""):
+    """A convolutional tokenizer of rounded scalars, without a codebook to learn: FSQ, 2309.15505."""
+    return convolutional(FSQ(levels), image_size, in_channels, num_classes, judge, width, multipliers, blocks,
+                         perceptual, gan, gan_from, lpips)
+
+
+def vq(image_size, in_channels, num_classes, judge, codes=1024, dim=8, width=64, multipliers=(1, 2, 2), blocks=2,
+       perceptual=0.0, gan=0.0, gan_from=20000, lpips=""):
+    """A convolutional tokenizer with a codebook of unit vectors that follows averages, dead codes reset: VQ-VAE-2."""
+    return convolutional(EMACodebook(codes, dim), image_size, in_channels, num_classes, judge, width, multipliers,
+                         blocks, perceptual, gan, gan_from, lpips)
+
+
+def lfq(image_size, in_channels, num_classes, judge, bits=10, width=64, multipliers=(1, 2, 2), blocks=2, perceptual=0.0,
+        gan=0.0, gan_from=20000, lpips=""):
+    """A convolutional tokenizer of signs: LFQ of MAGVIT-v2, 2310.05737."""
+    return convolutional(LFQ(bits), image_size, in_channels, num_classes, judge, width, multipliers, blocks, perceptual,
+                         gan, gan_from, lpips)
+
+
+VITOK_SIZES = {"s": (768, 6, 12), "b": (768, 12, 12), "l": (1152, 24, 16)}       # width, depth, heads: table 1
+
+
+def vitok_of(encoder, decoder, patch_size=16, tubelet=1):
+    """The preset of an encoder and a decoder of these sizes; clips have a table of positions."""
+    (encoder_width, encoder_depth, encoder_heads), (width, depth, heads) = VITOK_SIZES[encoder], VITOK_SIZES[decoder]
+    return partial(vitok, patch_size=patch_size, tubelet=tubelet, width=width, encoder_depth=encoder_depth,
+                   decoder_depth=depth, num_heads=heads, encoder_width=encoder_width, encoder_heads=encoder_heads,
+                   posemb="nope" if tubelet == 1 else "sincos3d")
+
+
+TOKENIZERS = {
+    **{f"vitok-{e}-{d}/16": vitok_of(e, d) for e, d in ("ss", "sb", "sl", "bb", "bl", "ll")},
+    "vitok-s-b/8": vitok_of("s", "b", 8), "vitok-s-b/32": vitok_of("s", "b", 32),
+    "vitok-s-b/4x8": vitok_of("s", "b", 8, 4), "vitok-s-b/8x8": vitok_of("s", "b", 8, 8),
+    "vitok-s-b/4x16": vitok_of("s", "b", 16, 4),
+    "vitok-nano": partial(vitok, patch_size=4, code_width=8, width=144, encoder_depth=2, decoder_depth=4, num_heads=6,
+                          perceptual=0.0, gan=0.1, gan_from=500, gan_until=2000),
+    "vqgan": vqgan, "fsq": fsq, "vq": vq, "lfq": lfq,
+    "fsq-nano": partial(fsq, width=32, multipliers=(1, 2), blocks=1),
+    "vq-nano": partial(vq, codes=512, width=32, multipliers=(1, 2), blocks=1),
+    "lfq-nano": partial(lfq, bits=9, width=32, multipliers=(1, 2), blocks=1),
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- latents
+
+
+@dataclass
+class Latents(data.Dataset):
+    """A data set as a tokenizer sees it: `whole`, a file mapped into memory, holds its latents (N, c, h, w) or codes
+    (N, h, w), and where half of the images are mirrored in training those of the mirrored images behind them. Latents
+    are multiplied by `scale`, which makes their standard deviation 1. codes: K, or None for latents."""
+    whole: np.memmap | None = None
+    scale: float = 1.0
+    codes: int | None = None
+
+    @property
+    def shape(self):
+        """(c, h, w); of codes (1, h, w)."""
+        return (1, *self.images.shape[1:]) if self.codes else tuple(self.images.shape[1:])
+
+    def gather(self, indices, flips=None):
+        """Latents float32 (B, c, h, w), or codes int64 (B, h, w), and labels, as `data.Dataset.gather` has them."""
+        indices = torch.as_tensor(indices)
+        rows = indices if flips is None else indices + len(self) * torch.as_tensor(flips)
+        ordered, back = rows.cpu().unique(return_inverse=True)            # read in file order, which a disk prefers
+        x = torch.from_numpy(self.whole[ordered.numpy()])[back].to(self.device)
+        return x.long() if self.codes else x.float() * self.scale, self.condition(indices)
+
+
+def fingerprint(module):
+    """A checksum of a module's weights and buffers, eight hexadecimal digits."""
+    crc = 0
+    for name, value in module.state_dict().items():
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), crc)
+    return f"{crc:08x}"
+
+
+def latents_of(dataset, tokenizer, folder, name, scale=None, batch=64):
+    """The `Latents` of a data set. Its images are encoded once, into `folder`/NAME-data-tokenizer.npy (checksums of
+    both), which is written under another name until it is whole.
+
+    tokenizer: a module with encode(x) and `codes`. scale: None to measure it, 1 / the standard deviation of up to 4096
+    images' latents. ValueError if the file is damaged.
+    """
+    path = Path(folder) / f"{name}-{dataset.checksum():08x}-{fingerprint(tokenizer)}{'-flips' * dataset.flip}.npy"
+    if not path.exists():
+        write_latents(dataset, tokenizer, path, batch)
+    try:
+        whole = np.load(path, mmap_mode="r")
+        if len(whole) != len(dataset) * (2 if dataset.flip else 1):
+            raise ValueError(f"{len(whole)} rows")
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise ValueError(f"{path} is damaged or cut short ({reason}): delete it, and the images are encoded again") \
+            from None
+    if scale is None:
+        scale = 1.0 if tokenizer.codes else 1 / float(whole[:4096].astype(np.float64).std())
+    return Latents(whole[:len(dataset)], dataset.labels, dataset.classes, dataset.captions, dataset.flip, dataset.device,
+                   dataset.files, whole=whole, scale=scale, codes=tokenizer.codes)
+
+
+@torch.no_grad()
+def write_latents(dataset, tokenizer, path, batch):
+    """Encode every image, and mirrored ones behind them if the data set flips; float16, or uint16 for codes (int32 for
+    more than it counts)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    N, rows = len(dataset), len(dataset) * (1 + dataset.flip)
+    kind = np.float16 if not tokenizer.codes else np.uint16 if tokenizer.codes <= 2**16 else np.int32
+
+    def save(partial_path):
+        file = None
+        for begin in tqdm(range(0, rows, batch), desc="encoding the images", delay=2, leave=False):
+            row = torch.arange(begin, min(begin + batch, rows))
+            x, _ = dataset.gather(row % N, row >= N)
+            z = tokenizer.encode(x).cpu().numpy()
+            if file is None:
+                file = np.lib.format.open_memmap(partial_path, "w+", kind, (rows, *z.shape[1:]))
+            file[begin:begin + len(z)] = z
+        file.flush()
+
+    runs.write(path, save)

@@ -25,6 +25,7 @@ continuous token, m tokens still hidden, S the targets of a group.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import SAMPLERS, guided
-from layers import TimestepEmbedder
+from layers import TimestepEmbedder, count, pair
 
 # ------------------------------------------------------------------------------------------------------ what is hidden
 
@@ -653,6 +654,18 @@ def falling(temperature, t, steps):
     return temperature + (1 - math.sqrt(t / max(steps - 1, 1))) * (1 - temperature)
 
 
+def guided_logits(network, tokens, y, scale=None, positions=None, past=None):
+    """Logits and memory of a network of codes, or with guidance c + scale (c - u), the memory of both below each other.
+    """
+    if scale is None:
+        return network(tokens, y, positions, past)
+    null = labels_or_null(None, network, len(tokens))
+    positions = None if positions is None else positions.repeat(2, 1)
+    logits, memory = network(tokens.repeat(2, 1), torch.cat([y, null]), positions, past)
+    c, u = logits.chunk(2)
+    return c + scale * (c - u), memory
+
+
 class HeadNoise:
     """Normal numbers for the head of MAR, by place: number k of a token is the same whatever step writes it. normal:
     (*sizes) -> (B, *sizes); drawn when first asked for."""
@@ -764,17 +777,11 @@ def recap(network, tokens, y, groups, noise, choice=5.5, temperature=0.7, scales
     scales: of guidance, one a step: logits = c + s (c - u). 2505.19089, algorithm 1; order of writing, and the scale
     that a local pass takes from the step before, as in the published code.
     """
-    B, N, K = *tokens.shape, network.codes
+    N, K = tokens.shape[1], network.codes
     steps, step = sum(len(group) for group in groups), 0
 
     def evaluate(tokens, step, positions=None, past=None):
-        if scales is None:
-            return network(tokens, y, positions, past)
-        both = torch.cat([labels_or_null(y, network, B), labels_or_null(None, network, B)])
-        positions = None if positions is None else positions.repeat(2, 1)
-        logits, memory = network(tokens.repeat(2, 1), both, positions, past)
-        c, u = logits.chunk(2)
-        return c + scales[step] * (c - u), memory
+        return guided_logits(network, tokens, y, scales and scales[step], positions, past)
 
     for g, group in enumerate(groups):
         hidden = tokens == K
@@ -785,14 +792,14 @@ def recap(network, tokens, y, groups, noise, choice=5.5, temperature=0.7, scales
         targets = confidence.argsort(1, descending=True)[:, :sum(group)]                          # S, (B, n)
         logits, done = take(logits, targets), 0
         past = outside(memory, targets if scales is None else targets.repeat(2, 1), front=1) if len(group) > 1 else None
-        for j, count in enumerate(group):
+        for j, size in enumerate(group):
             if j:
                 logits, _ = evaluate(take(tokens, targets), step - 1, targets, past)
-            new = slice(done, done + count)
+            new = slice(done, done + size)
             numbers = take(noise(N, K), targets[:, new])
             drawn = (logits[:, new] / falling(temperature, step, steps) + numbers).argmax(2)
             tokens = tokens.scatter(1, targets[:, new], drawn)
-            done, step = done + count, step + 1
+            done, step = done + size, step + 1
             yield Step(torch.where(tokens == K, guess, tokens), hidden, targets[:, new])
 
 
@@ -821,13 +828,269 @@ def decode_mar(network, draw, tokens, hidden, c, order, groups, cache_buffer=Fal
             front = 0 if cache_buffer else network.buffer
             past = [(k[:, front:], v[:, front:]) for k, v in encoder], outside(decoder, positions, network.buffer,
                                                                                cache_buffer)
-        for j, count in enumerate(group):
+        for j, size in enumerate(group):
             if j:
                 z, _ = evaluate(take(tokens, targets), take(hidden, targets), positions, past, buffer=not cache_buffer)
-            new, before = slice(done, done + count), hidden
+            new, before = slice(done, done + size), hidden
             drawn = draw(z[:, new], targets[:, new], step, fast=j > 0)
             index = targets[:, new, None].expand_as(drawn)
             tokens = tokens.scatter(1, index, drawn.to(tokens.dtype))
             hidden = hidden.scatter(1, targets[:, new], False)
-            done, step = done + count, step + 1
+            done, step = done + size, step + 1
             yield Step(tokens, before, targets[:, new])
+
+
+def reuse_of(text, steps):
+    """ReCAP's "u=1,full=12" -> (u, P): local steps after each full one, and full steps at the start (half of all of
+    them, unless said). Raises ValueError."""
+    given = {"u": 1, "full": steps // 2}
+    for piece in filter(None, text.split(",")):
+        name, _, value = piece.partition("=")
+        if name not in given or not value.isdigit():
+            raise ValueError(f"recap {text!r}: give u, the local steps after each full one, and full, the full steps "
+                             "at the start, such as u=1,full=12")
+        given[name] = int(value)
+    if given["full"] > steps:
+        raise ValueError(f"recap {text!r}: there are only {steps} steps")
+    return given["u"], given["full"]
+
+
+# ------------------------------------------------------------------------------------------------------ the objectives
+
+
+class Codes(nn.Module):
+    """The objective of a network of codes: train on hidden ones, draw by parallel decoding.
+
+    grid: (rows, columns) of codes in an image. label_drop: the share of labels that become the null label in training,
+    which guidance needs.
+    """
+
+    options_help = {
+        "steps": "decoding steps", "schedule": "of what stays hidden: cosine, uniform, log, exp, powP such as pow2.5",
+        "choice": "noise in the choice of the tokens to keep; 0 keeps the surest and gives monotone images",
+        "temperature": "of the draws in the last step, falling from 1 in the first",
+        "guidance": "classifier-free guidance, 1 for none", "guidance_schedule": "linear (from 1 up) or constant",
+        "recap": "u=1,full=12: after 12 full steps, one local step after each full one (ReCAP)"}
+
+    def __init__(self, network, grid, label_drop=0.0, **options):
+        super().__init__()
+        self.network, self.grid, self.label_drop = network, tuple(grid), label_drop
+        self.shape = (1, *grid)
+        self.options = {"steps": 12, "schedule": "cosine", "choice": 4.5, "temperature": 1.0, "guidance": 1.0,
+                        "guidance_schedule": "linear", "recap": ""} | options
+
+    def loss(self, batch):
+        """batch: x codes (B, rows, columns) int64, y labels (B,), step, noise -> {"loss": scalar}."""
+        noise, y = batch["noise"], None
+        if self.network.num_classes:
+            y = batch["y"]
+            if self.label_drop:
+                y = torch.where(noise.uniform() < self.label_drop, self.network.null, y)
+        masks = self.network.hide(noise, batch["step"])
+        return {"loss": self.network.loss(batch["x"].flatten(1), y, masks)}
+
+    forward = loss
+
+    def conditions(self, n):
+        """Labels in turn, or None where the network knows none."""
+        return torch.arange(n) % self.network.num_classes if self.network.num_classes else None
+
+    def trajectory(self, noise, conditions, **options) -> Iterator[torch.Tensor]:
+        """Codes (n, rows, columns) after each step; hidden ones are guessed."""
+        device = next(self.parameters()).device
+        tokens = torch.full((len(noise), self.network.length), self.network.codes, device=device)
+        yield from self.decoded(noise, tokens, conditions, **options)
+
+    def fill(self, noise, x, mask, conditions, **options) -> Iterator[torch.Tensor]:
+        """As `trajectory`, from known codes x (n, rows, columns) but where mask (n, rows, columns) is true."""
+        tokens = torch.where(mask, self.network.codes, x).flatten(1)
+        yield from self.decoded(noise, tokens, conditions, **options)
+
+    def decoded(self, noise, tokens, y, **options):
+        o = self.options | options
+        network, hidden = self.network, (tokens == self.network.codes).sum(1)
+        if o["guidance"] != 1 and (network.null is None or not network.num_classes):
+            raise ValueError("guidance needs a network that knows classes and their absence (label_drop above 0)")
+        total = int(hidden.max())
+        steps, N = min(o["steps"], total), network.length
+        numbers = lambda *sizes: gumbel(noise.uniform(*sizes))
+        scales = None
+        if o["guidance"] != 1:
+            shares = [1 - m / N for m in hidden_counts(total, steps, o["schedule"])]
+            scales = [guidance_at(o["guidance"], share, o["guidance_schedule"]) - 1 for share in shares]
+        if o["recap"]:
+            if (hidden != total).any():
+                raise ValueError("recap fills the same number of places in every image: give masks of one size")
+            u, P = reuse_of(o["recap"], steps)
+            groups = plan(steps, P, u, token_counts(total, steps, o["schedule"]))
+            walk = recap(network, tokens, y, groups, numbers, o["choice"], o["temperature"], scales)
+        else:
+            def predict(tokens, t):
+                return guided_logits(network, tokens, y, scales and scales[t])[0]
+
+            walk = decode(predict, tokens, network.codes, steps, numbers, o["schedule"], o["choice"], o["temperature"])
+        for step in walk:
+            yield step.tokens.view(-1, *self.grid)
+
+    def cost(self):
+        return count(self.network, torch.zeros(1, self.network.length, dtype=torch.int64), torch.zeros(1).long())
+
+
+class Continuous(nn.Module):
+    """MAR's objective: train the network and its head by the head's diffusion loss, draw token by token.
+
+    shape: (C, rows, columns) of an image or its latents, cut into patches of patch_size. repeats: how many times and
+    noises each token is trained on in a step (2406.11838, section 3.2: sampling t is cheap beside computing z).
+    """
+
+    options_help = {
+        "steps": "decoding steps", "schedule": "of what stays hidden: cosine, uniform, log, exp, powP such as pow2.5",
+        "guidance": "classifier-free guidance of the head, 1 for none",
+        "guidance_schedule": "linear (from 1 up) or constant", "temperature": "multiplies the noise of the head's steps",
+        "sampler": "of the head", "head_steps": "its steps",
+        "recap": "u=1,full=12: after 12 full steps, one local step after each full one (ReCAP)",
+        "recap_head": "the share of head_steps that the head takes in local steps",
+        "cache_buffer": "local steps reuse the class tokens' keys and values too"}
+
+    def __init__(self, network, process, shape, patch_size=1, label_drop=0.1, repeats=4, **options):
+        super().__init__()
+        self.network, self.process, self.shape, self.patch_size = network, process, tuple(shape), patch_size
+        self.label_drop, self.repeats = label_drop, repeats
+        self.grid = shape[1] // patch_size, shape[2] // patch_size
+        self.options = {"steps": 64, "schedule": "cosine", "guidance": 1.0, "guidance_schedule": "linear",
+                        "temperature": 1.0, "sampler": "ddpm", "head_steps": 100, "recap": "", "recap_head": 0.4,
+                        "cache_buffer": False} | options
+
+    def loss(self, batch):
+        """batch: x (B, C, H, W), y labels (B,), step, noise -> {"loss": scalar, "mse": ...}."""
+        x, noise, network = batch["x"], batch["noise"], self.network
+        N, r = network.length, self.repeats
+        y = batch["y"] if network.num_classes else torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        c = network.conditions(y, noise.uniform() < self.label_drop)
+        hidden = first_of(noise.uniform(N).argsort(1), math.ceil(N * MAR_RATIO.of_step(batch["step"])))
+        t = self.process.training_times(noise.uniform(r, N))
+        eps = noise.normal(r, N, network.channels)
+        return network.loss(self.process, patchify(x, self.patch_size), hidden, c, t, eps)
+
+    forward = loss
+    conditions = Codes.conditions
+
+    def trajectory(self, noise, conditions, **options) -> Iterator[torch.Tensor]:
+        """Images (n, C, H, W) after each step, 0 where tokens are hidden."""
+        x = torch.zeros(len(noise), *self.shape, device=next(self.parameters()).device)
+        hidden = torch.ones(len(noise), self.network.length, dtype=torch.bool, device=x.device)
+        yield from self.decoded(noise, x, hidden, conditions, **options)
+
+    def fill(self, noise, x, mask, conditions, **options) -> Iterator[torch.Tensor]:
+        """As `trajectory`, from a known image x (n, C, H, W) but for the tokens that mask (n, H, W) touches, as many in
+        each."""
+        hidden = F.max_pool2d(mask[:, None].float(), self.patch_size).flatten(1) > 0
+        yield from self.decoded(noise, x, hidden, conditions, **options)
+
+    def decoded(self, noise, x, hidden, y, **options):
+        o, network, process = self.options | options, self.network, self.process
+        total, n = int(hidden[0].sum()), len(x)
+        if (hidden.sum(1) != total).any():
+            raise ValueError("the masks hide different numbers of tokens: fill them one by one")
+        steps, N = min(o["steps"], total), network.length
+        left = hidden_counts(total, steps, o["schedule"])
+        counts = [before - after for before, after in zip([total, *left], left)]
+        u, P = reuse_of(o["recap"], steps) if o["recap"] else (0, steps)
+        # Without reuse one token counts as hidden in the last step: guidance ends just below its value, as published.
+        shares = [1 - max(m, 0 if o["recap"] else 1) / N for m in left]
+        scales = [guidance_at(o["guidance"], share, o["guidance_schedule"]) for share in shares]
+        numbers = HeadNoise(noise.normal, N, network.channels)
+        slow = process.times(o["head_steps"])
+        quick = process.times(max(1, round(o["recap_head"] * o["head_steps"])))
+
+        def draw(z, places, step, fast):
+            return draw_tokens(network.head, process, o["sampler"], quick if fast else slow, z, places, numbers,
+                               scales[step], o["temperature"])
+
+        y = torch.full((n,), network.num_classes, device=x.device) if y is None else y
+        with torch.no_grad():
+            c = network.conditions(y)
+            if o["guidance"] != 1:
+                c = torch.cat([c, network.conditions(torch.full_like(y, network.num_classes))])
+        order = (noise.uniform(N) - hidden.float()).argsort(1)                    # what is hidden comes first
+        tokens = patchify(x, self.patch_size).masked_fill(hidden[..., None], 0.0)
+        for step in decode_mar(network, draw, tokens, hidden, c, order, plan(steps, P, u, counts), o["cache_buffer"]):
+            yield unpatchify(step.tokens, self.grid, self.patch_size)
+
+    def cost(self):
+        """With the median share of tokens hidden; the head counts on each of them, `repeats` times."""
+        network, N = self.network, self.network.length
+        hidden = round(MAR_RATIO.quantile(0.5).item() * N)
+        D, width = network.fake_latent.shape[1], network.diffusion_pos_embed_learned.shape[2]
+        macs = 0
+        for blocks, tokens, dim in ((network.encoder_blocks, N - hidden, D), (network.decoder_blocks, N, width)):
+            macs += len(blocks) * count(blocks[0], torch.zeros(1, network.buffer + tokens, dim))[1]
+        M = hidden * self.repeats
+        macs += count(network.head, torch.zeros(M, network.channels), torch.zeros(M), torch.zeros(M, width))[1]
+        return sum(p.numel() for p in self.parameters()), macs
+
+
+# ------------------------------------------------------------------------------------------------------------ registry
+
+
+def grid_of(image_size, codes, name):
+    """(rows, columns) of codes; ValueError if the data are none."""
+    if codes is None:
+        raise ValueError(f"{name} draws codes: train a tokenizer first (--model fsq-nano), then give its run by "
+                         "--tokenizer")
+    return pair(image_size)
+
+
+def maskgit(image_size, num_classes, codes, width=768, depth=24, num_heads=16, hidden=3072, dropout=0.1,
+            label_drop=0.1):
+    """MaskGIT: Masked Generative Image Transformer, 2202.04200. label_drop: 0 for the paper's, which has no guidance.
+    """
+    grid = grid_of(image_size, codes, "MaskGIT")
+    network = MaskGIT(codes, num_classes, math.prod(grid), width, depth, num_heads, hidden, dropout, label_drop > 0)
+    return Codes(network, grid, label_drop)
+
+
+def maskgit_r(image_size, num_classes, codes, width=768, depth=24, num_heads=8, dropout=0.0, label_drop=0.1):
+    """MaskGIT with long skip connections, the network of ReCAP's code, 2505.19089."""
+    grid = grid_of(image_size, codes, "MaskGIT-r")
+    network = MaskGITr(codes, num_classes, math.prod(grid), width, depth, num_heads, dropout)
+    return Codes(network, grid, label_drop, schedule="pow2.5", choice=5.5, temperature=0.7)
+
+
+def mage(image_size, codes, width=768, depth=12, num_heads=12, decoder_depth=8, decoder_heads=16, dropout=0.1):
+    """MAGE: MAsked Generative Encoder, 2211.09117: one model that represents and, without classes, generates."""
+    grid = grid_of(image_size, codes, "MAGE")
+    network = MAGE(codes, math.prod(grid), width, depth, num_heads, width, decoder_depth, decoder_heads, dropout)
+    return Codes(network, grid, steps=20, choice=6.0)
+
+
+def mar(image_size, in_channels, num_classes, codes, process, patch_size=1, width=768, depth=12, num_heads=12,
+        buffer=64, head_depth=6, head_width=1024, dropout=0.1, label_drop=0.1, repeats=4, head_steps=100, steps=64):
+    """MAR: Autoregressive Image Generation without Vector Quantization, 2406.11838."""
+    if codes is not None:
+        raise ValueError("MAR draws continuous tokens, and this tokenizer makes codes: take another one, or none")
+    H, W = pair(image_size)
+    if H % patch_size or W % patch_size:
+        raise ValueError(f"patches of {patch_size} do not divide {H}x{W}: choose another patch_size")
+    channels = in_channels * patch_size**2
+    out = channels * (2 if process.learned_variance else 1)
+    network = MAR(channels, num_classes, H * W // patch_size**2, width, depth, num_heads, buffer, head_depth,
+                  head_width, out, dropout)
+    return Continuous(network, process, (in_channels, H, W), patch_size, label_drop, repeats, head_steps=head_steps,
+                      steps=steps)
+
+
+GENERATORS = {
+    "maskgit": maskgit,
+    "maskgit-nano": partial(maskgit, width=128, depth=6, num_heads=4, hidden=512, dropout=0.0),
+    "maskgit-r": maskgit_r,
+    "maskgit-r-nano": partial(maskgit_r, width=128, depth=6, num_heads=4),
+    "mage-b": mage,
+    "mage-l": partial(mage, width=1024, depth=24, num_heads=16),
+    "mage-nano": partial(mage, width=128, depth=4, num_heads=4, decoder_depth=3, decoder_heads=4, dropout=0.0),
+    "mar-b": mar,
+    "mar-l": partial(mar, width=1024, depth=16, num_heads=16, head_depth=8, head_width=1280),
+    "mar-h": partial(mar, width=1280, depth=20, num_heads=16, head_depth=12, head_width=1536),
+    "mar-nano": partial(mar, width=128, depth=3, num_heads=4, buffer=8, head_depth=3, head_width=256, dropout=0.0,
+                        head_steps=25, steps=16),
+}
