@@ -1001,8 +1001,8 @@ def latents_of(dataset, tokenizer, folder, name, scale=None, batch=64):
             from None
     if scale is None:
         scale = 1.0 if tokenizer.codes else 1 / float(whole[:4096].astype(np.float64).std())
-    return Latents(whole[:len(dataset)], dataset.labels, dataset.classes, dataset.captions, dataset.flip, dataset.device,
-                   dataset.files, whole=whole, scale=scale, codes=tokenizer.codes)
+    return Latents(whole[:len(dataset)], dataset.labels, dataset.classes, dataset.captions, dataset.flip,
+                   dataset.device, dataset.files, whole=whole, scale=scale, codes=tokenizer.codes)
 
 
 @torch.no_grad()

@@ -946,7 +946,8 @@ class Continuous(nn.Module):
     options_help = {
         "steps": "decoding steps", "schedule": "of what stays hidden: cosine, uniform, log, exp, powP such as pow2.5",
         "guidance": "classifier-free guidance of the head, 1 for none",
-        "guidance_schedule": "linear (from 1 up) or constant", "temperature": "multiplies the noise of the head's steps",
+        "guidance_schedule": "linear (from 1 up) or constant",
+        "temperature": "multiplies the noise of the head's steps",
         "sampler": "of the head", "head_steps": "its steps",
         "recap": "u=1,full=12: after 12 full steps, one local step after each full one (ReCAP)",
         "recap_head": "the share of head_steps that the head takes in local steps",
