@@ -30,11 +30,6 @@ def count(module, *inputs):
     return sum(p.numel() for p in copied.parameters()), counter.get_total_flops() // 2
 
 
-def detached(module, *inputs):
-    """module(*inputs) with its weights detached: gradients reach the inputs alone."""
-    return torch.func.functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, inputs)
-
-
 # ----------------------------------------------------------------------------------------------------------- embeddings
 
 
