@@ -712,7 +712,7 @@ class Reconstruction(nn.Module):
     """The objective of every tokenizer: mean squared error + the network's own terms + perceptual distance + a GAN.
 
     network: `ViTok` or a `Discrete` one. kl: weight of its KL term. perceptual: weight of LPIPS, if `lpips` names its
-    two files, else of `feature_distance` in the data set's own classifier, the file `judge`. gan: weight of the GAN's
+    two files, else of `feature_distance` in the data set's own classifier. gan: weight of the GAN's
     term, ramped up from step gan_from to gan_until; critic "hinge" or "non-saturating", r1: weight of its gradient
     penalty (1801.04406). stage 2 of ViTok: encoder and code are frozen, code_to_decoder and what follows learn.
     A preview shows images of the first batch over their reconstructions.
@@ -721,13 +721,13 @@ class Reconstruction(nn.Module):
     starts_fresh = ["discriminator.", "examples"]      # what another run of stage 1 cannot give
 
     def __init__(self, network, shape, kl=0.0, perceptual=0.0, gan=0.0, gan_from=0, gan_until=1, critic="hinge", r1=0.0,
-                 stage=1, lpips="", judge="", num_classes=0):
+                 stage=1, lpips=""):
         super().__init__()
         self.network, self.image_shape = network, tuple(shape)
         self.shape = (*shape[:-2], 2 * shape[-2], shape[-1])
-        self.kl, self.perceptual, self.stage, self.num_classes = kl, perceptual, stage, num_classes
+        self.kl, self.perceptual, self.stage, self.num_classes = kl, perceptual, stage, 0     # it knows no classes
         self.gan, self.ramp, self.critic, self.r1 = gan, (gan_from, gan_until), critic, r1
-        self.lpips, self.judge = lpips, judge
+        self.lpips = lpips
         if stage not in (1, 2):
             raise ValueError(f"stage {stage}: a tokenizer has stages 1 and 2")
         if stage == 2:
@@ -801,29 +801,30 @@ class Reconstruction(nn.Module):
             critic = critic + self.r1 / 2 * slope.square().flatten(1).sum(1).mean()
         return adversarial, critic
 
+    def meet(self, dataset):
+        """Load what the perceptual distance is measured with, before the first step. It is no part of the state."""
+        if not self.perceptual:
+            return
+        if self.lpips:
+            features, _, linear = (part.strip() for part in self.lpips.partition(","))
+            if not linear:
+                raise ValueError(f"lpips={self.lpips}: give two files, that of the network and that of LPIPS, as "
+                                 "lpips=(vgg16-397923af.pth,vgg.pth)")
+            network = metrics.load_lpips("alex" if "alex" in linear else "vgg", features, linear)
+        elif dataset.classes:
+            network = metrics.judge(dataset, device=self.examples.device)
+        else:
+            raise ValueError("a perceptual loss needs the files of LPIPS, lpips=(FEATURES,LINEAR), or a data set with "
+                             "classes, whose classifier serves instead: choose perceptual=0 to do without")
+        self.__dict__["perceiver"] = network.to(self.examples.device).eval().requires_grad_(False)
+
     def distance(self, rec, x):
-        """(the name under which it is logged, the perceptual distance). Its network is no part of the state."""
-        if "perceiver" not in self.__dict__:
-            self.__dict__["perceiver"] = self.load_perceiver().to(x.device).eval().requires_grad_(False)
+        """(the name under which it is logged, the perceptual distance)."""
         rec, x = frames_of(rec), frames_of(x)
         if self.lpips:
             colour = 1 if x.shape[1] == 3 else 3                      # grey images three times
             return "lpips", self.perceiver(rec.tile(1, colour, 1, 1), x.tile(1, colour, 1, 1)).mean()
         return "perceptual_classifier", feature_distance(self.perceiver, rec, x)
-
-    def load_perceiver(self):
-        if self.lpips:
-            features, _, linear = self.lpips.partition(",")
-            if not linear:
-                raise ValueError(f"lpips={self.lpips}: give two files, that of the network and that of LPIPS, as "
-                                 "lpips=(vgg16-397923af.pth,vgg.pth)")
-            return metrics.load_lpips("alex" if "alex" in linear else "vgg", features.strip(), linear.strip())
-        if not self.judge:
-            raise ValueError("a perceptual loss needs LPIPS's files (lpips=(FEATURES,LINEAR)) or a data set with "
-                             "classes, whose classifier is used instead: choose perceptual=0 to do without")
-        network = metrics.Classifier(self.num_classes, self.image_shape[0])
-        network.load_state_dict(torch.load(self.judge, map_location="cpu", weights_only=True))
-        return network
 
     @torch.no_grad()
     def watch_codes(self, codes):
@@ -859,7 +860,7 @@ class Reconstruction(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ registry
 
 
-def vitok(image_size, in_channels, num_classes, judge, patch_size=16, tubelet=1, code_width=16, width=768,
+def vitok(image_size, in_channels, patch_size=16, tubelet=1, code_width=16, width=768,
           encoder_depth=6, decoder_depth=12, num_heads=12, encoder_width: int | None = None,
           encoder_heads: int | None = None, variational=True, posemb="nope", rope="1d", stage=1, kl=1e-3,
           perceptual=1.0, gan=1.0, gan_from=5000, gan_until=55000, lpips=""):
@@ -870,25 +871,24 @@ def vitok(image_size, in_channels, num_classes, judge, patch_size=16, tubelet=1,
     network = ViTok(sides, in_channels, patch_size, tubelet, width, encoder_depth, decoder_depth, num_heads, code_width,
                     variational, posemb, rope, encoder_width=encoder_width, encoder_heads=encoder_heads)
     return Reconstruction(network, (in_channels, *sides), kl if variational else 0.0, perceptual, gan, gan_from,
-                          gan_until, stage=stage, lpips=lpips, judge=judge, num_classes=num_classes)
+                          gan_until, stage=stage, lpips=lpips)
 
 
-def vqgan(image_size, in_channels, num_classes, judge, codes=1024, dim=256, width=128, multipliers=(1, 1, 2, 2, 4),
+def vqgan(image_size, in_channels, codebook=1024, dim=256, width=128, multipliers=(1, 1, 2, 2, 4),
           blocks=2, perceptual=0.1, gan=0.1, r1=10.0, lpips=""):
     """MaskGIT's convolutional tokenizer with a learned codebook, 2202.04200."""
     sides = divisible(image_size, 2 ** (len(multipliers) - 1))
-    network = VQGAN(in_channels, width, multipliers, blocks, dim, codes)
+    network = VQGAN(in_channels, width, multipliers, blocks, dim, codebook)
     return Reconstruction(network, (in_channels, *sides), perceptual=perceptual, gan=gan, critic="non-saturating",
-                          r1=r1, lpips=lpips, judge=judge, num_classes=num_classes)
+                          r1=r1, lpips=lpips)
 
 
-def convolutional(quantiser, image_size, in_channels, num_classes, judge, width, multipliers, blocks, perceptual, gan,
-                  gan_from, lpips):
+def convolutional(quantiser, image_size, in_channels, width, multipliers, blocks, perceptual, gan, gan_from, lpips):
     """The objective of a `ConvTokenizer` with this quantiser."""
     sides = divisible(image_size, 2 ** (len(multipliers) - 1))
     network = ConvTokenizer(quantiser, in_channels, width, multipliers, blocks)
     return Reconstruction(network, (in_channels, *sides), perceptual=perceptual, gan=gan, gan_from=gan_from,
-                          gan_until=2 * gan_from + 1, lpips=lpips, judge=judge, num_classes=num_classes)
+                          gan_until=2 * gan_from + 1, lpips=lpips)
 
 
 def divisible(image_size, factor):
@@ -900,24 +900,24 @@ def divisible(image_size, factor):
     return sides
 
 
-def fsq(image_size, in_channels, num_classes, judge, levels=(8, 5, 5, 5), width=64, multipliers=(1, 2, 2), blocks=2,
+def fsq(image_size, in_channels, levels=(8, 5, 5, 5), width=64, multipliers=(1, 2, 2), blocks=2,
         perceptual=0.0, gan=0.0, gan_from=20000, lpips=""):
     """A convolutional tokenizer of rounded scalars, without a codebook to learn: FSQ, 2309.15505."""
-    return convolutional(FSQ(levels), image_size, in_channels, num_classes, judge, width, multipliers, blocks,
+    return convolutional(FSQ(levels), image_size, in_channels, width, multipliers, blocks,
                          perceptual, gan, gan_from, lpips)
 
 
-def vq(image_size, in_channels, num_classes, judge, codes=1024, dim=8, width=64, multipliers=(1, 2, 2), blocks=2,
+def vq(image_size, in_channels, codebook=1024, dim=8, width=64, multipliers=(1, 2, 2), blocks=2,
        perceptual=0.0, gan=0.0, gan_from=20000, lpips=""):
     """A convolutional tokenizer with a codebook of unit vectors that follows averages, dead codes reset: VQ-VAE-2."""
-    return convolutional(EMACodebook(codes, dim), image_size, in_channels, num_classes, judge, width, multipliers,
+    return convolutional(EMACodebook(codebook, dim), image_size, in_channels, width, multipliers,
                          blocks, perceptual, gan, gan_from, lpips)
 
 
-def lfq(image_size, in_channels, num_classes, judge, bits=10, width=64, multipliers=(1, 2, 2), blocks=2, perceptual=0.0,
+def lfq(image_size, in_channels, bits=10, width=64, multipliers=(1, 2, 2), blocks=2, perceptual=0.0,
         gan=0.0, gan_from=20000, lpips=""):
     """A convolutional tokenizer of signs: LFQ of MAGVIT-v2, 2310.05737."""
-    return convolutional(LFQ(bits), image_size, in_channels, num_classes, judge, width, multipliers, blocks, perceptual,
+    return convolutional(LFQ(bits), image_size, in_channels, width, multipliers, blocks, perceptual,
                          gan, gan_from, lpips)
 
 
@@ -941,12 +941,36 @@ TOKENIZERS = {
                           perceptual=0.0, gan=0.1, gan_from=500, gan_until=2000),
     "vqgan": vqgan, "fsq": fsq, "vq": vq, "lfq": lfq,
     "fsq-nano": partial(fsq, width=32, multipliers=(1, 2), blocks=1),
-    "vq-nano": partial(vq, codes=512, width=32, multipliers=(1, 2), blocks=1),
+    "vq-nano": partial(vq, codebook=512, width=32, multipliers=(1, 2), blocks=1),
     "lfq-nano": partial(lfq, bits=9, width=32, multipliers=(1, 2), blocks=1),
 }
 
 
 # -------------------------------------------------------------------------------------------------------------- latents
+
+
+class Decoder:
+    """What stands between an objective on latents or codes and images: its tokenizer, and the scale of its latents. It
+    is kept beside the objective, no part of its weights, and its copies share it."""
+
+    def __init__(self, tokenizer, scale):
+        self.tokenizer, self.scale = tokenizer, scale
+
+    def __deepcopy__(self, memo):
+        return self
+
+    @torch.no_grad()
+    def __call__(self, x):
+        """Codes (n, h, w), or scaled latents (n, c, h, w) -> images (n, C, H, W)."""
+        return self.tokenizer.decode(x if self.tokenizer.codes else x / self.scale)
+
+    @torch.no_grad()
+    def encoded(self, x, hole):
+        """Images (n, C, H, W) with holes (n, H, W) bool -> codes or scaled latents, of images grey in the holes, and
+        which of their cells (n, h, w) a hole touches."""
+        z = self.tokenizer.encode(x.masked_fill(hole[:, None], 0.0))
+        cells = F.adaptive_max_pool2d(hole[:, None].float(), z.shape[-2:])[:, 0] > 0
+        return (z if self.tokenizer.codes else z * self.scale), cells
 
 
 @dataclass

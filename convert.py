@@ -797,6 +797,15 @@ def infer_config(arch, state_dict):
         raise ValueError(f"these are not the weights of a published {arch}: {error} is missing") from None
 
 
+def load_tokenizer(path):
+    """A published autoencoder that encodes and decodes: MaskGIT's VQGAN, as the converted file that circulates."""
+    state = read_weights(path)
+    if "quantize.embedding.weight" in state:
+        return vqgan(infer_vqgan(state), state).eval()
+    raise ValueError(f"{path} holds no autoencoder that is known here: a run of a tokenizer, or MaskGIT's VQGAN "
+                     "(maskgit-vqgan-imagenet-f16-256.bin)")
+
+
 def load_decoder(path):
     """The decoder of a Stable Diffusion autoencoder file (diffusers' `AutoencoderKL`), to draw latents with."""
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}         # names before 2023

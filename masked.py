@@ -694,7 +694,8 @@ def draw_tokens(head, process, sampler, times, z, places, noise, scale=1.0, temp
         denoise = guided(cond, process.denoiser(head, z[len(places):].flatten(0, 1)), scale)
     if process.exploding:
         start = start * process.sigma(times[:1]).item()
-    for x in SAMPLERS[sampler](denoise, start, times, process, step_noise):  # noqa: B007
+    walk = sampler if callable(sampler) else SAMPLERS[sampler]
+    for x in walk(denoise, start, times, process, step_noise):  # noqa: B007
         pass
     return x.unflatten(0, places.shape)
 
@@ -875,7 +876,7 @@ class Codes(nn.Module):
     def __init__(self, network, grid, label_drop=0.0, **options):
         super().__init__()
         self.network, self.grid, self.label_drop = network, tuple(grid), label_drop
-        self.shape = (1, *grid)
+        self.shape, self.num_classes = (1, *grid), network.num_classes
         self.options = {"steps": 12, "schedule": "cosine", "choice": 4.5, "temperature": 1.0, "guidance": 1.0,
                         "guidance_schedule": "linear", "recap": ""} | options
 
@@ -956,7 +957,7 @@ class Continuous(nn.Module):
     def __init__(self, network, process, shape, patch_size=1, label_drop=0.1, repeats=4, **options):
         super().__init__()
         self.network, self.process, self.shape, self.patch_size = network, process, tuple(shape), patch_size
-        self.label_drop, self.repeats = label_drop, repeats
+        self.label_drop, self.repeats, self.num_classes = label_drop, repeats, network.num_classes
         self.grid = shape[1] // patch_size, shape[2] // patch_size
         self.options = {"steps": 64, "schedule": "cosine", "guidance": 1.0, "guidance_schedule": "linear",
                         "temperature": 1.0, "sampler": "ddpm", "head_steps": 100, "recap": "", "recap_head": 0.4,
