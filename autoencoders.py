@@ -27,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import figures
 import metrics
 import runs
 from layers import count, detached, pair, rotate
@@ -848,8 +849,9 @@ class Reconstruction(nn.Module):
 
     @torch.no_grad()
     def trajectory(self, noise, conditions):
-        """One step: originals over reconstructions, (n, C, 2 H, W)."""
-        x = conditions.to(self.examples.device).float() / 127.5 - 1
+        """One step, of images (n, C, H, W), bytes or in [-1, 1]: originals over reconstructions, (n, C, 2 H, W)."""
+        x = conditions.to(self.examples.device)
+        x = x if x.is_floating_point() else x.float() / 127.5 - 1
         yield torch.cat([x, self.decode(self.encode(x))], -2)
 
     def cost(self):
@@ -1049,3 +1051,59 @@ def write_latents(dataset, tokenizer, path, batch):
         file.flush()
 
     runs.write(path, save)
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def reconstruct_flags(p):
+    p.add_argument("run", type=runs.Run, help="folder of a run of a tokenizer")
+    p.add_argument("--n", type=int, default=1000, help="held-out images (default: %(default)s)")
+    p.add_argument("--lpips", metavar="FEATURES,LINEAR", help="two files: the network's weights and those of LPIPS")
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+
+def reconstruct(args):
+    """What a tokenizer loses: PSNR, SSIM, Frechet distance, code usage; originals over reconstructions as a picture."""
+    run, tokenizer = args.run, args.run.objective
+    if not isinstance(tokenizer, Reconstruction):
+        raise ValueError(f"{run.path} is a run of {run.config['network']}, which is no tokenizer")
+    dataset = run.data("test")
+    n, codes = min(args.n, len(dataset)), []
+    network = lpips = None
+    if dataset.classes:
+        network = metrics.judge(run.data("train"), run.config["data"].partition(":")[0], device=run.device)
+    if args.lpips:
+        features, _, linear = args.lpips.partition(",")
+        lpips = metrics.load_lpips("alex" if "alex" in linear else "vgg", features, linear).to(run.device)
+
+    def pairs():
+        for rows in tqdm(torch.arange(n).split(100), desc="reconstructing", delay=2, leave=False):
+            x, _ = dataset.gather(rows)
+            with torch.no_grad():
+                z = tokenizer.encode(x)
+                codes.append(z.cpu())
+                yield x, tokenizer.decode(z).clamp(-1, 1)
+
+    result = metrics.reconstruction(pairs(), network, lpips) | code_figures(torch.cat(codes), tokenizer)
+    x, _ = dataset.gather(torch.arange(min(16, n)))
+    *_, shown = tokenizer.trajectory(None, x)
+    figures.save(figures.grid(figures.to_uint8(shown), 8), run.folder / "reconstruct.png")
+    for name, value in result.items():
+        print(f"{name:32}{value:12,.3f}")
+    if network is not None:
+        print(f"(rfid: Frechet distance in the {network.title}, not Inception's)")
+    print(f"originals over reconstructions: {run.folder / 'reconstruct.png'}")
+
+
+def code_figures(z, tokenizer):
+    """What codes (n, h, w) or latents (n, c, h, w) cost and how they are used, by name."""
+    C, *sides = tokenizer.image_shape
+    if not tokenizer.codes:
+        floats = z[0].numel()
+        return {"E, floats of a code": floats, "values of an image per float": C * math.prod(sides) / floats}
+    share = torch.bincount(z.flatten(), minlength=tokenizer.codes) / z.numel()
+    bits = z[0].numel() * math.log2(tokenizer.codes)
+    perplexity = (-(share * share.clamp(min=1e-12).log()).sum()).exp().item()
+    return {"bits a pixel": bits / math.prod(sides), "codes": tokenizer.codes,
+            "usage": (share > 0).float().mean().item(), "perplexity": perplexity}

@@ -24,6 +24,7 @@ continuous token, m tokens still hidden, S the targets of a group.
 """
 
 import math
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -32,7 +33,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
+import metrics
+import runs
 from diffusion import SAMPLERS, guided
 from layers import TimestepEmbedder, count, pair
 
@@ -1096,3 +1101,123 @@ GENERATORS = {
     "mar-nano": partial(mar, width=128, depth=3, num_heads=4, buffer=8, head_depth=3, head_width=256, dropout=0.0,
                         head_steps=25, steps=16),
 }
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def probe_flags(p):
+    p.add_argument("run", type=runs.Run, help="folder of a run of MAGE")
+    p.add_argument("--steps", type=int, default=1000, dest="probe_steps", help="of the probe (default: %(default)s)")
+    p.add_argument("--n", type=int, default=10_000, help="training images at most (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+
+def probe(args):
+    """How well a linear classifier reads MAGE's features: accuracy on held-out images. 2211.09117, section 4.2."""
+    run, device = args.run, args.run.device
+    if not isinstance(getattr(run.objective, "network", None), MAGE):
+        raise ValueError(f"{run.path} is a run of {run.config['network']}: a probe reads the features of MAGE")
+    decoder, sets = run.objective.__dict__["decoder"], {split: run.data(split) for split in ("train", "test")}
+    if len(sets["train"].classes) < 2:
+        raise ValueError(f"{run.config['data']} has no classes to probe for")
+    x, y = {}, {}
+    for split, dataset in sets.items():
+        rows = torch.arange(min(args.n, len(dataset)))
+        parts = []
+        for some in tqdm(rows.split(100), desc=f"features, {split}", delay=2, leave=False):
+            with torch.no_grad():
+                codes = decoder.tokenizer.encode(dataset.gather(some)[0])
+                parts.append(run.objective.network.features(codes.flatten(1)))
+        x[split], y[split] = torch.cat(parts), dataset.labels[rows.to(dataset.labels.device)].to(device)
+    accuracy = linear_probe(x, y, len(sets["train"].classes), args.probe_steps)
+    print(f"linear probe on {x['train'].shape[1]} features of {len(x['train']):,} images: "
+          f"{accuracy:.3f} of {len(x['test']):,} held-out images are classified right "
+          f"(chance {1 / len(sets['train'].classes):.3f})")
+
+
+def linear_probe(x, y, classes, steps, seed=0):
+    """Held-out accuracy of a linear classifier on frozen features. x, y: {"train": (n, D), "test": ...} and labels. As
+    in MAE's and MAGE's code the features are normalised over the data first; the optimiser is AdamW (theirs is LARS).
+    """
+    mean, std = x["train"].mean(0), x["train"].std(0) + 1e-6
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = nn.Linear(x["train"].shape[1], classes).to(x["train"].device)
+    optimiser = torch.optim.AdamW(layer.parameters(), 1e-2, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    generator = np.random.default_rng(seed)
+    for _ in tqdm(range(steps), desc="the probe", delay=2, leave=False):
+        rows = torch.from_numpy(generator.integers(0, len(x["train"]), 256)).to(mean.device)
+        loss = F.cross_entropy(layer((x["train"][rows] - mean) / std), y["train"][rows])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    with torch.no_grad():
+        return (layer((x["test"] - mean) / std).argmax(1) == y["test"]).float().mean().item()
+
+
+def reuse_flags(p):
+    p.add_argument("run", type=runs.Run, help="folder of a run of a masked generator")
+    p.add_argument("--T", type=int, default=16, help="steps of the full decoder (default: %(default)s)")
+    p.add_argument("--reuse", default="u=1,full=8", help="of ReCAP (default: %(default)s)")
+    p.add_argument("--n", type=int, default=512, help="images a row and seed (default: %(default)s)")
+    p.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+
+def reuse(args):
+    """What ReCAP saves and costs: all T steps, T/2 steps, and T steps with reuse: quality, evaluations, MACs, seconds.
+
+    Quality is a judge's: the share of images that it sees as their class (of a model without classes: how sure it is),
+    and the Frechet distance of its features to held-out images. 2505.19089, section 5."""
+    run, real = args.run, args.run.data("test")
+    if not isinstance(run.objective, (Codes, Continuous)):
+        raise ValueError(f"{run.path} is a run of {run.config['network']}, which is no masked generator")
+    reuse_of(args.reuse, args.T)
+    judge = metrics.judge(run.data("train"), run.config["data"].partition(":")[0], device=run.device)
+    with torch.no_grad():
+        rows = torch.arange(min(args.n, len(real)))
+        reference = torch.cat([judge.features(real.gather(some)[0]) for some in rows.split(100)])
+    ways = {f"{args.T} full": {"steps": args.T}, f"{args.T // 2} full": {"steps": args.T // 2},
+            f"{args.T}, {args.reuse}": {"steps": args.T, "recap": args.reuse}}
+    found = {name: [] for name in ways}
+    for seed in range(args.seeds):                       # interleaved, so that a busy machine slows all rows alike
+        for name, options in ways.items():
+            found[name].append(measured(run, judge, reference, args.n, seed, args.draw | options))
+    print(f"{'steps':18}{'full':>5}{'local':>6}{'GMACs an image':>16}{'seconds':>9}{'accuracy':>17}{'Frechet':>17}")
+    for name, rows in found.items():
+        spread = lambda key: f"{np.mean([r[key] for r in rows]):.3f} +- {np.std([r[key] for r in rows]):.3f}"
+        print(f"{name:18}{rows[0]['full']:5}{rows[0]['local']:6}{rows[0]['macs'] / 1e9:16.3f}"
+              f"{np.median([r['seconds'] for r in rows]):9.2f}{spread('accuracy'):>17}{spread('frechet'):>17}")
+    print(f"({args.n} images a row, {args.seeds} seeds, mean +- standard deviation; {judge.title}; MACs of the network "
+          "and its head, without the tokenizer)")
+
+
+def measured(run, judge, reference, n, seed, options):
+    """One row of `reuse`, of one seed."""
+    passes = {"full": 0, "local": 0}
+
+    def tally(module, args, kwargs):
+        positions = args[2 if isinstance(run.objective, Codes) else 3:][:1]
+        passes["full" if not positions or positions[0] is None else "local"] += 1
+
+    hook = run.objective.network.register_forward_pre_hook(tally, with_kwargs=True)
+    decoder = run.objective.__dict__.pop("decoder", None)
+    with FlopCounterMode(display=False) as counter:
+        for _ in run.images(1, seed, **options):
+            pass
+    hook.remove()
+    if decoder is not None:
+        run.objective.__dict__["decoder"] = decoder
+    begin = time.perf_counter()
+    drawn = list(run.images(n, seed, batch=64, **options))
+    seconds = time.perf_counter() - begin
+    with torch.no_grad():
+        features = torch.cat([judge.features(x.clamp(-1, 1)) for x in drawn])
+        p = judge.head(features).softmax(1)
+    conditions = run.objective.conditions(n)
+    right = p.amax(1) if conditions is None else (p.argmax(1) == conditions.to(p.device)).float()
+    return passes | {"macs": counter.get_total_flops() // 2, "seconds": seconds, "accuracy": right.mean().item(),
+                     "frechet": metrics.frechet_distance(features, reference)}
