@@ -1018,7 +1018,7 @@ def latents_of(dataset, tokenizer, folder, name, scale=None, batch=64):
     if not path.exists():
         write_latents(dataset, tokenizer, path, batch)
     try:
-        whole = np.load(path, mmap_mode="r")
+        whole = np.load(path, mmap_mode="c")                   # never written; torch wants it writable
         if len(whole) != len(dataset) * (2 if dataset.flip else 1):
             raise ValueError(f"{len(whole)} rows")
     except (ValueError, OSError) as error:

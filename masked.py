@@ -723,10 +723,11 @@ def unpatchify(tokens, grid, p):
 
 
 def hidden_counts(total, steps, schedule="cosine"):
-    """How many of `total` tokens are hidden after each step: a list, strictly falling to 0; at most `total` steps."""
+    """How many of `total` tokens are hidden after each step: a list, strictly falling to 0; at most `total` steps. A
+    convex schedule, which would have none left too early, is held back so that every step has one to decode."""
     steps, left, counts = min(steps, total), total, []
     for t in range(steps):
-        left = still_hidden(t, steps, total, left, schedule).item() if t < steps - 1 else 0
+        left = max(still_hidden(t, steps, total, left, schedule).item(), steps - 1 - t) if t < steps - 1 else 0
         counts.append(left)
     return counts
 
@@ -752,16 +753,17 @@ def plan(T, P, u, counts):
 
 
 def token_counts(total, steps, schedule="pow2.5"):
-    """How many of `total` tokens each step writes: the differences of floor(total gamma), at least one, taken from the
-    last step, which writes what is left. At most `total` steps."""
+    """How many of `total` tokens each step writes: the differences of floor(total gamma), at least one; the last step
+    writes what is left, and where that is nothing, those before it with more than one give way. At most `total` steps.
+    """
     steps = min(steps, total)
     left = [total] + [int((total * gamma(k / steps, schedule, total)).floor()) for k in range(1, steps)]
     counts = [max(1, before - after) for before, after in zip(left, left[1:])]
-    counts.append(total - sum(counts))
-    if counts[-1] < 1:
-        raise ValueError(f"schedule {schedule} leaves nothing of {total} tokens for the last of {steps} steps: take "
-                         "fewer steps, or a concave schedule such as cosine")
-    return counts
+    last = total - sum(counts)
+    for k in reversed(range(steps - 1)):
+        given = min(max(0, 1 - last), counts[k] - 1)
+        counts[k], last = counts[k] - given, last + given
+    return [*counts, last]
 
 
 def outside(memory, positions, front, keep_front=False):
