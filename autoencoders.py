@@ -496,12 +496,18 @@ class Discrete(nn.Module):
 
     def forward(self, x, eps=None):
         """x (B, C, H, W) -> reconstruction, terms of the loss, with the codes (B, h, w) under "codes"."""
-        q, indices, losses = self.quantize(self.encoder(x).movedim(1, -1))
+        q, indices, losses = self.quantised(x)
         return self.decoder(q.movedim(-1, 1)), losses | {"codes": indices}
+
+    def quantised(self, x):
+        """What the quantiser gives for images, in full precision: in bf16 the nearest code is often another."""
+        z = self.encoder(x).movedim(1, -1)
+        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):
+            return self.quantize(z.float())
 
     def encode(self, x):
         """Images (B, C, H, W) -> codes (B, h, w) int64 in 0 .. K-1."""
-        return self.quantize(self.encoder(x).movedim(1, -1))[1]
+        return self.quantised(x)[1]
 
     def decode(self, codes):
         """Codes (B, h, w) -> images (B, C, H, W)."""

@@ -903,11 +903,17 @@ def open_stitched(paths, fractions, rule="steps", device="cpu", weights="ema"):
     return last
 
 
+MASKED = ("maskgit", "maskgit-r", "mage", "mar")       # published generators of tokens
+
+
 def open_published(arch, path, device="cpu"):
     """The `Opened` published checkpoint of an architecture, with its published way of drawing."""
     state = convert.read_weights(path)
     config = convert.infer_config(arch, state)
     model = convert.load_official(arch, config, state)
+    if arch in MASKED:
+        objective = masked.published(arch, model).to(device).eval()
+        return Opened(str(path), Path("."), {"draw": {}, "classes": [], "network": arch}, objective, device)
     if arch == "drwkv":
         config |= {"input_size": config["img_size"], "in_channels": config["channels"],
                    "num_classes": max(0, config["num_classes"])}

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import metrics
 import runs
-from diffusion import SAMPLERS, guided
+from diffusion import SAMPLERS, create_process, guided
 from layers import TimestepEmbedder, count, pair
 
 # ------------------------------------------------------------------------------------------------------ what is hidden
@@ -254,6 +254,13 @@ def xavier_and_normal(model):
             nn.init.normal_(m.weight, std=0.02)
 
 
+def spare_vectors(model):
+    """Mark biases and gains, which AdamW then does not decay, as MAGE's and MAR's training does."""
+    for p in model.parameters():
+        if p.ndim <= 1:
+            p.no_decay = True
+
+
 def labels_or_null(y, network, batch):
     """Labels (B,), or where there are none the null label of a network: num_classes."""
     if y is not None:
@@ -397,6 +404,7 @@ class MAGE(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.mlm_layer = WordHead(decoder_width, words, width)
         xavier_and_normal(self)
+        spare_vectors(self)
 
     def encode(self, tokens, positions=None, past=None, drop=None):
         """-> (B, 1 + n, D), the class token first, and the memory. drop (B, N) bool: these tokens are left out, as many
@@ -495,8 +503,9 @@ class MAR(nn.Module):
         self.diffusion_pos_embed_learned = table(1, length, decoder_width)
         xavier_and_normal(self)
         self.head = DiffusionHead(channels, decoder_width, head_width, head_depth, out_channels or channels)
+        spare_vectors(self)
 
-    def conditions(self, y, drop=None):
+    def class_embedding(self, y, drop=None):
         """The class embeddings (B, D) of labels y (B,): of no class where y is num_classes, or drop (B,) is set."""
         nowhere = y == self.num_classes
         if drop is not None:
@@ -975,7 +984,7 @@ class Continuous(nn.Module):
         x, noise, network = batch["x"], batch["noise"], self.network
         N, r = network.length, self.repeats
         y = batch["y"] if network.num_classes else torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        c = network.conditions(y, noise.uniform() < self.label_drop)
+        c = network.class_embedding(y, noise.uniform() < self.label_drop)
         hidden = first_of(noise.uniform(N).argsort(1), math.ceil(N * MAR_RATIO.of_step(batch["step"])))
         t = self.process.training_times(noise.uniform(r, N))
         eps = noise.normal(r, N, network.channels)
@@ -1018,9 +1027,9 @@ class Continuous(nn.Module):
 
         y = torch.full((n,), network.num_classes, device=x.device) if y is None else y
         with torch.no_grad():
-            c = network.conditions(y)
+            c = network.class_embedding(y)
             if o["guidance"] != 1:
-                c = torch.cat([c, network.conditions(torch.full_like(y, network.num_classes))])
+                c = torch.cat([c, network.class_embedding(torch.full_like(y, network.num_classes))])
         order = (noise.uniform(N) - hidden.float()).argsort(1)                    # what is hidden comes first
         tokens = patchify(x, self.patch_size).masked_fill(hidden[..., None], 0.0)
         for step in decode_mar(network, draw, tokens, hidden, c, order, plan(steps, P, u, counts), o["cache_buffer"]):
@@ -1063,7 +1072,11 @@ def maskgit_r(image_size, num_classes, codes, width=768, depth=24, num_heads=8, 
     """MaskGIT with long skip connections, the network of ReCAP's code, 2505.19089."""
     grid = grid_of(image_size, codes, "MaskGIT-r")
     network = MaskGITr(codes, num_classes, math.prod(grid), width, depth, num_heads, dropout)
-    return Codes(network, grid, label_drop, schedule="pow2.5", choice=5.5, temperature=0.7)
+    return Codes(network, grid, label_drop, **MASKGIT_R)
+
+
+# MaskGIT-r writes each token once: the loop of ReCAP without reuse. 2505.19089, in its code.
+MASKGIT_R = {"steps": 16, "schedule": "pow2.5", "choice": 5.5, "temperature": 0.65, "recap": "u=0,full=0"}
 
 
 def mage(image_size, codes, width=768, depth=12, num_heads=12, decoder_depth=8, decoder_heads=16, dropout=0.1):
@@ -1087,6 +1100,21 @@ def mar(image_size, in_channels, num_classes, codes, process, patch_size=1, widt
                   head_width, out, dropout)
     return Continuous(network, process, (in_channels, H, W), patch_size, label_drop, repeats, head_steps=head_steps,
                       steps=steps)
+
+
+def published(arch, network):
+    """The objective around a published network, with its published way of drawing. arch: maskgit, maskgit-r, mage or
+    mar."""
+    side = math.isqrt(network.length)
+    if arch == "maskgit":
+        return Codes(network, (side, side), steps=8)
+    if arch == "maskgit-r":
+        return Codes(network, (side, side), **MASKGIT_R)
+    if arch == "mage":
+        return Codes(network, (side, side), steps=20, choice=6.0)
+    guidance = {768: 2.9, 1024: 3.0, 1280: 3.2}.get(network.fake_latent.shape[1], 3.0)
+    process = create_process("cosine", learned_variance=True)
+    return Continuous(network, process, (network.channels, side, side), steps=256, guidance=guidance)
 
 
 GENERATORS = {

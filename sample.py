@@ -27,7 +27,8 @@ import data
 import figures
 import runs
 
-ARCHITECTURES = ["dit", "dit-moe", "terdit", "dico", "dimr", "uvit", "drwkv", "lit", "fit", "fitv2", "flag-dit"]
+ARCHITECTURES = ["dit", "dit-moe", "terdit", "dico", "dimr", "uvit", "drwkv", "lit", "fit", "fitv2", "flag-dit",
+                 *build.MASKED]
 
 
 def flags():
@@ -236,7 +237,12 @@ def write(x, labels, out, columns):
 
 
 def decoded(x, path, device):
-    """Latents (n, 4, h, w) through Stable Diffusion's decoder: images (n, 3, 8h, 8w)."""
+    """Latents (n, 4, h, w) through Stable Diffusion's decoder: images (n, 3, 8h, 8w). Codes (n, h, w) through that of
+    a published tokenizer."""
+    if not x.is_floating_point():
+        tokenizer = convert.load_tokenizer(path).to(device)
+        with torch.no_grad():
+            return torch.cat([tokenizer.decode(z[None].to(device)).cpu() for z in x])
     decoder = convert.load_decoder(path).to(device)
     with torch.no_grad():
         return torch.cat([decoder(z[None].to(device)).cpu() for z in tqdm(x, desc="decoding", unit=" images", delay=2)])
@@ -268,6 +274,8 @@ def sample():
         save_npz(latents, arr_0=x.numpy())
         print(f"no --decoder was given: the latents are in {latents}, "
               "and the picture shows three of their channels in false colour")
+        if not x.is_floating_point():
+            x = x[:, None] / (objective.network.codes - 1) * 2 - 1
     columns = figures.columns(conditions) if args.classes is None and not args.prompt else None
     write(x, conditions, out, columns)
     print(f"{args.n} drawn: {out}")

@@ -39,7 +39,7 @@ def check_mar_forward(case, model):
     t, noise = (v.view(-1, B, N, *v.shape[1:]).transpose(0, 1) for v in (t, noise))          # (B, r, N, ...)
     ours = watched({"h_enc_block0": model.encoder_blocks[0], "h_enc": model.encoder_norm,
                     "h_dec_block0": model.decoder_blocks[0], "z": model})
-    c = model.conditions(y)
+    c = model.class_embedding(y)
     loss = model.loss(published_process(), tokens, hidden, c, t.double(), noise)["loss"]
     loss.backward()
     compare(ours | grad_norms(model, theirs) | {"loss": loss, "mask": hidden.float()}, case)
@@ -123,9 +123,9 @@ def check_mar_decode(case, model):
 
     encoded = watched({"h": model.encoder_norm})
     model.register_forward_hook(record, with_kwargs=True)
-    c = model.conditions(i["labels"])
+    c = model.class_embedding(i["labels"])
     if o["cfg"] != 1:
-        c = torch.cat([c, model.conditions(torch.full((B,), model.num_classes))])
+        c = torch.cat([c, model.class_embedding(torch.full((B,), model.num_classes))])
     tokens, hidden = torch.zeros(B, N, model.channels), torch.ones(B, N, dtype=torch.bool)
     steps = list(masked.decode_mar(model, draw, tokens, hidden, c, i["orders"], groups, o.get("cache_buffer", False)))
     p = case.config["patch_size"]

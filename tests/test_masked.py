@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ import runs
 import sample
 import train
 
+GOLDEN = runs.Path(__file__).parent / "golden"
 SMALL = dict(codes=20, length=16, width=32, num_heads=4, dropout=0.0)
 CODES = {"maskgit": partial(masked.MaskGIT, num_classes=5, depth=3, hidden=64, null=True, **SMALL),
          "maskgit-r": partial(masked.MaskGITr, num_classes=5, depth=2, **SMALL),
@@ -372,7 +374,24 @@ def test_measuring(here, capsys, monkeypatch):  # noqa: F811
     call(train.train, *TOKENIZER[2:], *OURS["mage-nano"], "--out", "mage")
     call(evaluate.evaluate, "probe", "mage", "--steps", "20", "--device", "cpu")
     assert "linear probe on 32 features" in capsys.readouterr().out
-    call(evaluate.evaluate, "reuse", "mage", "--T", "6", "--reuse", "u=1,full=2", "--n", "8", "--seeds", "1", "--device",
-         "cpu")
+    call(evaluate.evaluate, "reuse", "mage", "--T", "6", "--reuse", "u=1,full=2", "--n", "8", "--seeds", "1",
+         "--device", "cpu")
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "full" in line][-1]
     assert rows[2:4] == ["4", "2"]
+
+
+@pytest.mark.parametrize("arch", ["maskgit", "maskgit-r", "mage", "mar"])
+def test_published_files_open_and_draw(here, arch):  # noqa: F811
+    """A file in the published layout, tiny: its sizes are read off it, and sample.py draws."""
+    case = {"maskgit": "maskgit-decode", "maskgit-r": "recap-maskgit-full", "mage": "mage-decode",
+            "mar": "mar-sample"}[arch]
+    state = golden.load(GOLDEN / f"{case}.npz").state_dict
+    if arch == "maskgit":                                          # of a thousand classes, as all published ones are
+        shapes = {"Embed_0.word_embeddings.weight": (24 + 1001, 32), "MlmLayer_0.mlm_bias.bias": (24 + 1001,)}
+        state |= {name: torch.from_numpy(golden.fill(name, shape)) for name, shape in shapes.items()}
+    torch.save({"model": state}, "file.pt")
+    more = ["--head-steps", "3"] if arch == "mar" else []
+    call(sample.sample, "--official", arch, "--checkpoint", "file.pt", "--n", "2", "--steps", "4", *more, "--out",
+         "drawn.png")
+    latents = np.load("drawn.latents.npz")["arr_0"]
+    assert latents.shape == ((2, 4, 4, 4) if arch == "mar" else (2, 4, 4)) and runs.Path("drawn.png").exists()
