@@ -892,7 +892,7 @@ class Codes(nn.Module):
     def __init__(self, network, grid, label_drop=0.0, **options):
         super().__init__()
         self.network, self.grid, self.label_drop = network, tuple(grid), label_drop
-        self.shape, self.num_classes = (1, *grid), network.num_classes
+        self.shape, self.num_classes, self.codes_read = (1, *grid), network.num_classes, network.codes
         self.options = {"steps": 12, "schedule": "cosine", "choice": 4.5, "temperature": 1.0, "guidance": 1.0,
                         "guidance_schedule": "linear", "recap": ""} | options
 
