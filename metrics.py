@@ -4,12 +4,15 @@
 
 N, M   numbers of images        D   width of the features        x, y   features (N, D), (M, D)        K   classes
 
-Contents: Inception (the network of the FID); LPIPS; Frechet distance; Inception score; KID and CMMD; precision, recall,
-density, coverage; PSNR and SSIM.
+Contents: Inception (the network of the FID); LPIPS; Frechet distance; Inception score, KID, CMMD; precision, recall,
+density, coverage; PSNR and SSIM; the judge, a small classifier of the data set at hand.
+
+What compares whole sets of images with these, in bounded memory, is distance.py.
 """
 
 import hashlib
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+
+import runs
 
 # ------------------------------------------------------------------------------------------------------------ Inception
 #
@@ -33,7 +38,8 @@ PUBLISHED = "6726825d"                          # how the SHA-256 of the publish
 
 
 class Norm(nn.Module):
-    """BatchNorm by the statistics of the file: there is no training mode, which would measure the batch instead."""
+    """What a BatchNorm by the statistics of the file does: x * scale + shift. There is no training mode, which would
+    measure the batch instead."""
 
     def __init__(self, channels, eps=1e-3):
         super().__init__()
@@ -42,12 +48,15 @@ class Norm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.eps = eps
 
-    def forward(self, x):
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+    def affine(self):
+        """(scale, shift), each (channels,)."""
+        scale = self.weight / (self.running_var + self.eps).sqrt()
+        return scale, self.bias - self.running_mean * scale
 
 
 class Unit(nn.Module):
-    """Convolution without bias, norm, ReLU."""
+    """Convolution without bias, norm, ReLU. The norm is multiplied into the convolution's weights, which are few beside
+    the maps."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, padding=0):
         super().__init__()
@@ -55,7 +64,9 @@ class Unit(nn.Module):
         self.bn = Norm(c_out)
 
     def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+        scale, shift = self.bn.affine()
+        return F.relu_(F.conv2d(x, self.conv.weight * scale[:, None, None, None], shift, self.conv.stride,
+                                self.conv.padding))
 
 
 def average_pool(x):
@@ -168,7 +179,39 @@ class BlockE(nn.Module):
                           self.branch_pool(self.pool(x))], 1)
 
 
-class Inception(nn.Module):
+class FeatureNetwork(nn.Module):
+    """What distances look through: `measure` gives features of bytes, `of_images` of floats, `logits` their classes."""
+
+    @torch.no_grad()
+    def read(self, batches):
+        """Images in [-1, 1], batch by batch (b, C, H, W) -> (features float32 (n, D), classes int64 (n,)), on the
+        CPU."""
+        features, classes, device = [], [], next(self.parameters()).device
+        for x in batches:
+            found = self.of_images(as_image(x).to(device).clamp(-1, 1))
+            features.append(found.cpu())
+            classes.append(self.logits(found).argmax(1).cpu())
+        return torch.cat(features), torch.cat(classes)
+
+
+def as_image(x):
+    """What a network of images sees of clips (B, C, F, H, W): a strip; of sounds (B, bands, T): one channel."""
+    return x.transpose(2, 3).flatten(3) if x.ndim == 5 else x[:, None] if x.ndim == 3 else x
+
+
+def to_bytes(x):
+    """Images in [-1, 1] as uint8, rounded as DiT and EDM do."""
+    return (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def in_colour(images):
+    """Images uint8 (B, C, H, W) with one channel repeated to three; ValueError if C is neither 1 nor 3."""
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images of {images.shape[1]} channels cannot be measured: they need 3 (RGB), or 1 (grey)")
+    return images.expand(-1, 3, -1, -1)
+
+
+class Inception(FeatureNetwork):
     """Images uint8 (B, 3, H, W) of any size -> features, under the 472 names of the published file.
 
     camp: how bytes become the 299x299 input, a name of `CAMPS`; the two differ even for identical images.
@@ -178,7 +221,7 @@ class Inception(nn.Module):
         super().__init__()
         if camp not in CAMPS:
             raise ValueError(f"there is no convention {camp!r}: choose from {', '.join(CAMPS)}")
-        self.camp = camp
+        self.camp, self.level, self.width = camp, "2048", 2048
         self.Conv2d_1a_3x3 = Unit(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = Unit(32, 32, 3)
         self.Conv2d_2b_3x3 = Unit(32, 64, 3, padding=1)
@@ -235,6 +278,14 @@ class Inception(nn.Module):
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                             # (B, 2048, 8, 8)
         yield "2048", x
 
+    def measure(self, images, levels):
+        """Bytes (B, C, H, W), C = 1 or 3 -> {level: features}."""
+        return self(in_colour(images), levels)
+
+    def of_images(self, x):
+        """Floats (B, C, H, W) in [-1, 1] -> features "2048" of their 8-bit rounding."""
+        return self.measure(to_bytes(x), ["2048"])["2048"]
+
     def logits(self, features, bias=False):
         """Features "2048" (B, 2048) -> class logits (B, 1008); the Inception score takes them without the bias."""
         return features @ self.fc.weight.T.to(features.dtype) + (self.fc.bias if bias else 0)
@@ -274,11 +325,12 @@ def load_weights(path):
     except OSError:
         raise
     except Exception as error:                       # foreign files make torch.load raise nearly every type there is
-        raise ValueError(f"{path} is no file of weights ({str(error).splitlines()[0][:100]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise ValueError(f"{path} is no file of weights ({reason})") from None
 
 
 def fill_weights(network, state, path):
-    """Put a state dict into a network, all of its names or a ValueError that tells the first difference."""
+    """Put a state dict into a network, all of its names, or a ValueError that tells the first difference."""
     own = network.state_dict()
     wrong = [k for k in own if k not in state] + [k for k in state if k not in own or state[k].shape != own[k].shape]
     if wrong:
@@ -289,13 +341,15 @@ def fill_weights(network, state, path):
 
 
 def load_inception(path, device="cpu", camp="tf"):
-    """The `Inception` of a weight file. A file other than the published one is fine, and not the literature's FID:
-    `.published` tells."""
+    """The `Inception` of a weight file. Another file than the published one is fine for comparisons of one's own, but
+    gives no FID of the literature; `title` says which it is."""
     state = {k: v for k, v in load_weights(path).items() if not k.endswith("num_batches_tracked")}
     network = fill_weights(Inception(camp), state, path)
-    network.checksum = sha256(path)
-    network.published = network.checksum.startswith(PUBLISHED)
-    return network.to(device).eval()
+    checksum = sha256(path)
+    published = "" if checksum.startswith(PUBLISHED) else f", NOT the published weights {PUBLISHED}: no FID of papers"
+    network.title = f"{CAMPS[camp]}; weights {Path(path).name}, SHA-256 {checksum[:8]}{published}"
+    network.key = f"inception-{camp}-{checksum[:12]}"
+    return network.to(device, memory_format=torch.channels_last).eval()           # half as fast again on a CPU
 
 
 # ---------------------------------------------------------------------------------------------------------------- LPIPS
@@ -475,8 +529,8 @@ class Gaussian(NamedTuple):
 def frechet_distance(x, y):
     """|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), covariances with N - 1, in float64 -> float.
 
-    Each side is features (N, D), `Statistics`, (mu (D,), sigma (D, D)), or a `Gaussian`. With Inception's features it is called FID,
-    with its "spatial" ones sFID. GANs Trained by a Two Time-Scale Update Rule, 1706.08500, eq. 6; Generating Images
+    Each side is features (N, D), `Statistics`, (mu (D,), sigma (D, D)), or a `Gaussian`. With Inception's features it
+    is called FID, with its "spatial" ones sFID. GANs Trained by a Two Time-Scale Update Rule, 1706.08500, eq. 6; Generating Images
     with Sparse Representations, 2103.03841, for sFID. With C = R^T R the trace of the root is the sum of the singular
     values of R_x R_y^T: nothing complex and nothing singular can come up.
     """
@@ -532,8 +586,8 @@ def inception_score(x, splits=10, chunk=None, seed=None, head=None):
 
 
 def polynomial_mmd(x, y):
-    """The unbiased squared maximum mean discrepancy of features x, y (m, D) under (a.b/D + 1)^3; 0 on average where both
-    come from one distribution, so at times negative. Demystifying MMD GANs, 1801.01401."""
+    """The unbiased squared maximum mean discrepancy of features x, y (m, D) under (a.b/D + 1)^3; 0 on average where
+    both come from one distribution, so at times negative. Demystifying MMD GANs, 1801.01401."""
     _check_features(x, y)
     if len(x) != len(y):
         raise ValueError(f"KID compares equally many images, not {len(x)} and {len(y)}")
@@ -610,26 +664,33 @@ def prdc(x, y, k=5, inclusive=False, chunk=1000):
 
     A ball lies around each image, up to its k-th nearest neighbour on its own side. precision: share of generated
     images inside some real ball; recall: share of real images inside some generated ball (Improved Precision and
-    Recall, 1904.06991, k = 3). density: containments of generated images in real balls, a real ball and an image, over
-    k M, which may exceed 1; coverage: share of real balls that hold a generated image (Reliable Fidelity and Diversity
-    Metrics, 2002.09797, k = 5). inclusive: whether a ball holds its surface, as in torch-fidelity and ADM (<=), not in
-    prdc (<); it matters for exact ties, which here are distances equal within rounding.
+    Recall, 1904.06991, k = 3). density: how often a generated image lies in a real ball, over k M, which may exceed 1;
+    coverage: share of real balls that hold a generated image (Reliable Fidelity and Diversity Metrics, 2002.09797,
+    k = 5). inclusive: whether a ball holds its surface, as in torch-fidelity and ADM (<=), not in prdc (<); it matters
+    for exact ties, which here are distances equal within rounding.
     """
+    return prdc_by_k(x, y, [k], inclusive, chunk)[k]
+
+
+def prdc_by_k(x, y, ks, inclusive=False, chunk=1000):
+    """{k: `prdc`} for several k at once."""
     _check_features(x, y)
     centre = _whole(x, slice(0, chunk)).mean(0)      # distances stay, and lose fewer digits where features lie far off
-    (real,), (fake,) = (neighbour_radii(side, [k], centre, chunk) for side in (x, y))
-    inside_some, containments = torch.zeros(len(y), dtype=torch.bool), 0
-    covered, recalled = torch.zeros(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=torch.bool)
+    real, fake = neighbour_radii(x, ks, centre, chunk), neighbour_radii(y, ks, centre, chunk)
+    precise, covered, recalled = (torch.zeros(len(ks), len(side), dtype=torch.bool) for side in (y, x, x))
+    contained = torch.zeros(len(ks), dtype=torch.float64)
     for rows, columns in _tiles(len(x), len(y), chunk, "precision and recall"):
         squared, rounding = _squared_distances(_whole(x, rows) - centre, _whole(y, columns) - centre)
         limit = squared - rounding if inclusive else squared + rounding                # ties fall on the side asked for
-        in_real, in_fake = limit < real[rows, None], limit < fake[None, columns]
-        inside_some[columns] |= in_real.any(0)
-        covered[rows] |= in_real.any(1)
-        recalled[rows] |= in_fake.any(1)
-        containments += in_real.sum().item()
-    share = {"precision": inside_some, "recall": recalled, "coverage": covered}
-    return {name: flags.double().mean().item() for name, flags in share.items()} | {"density": containments / (k * len(y))}
+        for i in range(len(ks)):
+            in_real, in_fake = limit < real[i, rows, None], limit < fake[i, None, columns]
+            precise[i, columns] |= in_real.any(0)
+            covered[i, rows] |= in_real.any(1)
+            recalled[i, rows] |= in_fake.any(1)
+            contained[i] += in_real.sum()
+    shares = {"precision": precise, "recall": recalled, "coverage": covered}
+    return {k: {name: flags[i].double().mean().item() for name, flags in shares.items()}
+            | {"density": contained[i].item() / (k * len(y))} for i, k in enumerate(ks)}
 
 
 # -------------------------------------------------------------------------------------------------------- PSNR and SSIM
@@ -641,7 +702,7 @@ def _check_images(a, b, least=1):
                          f"{tuple(a.shape)} and {tuple(b.shape)}")
     for x in (a, b):
         if not (x.is_floating_point() and x.min() >= 0 and x.max() <= 1):
-            raise ValueError("images are compared as floats in [0, 1]: divide bytes by 255, or map [-1, 1] by (x + 1)/2")
+            raise ValueError("images are compared as floats in [0, 1]: divide bytes by 255, map [-1, 1] by (x + 1)/2")
     return a.double(), b.double()
 
 
@@ -680,3 +741,131 @@ def ssim(a, b, window="gaussian"):
     c1, c2 = 0.01**2, 0.03**2
     similarity = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return similarity.mean((1, 2, 3))
+
+
+def compared(a, b, lpips=None):
+    """Scores of pairs of bytes a (originals), b, uint8 (B, C, H, W): {"psnr": (B,), "ssim": (B,)}, and "lpips" if its
+    network is given."""
+    found = {"psnr": psnr(a / 255, b / 255), "ssim": ssim(a / 255, b / 255)}
+    if lpips is not None:
+        found["lpips"] = lpips(*(in_colour(x) / 127.5 - 1 for x in (a, b))).double()
+    return found
+
+
+@torch.no_grad()
+def reconstruction(pairs, network=None, lpips=None):
+    """What a tokenizer loses, over batches of pairs (originals, reconstructions), (B, C, H, W) in [-1, 1], which are
+    rounded to 8 bits first: {"n", "psnr", "ssim"} (means over images), "lpips" if its network is given, and "rfid", the
+    Frechet distance of reconstructions and originals in the features of `network`, a `FeatureNetwork`."""
+    scores, features = {}, ([], [])
+    for pair in pairs:
+        a, b = (to_bytes(as_image(x)) for x in pair)
+        for name, values in compared(a, b, lpips).items():
+            scores.setdefault(name, []).append(values.cpu())
+        if network is not None:
+            for side, images in zip(features, (a, b)):
+                side.append(network.measure(images, [network.level])[network.level].cpu())
+    if not scores:
+        raise ValueError("there are no pairs of images to compare")
+    result = {"n": len(torch.cat(scores["psnr"]))} | {name: torch.cat(v).mean().item() for name, v in scores.items()}
+    if network is not None:
+        result["rfid"] = frechet_distance(*(torch.cat(side) for side in features))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ the judge
+
+
+class Classifier(FeatureNetwork):
+    """Images (B, C, H, W) in [-1, 1], any size from 8 pixels -> class logits (B, K).
+    `features` gives the (B, 128) before them."""
+
+    def __init__(self, num_classes, in_channels=3, width=32):
+        super().__init__()
+
+        def stage(c_in, c_out, stride):
+            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+
+        self.body = nn.Sequential(
+            stage(in_channels, width, 1), stage(width, 2 * width, 2), stage(2 * width, 4 * width, 2),
+            stage(4 * width, 4 * width, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4 * width, num_classes)
+        self.level, self.width = "classifier", 4 * width
+
+    def features(self, x):
+        return self.body(x)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+    def measure(self, images, levels):
+        """Bytes (B, C, H, W) -> {"classifier": features}."""
+        return {"classifier": self.features(images / 127.5 - 1)}
+
+    of_images = features
+
+    def logits(self, features):
+        return self.head(features)
+
+
+JUDGE = 1                                       # version of how a judge is trained; raise it when that changes
+
+
+def fingerprint(dataset):
+    """A hexadecimal checksum of a data set's content: every image's bytes, the labels, how many classes, flips."""
+    crc = hashlib.blake2b(repr((JUDGE, tuple(dataset.images.shape), len(dataset.classes), dataset.flip)).encode(),
+                          digest_size=16)
+    crc.update(dataset.labels.cpu().numpy().tobytes())
+    for begin in tqdm(range(0, len(dataset.images), 4096), desc="checksum of the images", delay=2, leave=False):
+        crc.update(np.ascontiguousarray(torch.as_tensor(dataset.images[begin:begin + 4096]).cpu().numpy()))
+    return crc.hexdigest()
+
+
+def judge(dataset, name="", steps=400, device="cpu", folder="runs/classifiers"):
+    """A `Classifier` of a data set, in eval mode on the device: trained once on its labels, `steps` steps of 128
+    images, then kept in `folder`.
+
+    It is found again by the content of the data set (`fingerprint`) and its steps; the kept file's checksums are
+    verified, and a damaged one is trained anew with a warning. name: of the data set, for people. ValueError for data
+    without classes, of mixed sizes, or of sides below 8 pixels.
+    """
+    if not dataset.classes:
+        raise ValueError(f"a judge needs a data set with classes, which {name or 'this one'} has not")
+    if isinstance(dataset.images, list) or min(dataset.shape[-2:]) < 8:
+        raise ValueError(f"a judge needs images of one size, of at least 8 pixels, which {name or 'this set'} has not")
+    example = as_image(dataset.gather(torch.arange(1))[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Classifier(len(dataset.classes), example.shape[1])
+    network.key = f"{fingerprint(dataset)[:16]}-{steps}"
+    network.title = f"{network.width} features of a classifier of {name or 'the data set'}"
+    path = Path(folder) / f"{name or 'data'}-{network.key}.pt"
+    if path.exists():
+        try:
+            network.load_state_dict(runs.load_tensors(path))
+            return network.to(device).eval()
+        except (ValueError, RuntimeError) as error:
+            warnings.warn(f"{path} is damaged ({str(error).splitlines()[0][:100]}): it is trained anew", stacklevel=2)
+    train_judge(network.to(device), dataset, steps, f"training a classifier of {name} (once, kept in {path})")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write(path, lambda partial: torch.save(network.state_dict(), partial))
+    return network.eval()
+
+
+def train_judge(network, dataset, steps, title):
+    """AdamW with one cycle of the learning rate, `steps` steps of 128 images; a function of network, data and steps."""
+    device = next(network.parameters()).device
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, steps)
+    bar = tqdm(range(steps), desc=title, unit=" steps", delay=1)
+    for step in bar:
+        indices, flips = dataset.plan(step, 128, seed=0)
+        x = as_image(dataset.gather(indices, flips)[0]).to(device)
+        y = dataset.labels[indices.to(dataset.labels.device)].to(device)
+        loss = F.cross_entropy(network(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
