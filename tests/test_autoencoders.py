@@ -150,7 +150,7 @@ def test_eight_images_are_learned_by_heart():
         objective.loss(batch_of(x, step))["loss"].backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimiser.step()
-    mse = F.mse_loss(objective.decode(objective.encode(x)), x)
+    mse = F.mse_loss(objective.decode(objective.encode(x)), x).item()
     assert 10 * math.log10(4 / mse) > 35
 
 
@@ -346,7 +346,7 @@ def test_a_denoiser_on_latents_draws_images(here, capsys):  # noqa: F811
 
 @pytest.mark.slow
 def test_reconstruct(here, capsys):  # noqa: F811
-    call(train.train, *BARE, "--model", OURS["fsq-nano"], "--out", "tok")
+    call(train.train, *BARE, "--data", "shapes:size=12", "--model", OURS["fsq-nano"], "--out", "tok")
     call(evaluate.evaluate, "reconstruct", "tok", "--n", "50", "--device", "cpu")
     said = capsys.readouterr().out
     assert all(word in said for word in ("psnr", "ssim", "rfid", "usage", "bits a pixel"))
