@@ -861,8 +861,9 @@ class Reconstruction(nn.Module):
         yield torch.cat([x, self.decode(self.encode(x))], -2)
 
     def cost(self):
-        eps = torch.zeros(1, math.prod(self.network.grid), self.network.code_width) if self.kl_term else None
-        return count(self.network, torch.zeros(1, *self.image_shape), eps)
+        x = torch.zeros(1, *self.image_shape, device="meta")
+        eps = x.new_zeros(1, math.prod(self.network.grid), self.network.code_width) if self.kl_term else None
+        return count(self.network, x, eps)
 
 
 # ------------------------------------------------------------------------------------------------------------ registry

@@ -33,13 +33,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import metrics
 import runs
 from diffusion import SAMPLERS, create_process, guided
-from layers import TimestepEmbedder, count, pair
+from layers import Multiplications, TimestepEmbedder, count, pair
 
 # ------------------------------------------------------------------------------------------------------ what is hidden
 
@@ -950,7 +949,8 @@ class Codes(nn.Module):
             yield step.tokens.view(-1, *self.grid)
 
     def cost(self):
-        return count(self.network, torch.zeros(1, self.network.length, dtype=torch.int64), torch.zeros(1).long())
+        tokens = torch.zeros(1, self.network.length, dtype=torch.int64, device="meta")
+        return count(self.network, tokens, tokens[:, 0])
 
 
 class Continuous(nn.Module):
@@ -1042,9 +1042,10 @@ class Continuous(nn.Module):
         D, width = network.fake_latent.shape[1], network.diffusion_pos_embed_learned.shape[2]
         macs = 0
         for blocks, tokens, dim in ((network.encoder_blocks, N - hidden, D), (network.decoder_blocks, N, width)):
-            macs += len(blocks) * count(blocks[0], torch.zeros(1, network.buffer + tokens, dim))[1]
-        M = hidden * self.repeats
-        macs += count(network.head, torch.zeros(M, network.channels), torch.zeros(M), torch.zeros(M, width))[1]
+            x = torch.zeros(1, network.buffer + tokens, dim, device="meta")
+            macs += len(blocks) * count(blocks[0], x)[1]
+        z = torch.zeros(hidden * self.repeats, width, device="meta")
+        macs += count(network.head, z[:, :network.channels], z[:, 0], z)[1]
         return sum(p.numel() for p in self.parameters()), macs
 
 
@@ -1235,7 +1236,7 @@ def measured(run, judge, reference, n, seed, options):
 
     hook = run.objective.network.register_forward_pre_hook(tally, with_kwargs=True)
     decoder = run.objective.__dict__.pop("decoder", None)
-    with FlopCounterMode(display=False) as counter:
+    with Multiplications() as counter:
         for _ in run.images(1, seed, **options):
             pass
     hook.remove()
@@ -1249,5 +1250,5 @@ def measured(run, judge, reference, n, seed, options):
         p = judge.head(features).softmax(1)
     conditions = run.objective.conditions(n)
     right = p.amax(1) if conditions is None else (p.argmax(1) == conditions.to(p.device)).float()
-    return passes | {"macs": counter.get_total_flops() // 2, "seconds": seconds, "accuracy": right.mean().item(),
+    return passes | {"macs": counter.total, "seconds": seconds, "accuracy": right.mean().item(),
                      "frechet": metrics.frechet_distance(features, reference)}
