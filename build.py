@@ -458,8 +458,8 @@ def describe(config, dataset):
     name, options = choose_model(config["network"])
     config["codes"] = getattr(dataset, "codes", None)
     if name in models.MODELS and config["codes"]:
-        raise ValueError(f"--model {name} denoises latents, and --tokenizer {config['tokenizer']} makes codes: choose one "
-                         f"of {', '.join(masked.GENERATORS)}, or a tokenizer of latents")
+        raise ValueError(f"--model {name} denoises latents, and --tokenizer {config['tokenizer']} makes codes: choose "
+                         f"one of {', '.join(masked.GENERATORS)}, or a tokenizer of latents")
     if name in models.MODELS and len(sides) not in models.backbone(name).sides:
         able = [other for other in models.MODELS if len(sides) in models.backbone(other).sides]
         raise ValueError(f"--data {config['data']} holds {dataset.kind}, which {name} cannot draw: choose one of "
@@ -482,7 +482,7 @@ def open_tokenizer(path, device="cpu"):
         tokenizer = convert.load_tokenizer(place)
     else:
         tokenizer = open_run(path, device).objective
-    if not hasattr(tokenizer, "encode"):
+    if not hasattr(tokenizer, "decode"):
         raise ValueError(f"--tokenizer {path}: that is the run of no tokenizer; train one of "
                          f"{', '.join(autoencoders.TOKENIZERS)} first")
     return tokenizer.to(device).eval().requires_grad_(False)

@@ -1045,7 +1045,7 @@ class Continuous(nn.Module):
             x = torch.zeros(1, network.buffer + tokens, dim, device="meta")
             macs += len(blocks) * count(blocks[0], x)[1]
         z = torch.zeros(hidden * self.repeats, width, device="meta")
-        macs += count(network.head, z[:, :network.channels], z[:, 0], z)[1]
+        macs += count(network.head, z.new_zeros(len(z), network.channels), z[:, 0], z)[1]
         return sum(p.numel() for p in self.parameters()), macs
 
 

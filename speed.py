@@ -230,7 +230,7 @@ def prepared(text, macs, device, args):
               "num_classes": 10, "classes": [], "process": "flow", "prediction": "own", "weighting": "own",
               "density": "own", "label_drop": 0.1, "text": "npz", "codes": None}
     wanted = build.inspect.signature(build.kind_of(name)[name]).parameters
-    if "codes" in wanted and "in_channels" not in wanted:               # it takes codes alone: those of a usual tokenizer
+    if "codes" in wanted and "in_channels" not in wanted:               # it takes codes alone: as many as usual
         config["codes"] = 1024
     objective = build.build(config, device)
     objective.shape = getattr(objective, "shape", shape)
