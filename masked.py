@@ -1062,8 +1062,9 @@ def grid_of(image_size, codes, name):
 
 def maskgit(image_size, num_classes, codes, width=768, depth=24, num_heads=16, hidden=3072, dropout=0.1,
             label_drop=0.1):
-    """MaskGIT: Masked Generative Image Transformer, 2202.04200. label_drop: 0 for the paper's, which has no guidance.
-    """
+    """MaskGIT: Masked Generative Image Transformer, 2202.04200.
+
+    label_drop: 0 for the paper's, which has no guidance."""
     grid = grid_of(image_size, codes, "MaskGIT")
     network = MaskGIT(codes, num_classes, math.prod(grid), width, depth, num_heads, hidden, dropout, label_drop > 0)
     return Codes(network, grid, label_drop)
