@@ -746,7 +746,7 @@ class Reconstruction(nn.Module):
             self.discriminator = Discriminator(shape[1:], shape[0])
             for p in self.discriminator.parameters():
                 p.rate = 0.2                          # 2e-5 where the decoder has 1e-4, 2501.09755
-        self.register_buffer("examples", torch.full((8, *shape), 128, dtype=torch.uint8))
+        self.register_buffer("examples", torch.full((32, *shape), 128, dtype=torch.uint8))
         if self.codes:                                # steps since each code was last seen
             self.register_buffer("unseen", torch.full((self.codes,), 10**6))
 

@@ -37,7 +37,9 @@ from tqdm import tqdm
 
 import metrics
 import runs
-from diffusion import SAMPLERS, create_process, guided
+import samplers
+from diffusion import create_process
+from guidance import guided
 from layers import Multiplications, TimestepEmbedder, count, pair
 
 # ------------------------------------------------------------------------------------------------------ what is hidden
@@ -698,17 +700,15 @@ class HeadNoise:
         return start, lambda shape: temperature * take(self.number(next(calls)), places).flatten(0, 1)
 
 
-def draw_tokens(head, process, sampler, times, z, places, noise, scale=1.0, temperature=1.0):
-    """Tokens (B, n, C) from MAR's head: any process, any sampler on its times. z (B, n, D), or (2B, n, D) with guidance
-    by `scale`: below are those of no class. noise: a `HeadNoise`; temperature multiplies that of the steps."""
+def draw_tokens(head, process, z, places, noise, scale=1.0, temperature=1.0, **how):
+    """Tokens (B, n, C) from MAR's head: any process, any sampler. z (B, n, D), or (2B, n, D) with guidance by `scale`:
+    below are those of no class. noise: a `HeadNoise`; temperature multiplies that of the steps. how: see
+    `samplers.draw`."""
     start, step_noise = noise.at(places, temperature)
-    cond = denoise = process.denoiser(head, z[:len(places)].flatten(0, 1))
+    denoise = process.denoiser(head, z[:len(places)].flatten(0, 1))
     if len(z) > len(places):
-        denoise = guided(cond, process.denoiser(head, z[len(places):].flatten(0, 1)), scale)
-    if process.exploding:
-        start = start * process.sigma(times[:1]).item()
-    walk = sampler if callable(sampler) else SAMPLERS[sampler]
-    for x in walk(denoise, start, times, process, step_noise):  # noqa: B007
+        denoise = guided(denoise, process.denoiser(head, z[len(places):].flatten(0, 1)), scale)
+    for x in samplers.draw(process, denoise, start, noise=step_noise, **how):  # noqa: B007
         pass
     return x.unflatten(0, places.shape)
 
@@ -965,7 +965,7 @@ class Continuous(nn.Module):
         "guidance": "classifier-free guidance of the head, 1 for none",
         "guidance_schedule": "linear (from 1 up) or constant",
         "temperature": "multiplies the noise of the head's steps",
-        "sampler": "of the head", "head_steps": "its steps",
+        "sampler": "of the head", "grid": "of its times (none: the process's own)", "head_steps": "its steps",
         "recap": "u=1,full=12: after 12 full steps, one local step after each full one (ReCAP)",
         "recap_head": "the share of head_steps that the head takes in local steps",
         "cache_buffer": "local steps reuse the class tokens' keys and values too"}
@@ -976,8 +976,8 @@ class Continuous(nn.Module):
         self.label_drop, self.repeats, self.num_classes = label_drop, repeats, network.num_classes
         self.grid = shape[1] // patch_size, shape[2] // patch_size
         self.options = {"steps": 64, "schedule": "cosine", "guidance": 1.0, "guidance_schedule": "linear",
-                        "temperature": 1.0, "sampler": "ddpm", "head_steps": 100, "recap": "", "recap_head": 0.4,
-                        "cache_buffer": False} | options
+                        "temperature": 1.0, "sampler": "ddpm", "grid": None, "head_steps": 100, "recap": "",
+                        "recap_head": 0.4, "cache_buffer": False} | options
 
     def loss(self, batch):
         """batch: x (B, C, H, W), y labels (B,), step, noise -> {"loss": scalar, "mse": ...}."""
@@ -1018,12 +1018,11 @@ class Continuous(nn.Module):
         shares = [1 - max(m, 0 if o["recap"] else 1) / N for m in left]
         scales = [guidance_at(o["guidance"], share, o["guidance_schedule"]) for share in shares]
         numbers = HeadNoise(noise.normal, N, network.channels)
-        slow = process.times(o["head_steps"])
-        quick = process.times(max(1, round(o["recap_head"] * o["head_steps"])))
+        quick = max(1, round(o["recap_head"] * o["head_steps"]))
 
         def draw(z, places, step, fast):
-            return draw_tokens(network.head, process, o["sampler"], quick if fast else slow, z, places, numbers,
-                               scales[step], o["temperature"])
+            return draw_tokens(network.head, process, z, places, numbers, scales[step], o["temperature"],
+                               sampler=o["sampler"], steps=quick if fast else o["head_steps"], grid=o["grid"])
 
         y = torch.full((n,), network.num_classes, device=x.device) if y is None else y
         with torch.no_grad():
@@ -1116,7 +1115,7 @@ def published(arch, network):
         return Codes(network, (side, side), steps=20, choice=6.0)
     guidance = {768: 2.9, 1024: 3.0, 1280: 3.2}.get(network.fake_latent.shape[1], 3.0)
     process = create_process("cosine", learned_variance=True)
-    return Continuous(network, process, (network.channels, side, side), steps=256, guidance=guidance)
+    return Continuous(network, process, (network.channels, side, side), steps=256, guidance=guidance, grid="spaced")
 
 
 GENERATORS = {

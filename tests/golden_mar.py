@@ -8,6 +8,7 @@ from golden_masked import compare, grad_norms, watched
 import convert
 import diffusion
 import masked
+import samplers
 
 # ------------------------------------------------------------------------------------------------------------------ mar
 
@@ -61,9 +62,8 @@ def check_mar_head(case, model):
 
     def sample(denoise, rows):
         numbers = iter(i["steps"][:, :rows])
-        sampler = masked.SAMPLERS["ddpm"]
         noise = lambda shape: options["temperature"] * next(numbers)
-        return list(sampler(denoise, i["init"][:rows], times, process, noise))[-1]
+        return list(samplers.ddpm(denoise, i["init"][:rows], times, process, noise))[-1]
 
     apart = masked.guided(lambda x, _: c(x, t[:half]), lambda x, _: u(x, t[half:]), options["cfg"])     # own times each
     with torch.no_grad():
@@ -107,7 +107,8 @@ def check_mar_decode(case, model):
         noise, times = noises[fast]
         fasts.append(fast)
         written.scatter_(1, places, step)
-        return masked.draw_tokens(model.head, process, "ddpm", times, z, places, noise, scales[step], o["temperature"])
+        return masked.draw_tokens(model.head, process, z, places, noise, scales[step], o["temperature"], sampler="ddpm",
+                                  times=times)
 
     def record(module, args, kwargs, output):
         tokens, hidden, positions = args[0], args[1], args[3] if len(args) > 3 else None
