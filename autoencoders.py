@@ -1067,6 +1067,8 @@ def reconstruct_flags(p):
     p.add_argument("run", type=runs.Run, help="folder of a run of a tokenizer")
     p.add_argument("--n", type=int, default=1000, help="held-out images (default: %(default)s)")
     p.add_argument("--lpips", metavar="FEATURES,LINEAR", help="two files: the network's weights and those of LPIPS")
+    p.add_argument("--inception", metavar="FILE", help="weights of the FID's network; without them the Frechet distance "
+                   "is in the features of the data set's own classifier")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
 
 
@@ -1077,8 +1079,12 @@ def reconstruct(args):
         raise ValueError(f"{run.path} is a run of {run.config['network']}, which is no tokenizer")
     dataset = run.data("test")
     n, codes = min(args.n, len(dataset)), []
+    if n < 2:
+        raise ValueError(f"--n {args.n}: a distance needs at least 2 images")
     network = lpips = None
-    if dataset.classes:
+    if args.inception:
+        network = metrics.load_inception(args.inception, run.device)
+    elif dataset.classes:
         network = metrics.judge(run.data("train"), run.config["data"].partition(":")[0], device=run.device)
     if args.lpips:
         features, _, linear = args.lpips.partition(",")
@@ -1099,7 +1105,7 @@ def reconstruct(args):
     for name, value in result.items():
         print(f"{name:32}{value:12,.3f}")
     if network is not None:
-        print(f"(rfid: Frechet distance in the {network.title}, not Inception's)")
+        print(f"(rfid: Frechet distance of reconstructions and originals; {network.title})")
     print(f"originals over reconstructions: {run.folder / 'reconstruct.png'}")
 
 
