@@ -818,6 +818,8 @@ class Reconstruction(nn.Module):
                 raise ValueError(f"lpips={self.lpips}: give two files, that of the network and that of LPIPS, as "
                                  "lpips=(vgg16-397923af.pth,vgg.pth)")
             network = metrics.load_lpips("alex" if "alex" in linear else "vgg", features, linear)
+            if min(dataset.shape[-2:]) < network.least:
+                raise ValueError(f"lpips={self.lpips}: that network needs images of at least {network.least} pixels")
         elif dataset.classes:
             network = metrics.judge(dataset, device=self.examples.device)
         else:
@@ -1067,8 +1069,8 @@ def reconstruct_flags(p):
     p.add_argument("run", type=runs.Run, help="folder of a run of a tokenizer")
     p.add_argument("--n", type=int, default=1000, help="held-out images (default: %(default)s)")
     p.add_argument("--lpips", metavar="FEATURES,LINEAR", help="two files: the network's weights and those of LPIPS")
-    p.add_argument("--inception", metavar="FILE", help="weights of the FID's network; without them the Frechet distance "
-                   "is in the features of the data set's own classifier")
+    p.add_argument("--inception", metavar="FILE", help="weights of the FID's network; without them the Frechet "
+                   "distance is in the features of the data set's own classifier")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
 
 

@@ -501,6 +501,11 @@ def tokenized(config, dataset):
                          "NAME:size=")
     if (place := Path(path).expanduser()).is_dir() and (other := open_config(place)["data"].partition(":")[0]) != name:
         raise ValueError(f"--tokenizer {path} was trained on {other}, and --data is {name}: train one on that")
+    with torch.no_grad(), sentence(f"--tokenizer {path} cannot read {config['data']}"):
+        x, _ = dataset.gather(torch.arange(1))
+        if tokenizer.decode(tokenizer.encode(x)).shape != x.shape:
+            raise ValueError(f"--tokenizer {path} gives back images of another size than {config['data']} holds: it "
+                             "halves their sides several times, so they must be multiples of a power of two")
     root = Path(config["data_dir"]).expanduser().resolve()
     folder = root.with_name(f"{root.name}-latents")
     latents = autoencoders.latents_of(dataset, tokenizer, folder, name, config.get("latent_scale"))

@@ -351,3 +351,22 @@ def test_reconstruct(here, capsys):  # noqa: F811
     said = capsys.readouterr().out
     assert all(word in said for word in ("psnr", "ssim", "rfid", "usage", "bits a pixel"))
     assert Path("tok/reconstruct.png").exists()
+
+
+def test_a_published_vqgan_is_a_tokenizer(here, capsys):  # noqa: F811
+    """The converted file: read off its shapes, works on [0, 1] inside, refuses sides that it cannot halve."""
+    torch.manual_seed(0)
+    network = autoencoders.VQGAN(3, 32, (1, 1, 2), 1, 8, 64)
+    torch.save(network.state_dict(), "vqgan.bin")
+    opened = build.open_tokenizer("vqgan.bin")
+    x = torch.rand(2, 3, 8, 8) * 2 - 1
+    codes = opened.encode(x)
+    assert torch.equal(codes, network.eval().encode((x + 1) / 2)) and codes.shape == (2, 2, 2)
+    torch.testing.assert_close(opened.decode(codes), network.decode(codes) * 2 - 1)
+    model = ["--model", "maskgit-nano:width=32,depth=1,hidden=64", "--tokenizer", "vqgan.bin"]
+    call(train.train, *BARE, *model, "--out", "run")
+    assert build.open_config("run")["codes"] == 64
+    assert "images of another size" in refused(capsys, train.train, *BARE, *model, "--data", "shapes:size=10", "--out",
+                                               "x")
+    Path("junk.bin").write_bytes(b"no weights")
+    assert "junk.bin" in refused(capsys, train.train, *BARE, *model[:3], "junk.bin", "--out", "x")
