@@ -1129,7 +1129,7 @@ GENERATORS = {
     "mar-b": mar,
     "mar-l": partial(mar, width=1024, depth=16, num_heads=16, head_depth=8, head_width=1280),
     "mar-h": partial(mar, width=1280, depth=20, num_heads=16, head_depth=12, head_width=1536),
-    "mar-nano": partial(mar, width=128, depth=3, num_heads=4, buffer=8, head_depth=3, head_width=256, dropout=0.0,
+    "mar-nano": partial(mar, width=128, depth=3, num_heads=4, buffer=8, head_depth=3, head_width=128, dropout=0.0,
                         head_steps=25, steps=16),
 }
 
