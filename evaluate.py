@@ -16,9 +16,11 @@ import sys
 
 import torch
 
+import autoencoders
 import build
 import diffusion
 import distance
+import masked
 import moe
 import scores
 import speed
@@ -34,6 +36,9 @@ COMMANDS = {
     "stitch": (scores.stitch_flags, scores.stitch),
     "likelihood": (diffusion.likelihood_flags, diffusion.likelihood),
     "experts": (moe.experts_flags, moe.experts),
+    "reconstruct": (autoencoders.reconstruct_flags, autoencoders.reconstruct),
+    "probe": (masked.probe_flags, masked.probe),
+    "reuse": (masked.reuse_flags, masked.reuse),
     "speed": (speed.speed_flags, speed.speed),
     "pack": (speed.pack_flags, speed.pack),
 }
