@@ -14,6 +14,7 @@ import sys
 
 import build
 import diffusion
+import guides
 import moe
 import scores
 import speed
@@ -28,6 +29,7 @@ COMMANDS = {
     "stitch": (scores.stitch_flags, scores.stitch),
     "likelihood": (diffusion.likelihood_flags, diffusion.likelihood),
     "experts": (moe.experts_flags, moe.experts),
+    "guides": (guides.guides_flags, guides.guides),
     "speed": (speed.speed_flags, speed.speed),
     "pack": (speed.pack_flags, speed.pack),
 }

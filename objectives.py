@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import GUIDANCE, SAMPLERS, Discrete, choose, clipped, ddim_inversion, guided
+from guides import asked, classifier_guided, gradient_of, guided_ddpm
 from layers import Text, canvas
 from models import Stitched, cost, patch_grid, stitch_steps
 from moe import balanced
@@ -94,13 +95,14 @@ def power_cosine(scale, share, power):
 
 def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
              clip=True, noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
-             weak=None, power=None, **options) -> Iterator[torch.Tensor]:
+             weak=None, power=None, guide=None, guide_scale=1.0, **options) -> Iterator[torch.Tensor]:
     """Sample: yields the images after each step, starting from standard normal x (B, C, H, W), without gradients.
 
     y, null: the condition and the null condition that guidance moves away from (both as the model takes them); rule:
     how, a name in `GUIDANCE`; interval: only at those times; power: falling by `power_cosine`; weak: another objective
     to move away from instead of the null condition (autoguidance, 2406.02507). grid, last: see `Process.times`. clip:
-    keep x0 in [-1, 1] (pixels), quantile: by dynamic thresholding. options go to the sampler.
+    keep x0 in [-1, 1] (pixels), quantile: by dynamic thresholding. guide: log p(y | x_t) of (x_t, t), whose gradient
+    times guide_scale guides too, after clipping (`guides`). options go to the sampler.
     """
     draw = sampler if callable(sampler) else choose(SAMPLERS, sampler, "sampler")
     make = rule if callable(rule) else choose(GUIDANCE, rule, "guidance")
@@ -115,6 +117,12 @@ def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30,
             denoise = lambda xt, t: scaled(power_cosine(guidance, share(t), power))(xt, t)
     if clip:
         denoise = clipped(denoise, process, quantile=quantile)
+    if guide is not None and guide_scale != 0:
+        gradient = gradient_of(guide, guide_scale)
+        if getattr(draw, "func", draw) is SAMPLERS["ddpm"]:
+            draw = partial(guided_ddpm, gradient=gradient, **getattr(draw, "keywords", {}))
+        else:
+            denoise = classifier_guided(denoise, gradient, process)
     times = process.times(steps, grid, last)
     if process.exploding and draw is not ddim_inversion:
         x = x * process.sigma(times[:1]).item()
@@ -136,7 +144,8 @@ class Diffusion(nn.Module):
 
     options = {"sampler": "dpmpp-2m", "steps": 20, "grid": None, "guidance": 1.0, "guidance_rule": "cfg",
                "guidance_power": None, "guide_channels": None, "interval": None, "weak": Run(""), "clip": True,
-               "threshold": None, "size": None, "rope": None, "shift": None}
+               "threshold": None, "guide": Run(""), "guide_scale": 7.5, "guide_image": "", "size": None, "rope": None,
+               "shift": None}
     options_help = {
         "steps": "sampling steps", "grid": "of sampling times (none: the process's own)",
         "guidance": "classifier-free guidance, 1 for none", "guidance_rule": "how it is applied",
@@ -146,6 +155,8 @@ class Diffusion(nn.Module):
         "weak": "a run (smaller, or less trained) to guide away from instead of the null condition (autoguidance)",
         "clip": "keep the clean image in [-1, 1]",
         "threshold": "dynamic thresholding: clip at this quantile of |x0|, for example 0.995, and rescale",
+        "guide": "a run of a classifier, or of ppap, whose gradients guide (2105.05233); --classes are then its classes",
+        "guide_scale": "of its gradients", "guide_image": "a picture: draw what the guide sees in it",
         "size": "HxW (clips: FxHxW, sounds: T): another size than that of training, if the model can",
         "rope": "rotary frequencies for sizes beyond training: FiT: see layers.ROPE; Flag-DiT: FlagDiT.ropes",
         "shift": "multiplies sigma/alpha of every time: above 1 for larger images, which need more steps at noise"}
@@ -210,14 +221,21 @@ class Diffusion(nn.Module):
         return torch.arange(n) % self.num_classes if self.num_classes else None
 
     def trajectory(self, noise, conditions, size=None, rope=None, shift=None, **options) -> Iterator[torch.Tensor]:
-        """Images (n, C, H, W) after each sampling step, from an `ImageNoise` and conditions; see `options`."""
+        """Images (n, C, H, W) after each sampling step, from an `ImageNoise` and conditions; see `options`. With a
+        guide, conditions are the guide's too; a model that knows none is told none."""
         extrapolate(self, size, rope, shift)
-        y, null = self.told(conditions)
+        options = self.asking(conditions, **options)
+        y, null = self.told(conditions if self.conditional else None)
         yield from self.generated(noise((len(noise), *self.shape)), y, null, noise, **options)
+
+    def asking(self, conditions, guide=None, guide_image="", **options):
+        """The options with a guide's log p(y | x_t) in the place of the guide."""
+        return options | {"guide": asked(guide, self, conditions, guide_image)} if guide else options
 
     def generated(self, x, y, null, noise, **options):
         """`generate` with this objective's names of its options."""
-        options = {key: value for key, value in (self.options | options).items() if key not in EXTRAPOLATE}
+        options = {key: value for key, value in (self.options | {"guide": None} | options).items()
+                   if key not in ("guide_image", *EXTRAPOLATE)}
         power, quantile = options.pop("guidance_power"), options.pop("threshold")
         rule, weak = options.pop("guidance_rule"), options.pop("weak") or None
         yield from generate(self.process, self.model, x, y, null, noise=noise, rule=rule, weak=weak, power=power,
@@ -330,8 +348,9 @@ class Stitch(Diffusion):
             progress = torch.cat([told.new_tensor([-math.inf]), 1 - told / self.model.T, told.new_tensor([math.inf])])
             ends = torch.stack([(plan <= j).sum() for j in range(len(self.fractions))])
             self.model.cumulative = (progress[ends] + progress[ends + 1]).float() / 2    # half-way to the next step
+        options = self.asking(conditions, **options)
         y, null = None, None
-        if conditions is not None:                     # each model's own null label or captions
+        if conditions is not None and self.conditional:          # each model's own null label or captions
             y, null = zip(*(run.told(conditions) for run in self.runs))
         yield from self.generated(noise((len(noise), *self.shape)), y, null, noise, **options)
 

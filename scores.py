@@ -46,11 +46,13 @@ def real_batches(dataset, rows):
     return (dataset.gather(some)[0] for some in rows.split(256))
 
 
-def class_conditions(run, n):
-    """n labels in turn; ValueError for a run without classes."""
-    if not run.config["num_classes"]:
-        raise ValueError(f"{run.path} is unconditional: class accuracy needs a run with classes")
-    return torch.arange(n) % run.config["num_classes"]
+def class_conditions(run, n, draw):
+    """n labels in turn, of the run's classes or of its guide's; ValueError for a run without classes."""
+    guide = draw.get("guide")
+    count = (build.open_config(guide) if guide else run.config)["num_classes"]
+    if not count:
+        raise ValueError(f"{run.path} is unconditional: class accuracy needs a run with classes, or --guide RUN")
+    return torch.arange(n) % count
 
 
 def score_flags(p):
@@ -61,7 +63,7 @@ def score_flags(p):
 
 def score(args):
     """Class accuracy and Frechet distance of a run's samples, beside real images."""
-    run, labels = args.run, class_conditions(args.run, args.n)
+    run, labels = args.run, class_conditions(args.run, args.n, args.draw)
     network = judge_of(run, args.classifier_steps)
     # Real images that no training has seen: one half is the reference, the other the ceiling.
     held_out = run.data("test")
