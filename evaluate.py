@@ -14,6 +14,7 @@ import sys
 
 import build
 import diffusion
+import diffusion_classifier
 import guides
 import moe
 import scores
@@ -29,6 +30,8 @@ COMMANDS = {
     "stitch": (scores.stitch_flags, scores.stitch),
     "likelihood": (diffusion.likelihood_flags, diffusion.likelihood),
     "experts": (moe.experts_flags, moe.experts),
+    "classify": (diffusion_classifier.classify_flags, diffusion_classifier.classify),
+    "swaps": (diffusion_classifier.swaps_flags, diffusion_classifier.swaps),
     "guides": (guides.guides_flags, guides.guides),
     "speed": (speed.speed_flags, speed.speed),
     "pack": (speed.pack_flags, speed.pack),

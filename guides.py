@@ -505,7 +505,7 @@ def times_between(process, low, high, u):
         return told.floor()
     if isinstance(process, EDM):
         return process.t_first * (process.t_noisy / process.t_first) ** (told / T)
-    return process.t_first + (process.t_noisy - process.t_first) * told / T
+    return (told / process.network_time(torch.ones(()))).clamp(process.t_first, process.t_noisy)
 
 
 def same_noise(a, b):
