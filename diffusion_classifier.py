@@ -165,17 +165,17 @@ def error_of(process, d, x0, eps, xt, t, loss, measure):
 
 
 @torch.no_grad()
-def errors(process, model, x0, conditions, t, eps, loss="l2", measure="own", batch=256):
+def errors(process, denoiser, x0, conditions, t, eps, loss="l2", measure="own", batch=256):
     """The error of each of K conditions on each of S slots, (K, S), float32: the condition alone, without guidance.
 
-    x0 (1, C, H, W); conditions: K labels (K,), or a Text of K captions; t (S,) times of the process; eps (S, C, H, W).
+    denoiser: of a condition, as `objectives.Diffusion.denoiser`. x0 (1, C, H, W); conditions: K labels (K,), or a Text of K captions; t (S,) times of the process; eps (S, C, H, W).
     x_t is made once a slot; the network is called on `batch` pairs of a condition and a slot at once."""
     x0 = x0.expand_as(eps)
     xt, S = process.noised(x0, eps, t), len(t)
     found = []
     for pairs in torch.arange(len(conditions) * S, device=eps.device).split(batch):
         k, s = pairs // S, pairs % S
-        d = process.denoiser(model, conditions[k])(xt[s], t[s])
+        d = denoiser(conditions[k])(xt[s], t[s])
         found.append(error_of(process, d, x0[s], eps[s], xt[s], t[s], loss, measure).float())
     return torch.cat(found).view(len(conditions), S)
 
@@ -370,7 +370,7 @@ def settings_of(args, run):
 def slot_errors(args, run, conditions, x):
     """error(candidates, times, slots) of `prune` for one image x (1, C, H, W). A slot's noise is a function of the seed
     and its number: the same for all images and candidates, but with --unpaired."""
-    process, model, device = run.objective.process, run.objective.model, x.device
+    process, denoiser, device = run.objective.process, run.objective.denoiser, x.device
 
     def on(stream, chosen, grid, slots):
         noise = objectives.ImageNoise(args.seed, [stream * 10**6 + s for s in slots.tolist()], device)
@@ -379,7 +379,7 @@ def slot_errors(args, run, conditions, x):
             grid = (noise.uniform() * T).floor()
         t = slot_times(process, grid.to(device), *args.times)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            return errors(process, model, x, conditions[chosen.to(device)], t, eps, args.loss, args.measure, args.batch)
+            return errors(process, denoiser, x, conditions[chosen.to(device)], t, eps, args.loss, args.measure, args.batch)
 
     def error(chosen, grid, slots):
         if args.unpaired:
@@ -569,7 +569,7 @@ def swaps(args):
             with torch.no_grad():
                 tokens = data.byte_tokens([held_out.captions[i] for i in pair], objective.model.text_length)
                 conditions = objective.encode(tokens.to(run.device))
-            found = [errors(process, objective.model, image[None], conditions, t, eps, batch=args.batch).mean(1)
+            found = [errors(process, objective.denoiser, image[None], conditions, t, eps, batch=args.batch).mean(1)
                      for image in x]
             right.append([bool(found[0][0] < found[0][1]), bool(found[1][1] < found[1][0])])
         images, both = statistics.fmean(map(statistics.fmean, right)), statistics.fmean(map(all, right))

@@ -29,8 +29,7 @@ from tqdm import tqdm
 import data
 import runs
 from diffusion import EDM, Discrete, batch_time, expand
-from layers import Attention, Mlp, PatchEmbed, pair, patch_grid, timestep_embedding, zeroed
-from models import cost
+from layers import Attention, Mlp, PatchEmbed, count, pair, patch_grid, timestep_embedding, zeroed
 from runs import Run
 
 T = 1000                                             # what a network is told of the time runs from 0 (clean) to here
@@ -611,7 +610,7 @@ class Guide(nn.Module):
 
     def cost(self):
         """(parameters, multiply-accumulates of one image)."""
-        return cost(self.model, self.shape)
+        return count(self.model, torch.empty(1, *self.shape, device="meta"), torch.empty(1, device="meta"))
 
     def load_published(self, state, path):
         """Put weights under their published names into the network; a head of other classes stays fresh. ValueError if
@@ -894,7 +893,7 @@ class PPAP(Guide):
 
     def cost(self):
         """(parameters of all experts, multiply-accumulates of the one that an image sees)."""
-        return sum(p.numel() for p in self.parameters()), cost(self.teacher.model, self.shape)[1]
+        return sum(p.numel() for p in self.parameters()), self.teacher.cost()[1]
 
 
 # ------------------------------------------------------------------------------------------------------------- registry

@@ -40,10 +40,10 @@ def check_errors(case):
     c, x0, noise = case.config, case.inputs["x0"], case.inputs["noise"]
     model = convert.load_official("dit", c["dit"], case.state_dict).eval()
     process = diffusion.Discrete(diffusion.linear_betas(), learned_variance=c["dit"]["learn_sigma"])
-    K = c["dit"]["num_classes"]
+    K, denoiser = c["dit"]["num_classes"], lambda y: process.denoiser(model, y)
 
     def errors(classes, t, eps, loss):
-        return dc.errors(process, model, x0, classes, t.float(), eps, loss, "eps", batch=7)
+        return dc.errors(process, denoiser, x0, classes, t.float(), eps, loss, "eps", batch=7)
 
     every, trials = torch.arange(K), c["n_trials"]
     grid = torch.arange(c["t_interval"] // 2, 1000, c["t_interval"]).repeat_interleave(trials)

@@ -90,8 +90,8 @@ def check_guidance(case):
 
     gradient, x = guides.gradient_of(log_prob, c["scale"]), i["x"]
     network = Net(case.state_dict)
-    plain = process.denoiser(network)
-    plain = diffusion.clipped(plain, process) if c["clip"] else plain
+    free = process.denoiser(network)
+    plain = diffusion.clipped(free, process) if c["clip"] else free
     guided = guides.classifier_guided(plain, gradient, process)
     ours = {}
     with torch.no_grad():
@@ -110,7 +110,7 @@ def check_guidance(case):
                                                                          eta=c["eta"]))}
         used.clear()
         process.times = lambda *_: torch.tensor(times[::-1], dtype=torch.float64)
-        chain = list(generate(process, network, x, sampler="ddim", clip=c["clip"], noise=fixed(i["noise"]), guide=log_prob,
+        chain = list(generate(process, lambda y: free, x, sampler="ddim", clip=c["clip"], noise=fixed(i["noise"]), guide=log_prob,
                               guide_scale=c["scale"], eta=c["eta"]))
     ours |= {"ddim_first": chain[0], "ddim_final": chain[-1], "used_t": [t for t, _ in used],
              "used_expert": [k for _, k in used]}
