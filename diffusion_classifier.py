@@ -112,7 +112,7 @@ def posterior(mean, numbers):
 # -------------------------------------------------------------------------------------------------------------- errors
 
 LOSSES = ("l2", "l1", "huber", "vlb", "nll", "l2+vlb")
-MEASURES = ("own", "eps", "x0")
+MEASURES = ("own", "eps", "x0", "relative")
 
 
 def slot_times(process, grid, low=0, high=T):
@@ -146,13 +146,13 @@ def bound_terms(process, d, x0, xt, t):
 def error_of(process, d, x0, eps, xt, t, loss, measure):
     """The error (B,) of a denoiser's answer d, a mean over channels and pixels.
 
-    measure: of which difference. "own": of what the network predicts, weighed as in training (that is: the training
-    loss; of a published chain, eps), "eps", or "x0"; at one t they differ by a factor, so what changes is the weight of
-    the times."""
+    measure: of which difference. "own" (and "relative"): of what the network predicts, weighed as in training (that is:
+    the training loss; of a published chain, eps), "eps", or "x0"; at one t they differ by a factor, so what changes is
+    the weight of the times."""
     if loss in ("vlb", "nll", "l2+vlb"):
         kl, nll = bound_terms(process, d, x0, xt, t)
         return nll if loss == "nll" else kl if loss == "vlb" else kl + (eps - d.eps).square().flatten(1).mean(1)
-    if measure == "own":
+    if measure in ("own", "relative"):
         root = expand(process.weight(t).to(torch.float32).sqrt(), x0)
         difference = process.target(x0 - d.x0, eps - d.eps, t) * root
     else:
@@ -167,17 +167,19 @@ def error_of(process, d, x0, eps, xt, t, loss, measure):
 @torch.no_grad()
 def errors(process, denoiser, x0, conditions, t, eps, loss="l2", measure="own", batch=256):
     """The error of each of K conditions on each of S slots, (K, S), float32: the condition alone, without guidance.
+    measure "relative": over the slot's mean, so that each counts alike; for others see `error_of`.
 
     denoiser: of a condition, as `objectives.Diffusion.denoiser`. x0 (1, C, H, W); conditions: K labels (K,), or a Text of K captions; t (S,) times of the process; eps (S, C, H, W).
     x_t is made once a slot; the network is called on `batch` pairs of a condition and a slot at once."""
     x0 = x0.expand_as(eps)
     xt, S = process.noised(x0, eps, t), len(t)
-    found = []
+    found = []                                       # x_t and eps of a slot are the same for all conditions
     for pairs in torch.arange(len(conditions) * S, device=eps.device).split(batch):
         k, s = pairs // S, pairs % S
         d = denoiser(conditions[k])(xt[s], t[s])
         found.append(error_of(process, d, x0[s], eps[s], xt[s], t[s], loss, measure).float())
-    return torch.cat(found).view(len(conditions), S)
+    found = torch.cat(found).view(len(conditions), S)
+    return found / found.mean(0) if measure == "relative" else found
 
 
 # ---------------------------------------------------------------------------------------------------- images to classify
@@ -318,7 +320,7 @@ def classify_flags(p):
     p.add_argument("--trials", type=build.positive, default=1, help="noises at each time (default: %(default)s)")
     p.add_argument("--loss", choices=LOSSES, default="l2", help="default: %(default)s")
     p.add_argument("--measure", choices=MEASURES, default="own", help="error of what the run predicts, as weighed in its "
-                   "training, of the noise, or of the image (default: %(default)s)")
+                   "training, of the noise, of the image, or the first over its mean at each time (default: %(default)s)")
     p.add_argument("--times", type=build.numbers(2, 0, T), default=[0, T], metavar="LOW,HIGH",
                    help="only such times, as networks are told them, 0 to 1000 (default: all)")
     p.add_argument("--unpaired", action="store_true", help="other times and noises for each class, to see what pairing "
@@ -414,7 +416,7 @@ def verdict_row(args, error, count, classes):
         slots = whole.times.argsort(stable=True)
         even = {n: slots[torch.arange(n) * len(slots) // n + len(slots) // n // 2] for n in COUNTS if n <= len(slots)}
         row |= {"pruned_evaluations": verdict.evaluations, "full_class": whole.winner % classes,
-                "by_count": {n: int(whole.errors[:, some].mean(1).argmin()) % classes for n, some in even.items()}}
+                "by_count": {str(n): int(whole.errors[:, some].mean(1).argmin()) % classes for n, some in even.items()}}
     return row
 
 
