@@ -31,6 +31,7 @@ import runs
 from diffusion import EDM, Discrete, batch_time, expand
 from layers import Attention, Mlp, PatchEmbed, count, pair, patch_grid, timestep_embedding, zeroed
 from runs import Run
+from samplers import SAMPLERS
 
 T = 1000                                             # what a network is told of the time runs from 0 (clean) to here
 
@@ -93,7 +94,7 @@ def reverse_step(process, d, xt, t, s, before=None, variance="small"):
     return mean, beta if beta_tilde else floor
 
 
-def guided_ddpm(denoise, x, times, process, noise, gradient, variance="small"):
+def guided_ddpm(denoise, x, times, process, noise, memory=None, *, gradient, variance="small"):
     """Ancestral sampling, 2105.05233, algorithm 1: a sampler whose every step has its mean moved by its variance
     (see `reverse_step`; that without guidance) times gradient(x_t, t). x0 is clipped within `denoise`. No noise in the
     last step."""
@@ -105,6 +106,15 @@ def guided_ddpm(denoise, x, times, process, noise, gradient, variance="small"):
             x = x + v**0.5 * noise(x.shape)
         yield x
         before = t, s
+
+
+def with_gradient(denoise, sampler, log_prob, scale, process):
+    """(denoiser, sampler) under classifier guidance: the ancestral sampler in its own form, any other with a guided
+    denoiser. sampler: a name, or an entry of `SAMPLERS` with its options bound."""
+    gradient = gradient_of(log_prob, scale)
+    if getattr(sampler, "func", sampler) in ("ddpm", SAMPLERS["ddpm"]):
+        return denoise, partial(guided_ddpm, gradient=gradient, **getattr(sampler, "keywords", {}))
+    return classifier_guided(denoise, gradient, process), sampler
 
 
 # ------------------------------------------------------------------------------------------- ADM's classifier of noise

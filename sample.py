@@ -131,7 +131,7 @@ def choose_conditions(args, opened, options):
     if args.prompt and not text:
         raise ValueError(f"--prompt {args.prompt[0]}: this model reads no text")
     guide = options.get("guide")
-    num_classes = guide.num_classes if guide else objective.num_classes
+    num_classes = getattr(guide or objective, "num_classes", 0)
     if args.classes and (text or not num_classes or getattr(guide, "dense", False)):
         raise ValueError(f"--classes {args.classes}: this model knows no classes")
     if args.prompt:

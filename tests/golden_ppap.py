@@ -7,7 +7,8 @@ from torch import nn
 
 import diffusion
 import guides
-from objectives import generate
+from guidance import clipped
+from samplers import SAMPLERS
 
 
 def check_classifier(case):
@@ -89,9 +90,8 @@ def check_guidance(case):
         return -guides.Classes().error(experts(x, process.network_time(t).float()), i["y"])
 
     gradient, x = guides.gradient_of(log_prob, c["scale"]), i["x"]
-    network = Net(case.state_dict)
-    free = process.denoiser(network)
-    plain = diffusion.clipped(free, process) if c["clip"] else free
+    free = process.denoiser(Net(case.state_dict))
+    plain = clipped(free, process) if c["clip"] else free
     guided = guides.classifier_guided(plain, gradient, process)
     ours = {}
     with torch.no_grad():
@@ -102,16 +102,16 @@ def check_guidance(case):
             g = gradient(x, torch.full((len(x),), t))
             pair = torch.tensor([t, s], dtype=torch.float64)
             down = torch.tensor([t, s, s - 1], dtype=torch.float64)          # not its last step: with noise
-            sampled = next(guides.guided_ddpm(plain, x, down, process, fixed(i["noise"]), gradient, "large"))
+            sampled = next(guides.guided_ddpm(plain, x, down, process, fixed(i["noise"]), gradient=gradient,
+                                              variance="large"))
             ours |= {f"mean_{k}": mean, f"variance_{k}": torch.as_tensor(variance).expand_as(mean),
                      f"gradient_{k}": g, f"guided_xstart_{k}": guided(x, t).x0, f"guided_mean_{k}": mean + variance * g,
                      f"p_sample_{k}": sampled if step else mean + variance * g,
-                     f"ddim_sample_{k}": next(diffusion.SAMPLERS["ddim"](guided, x, pair, process, fixed(i["noise"]),
+                     f"ddim_sample_{k}": next(SAMPLERS["ddim"](guided, x, pair, process, fixed(i["noise"]),
                                                                          eta=c["eta"]))}
         used.clear()
-        process.times = lambda *_: torch.tensor(times[::-1], dtype=torch.float64)
-        chain = list(generate(process, lambda y: free, x, sampler="ddim", clip=c["clip"], noise=fixed(i["noise"]), guide=log_prob,
-                              guide_scale=c["scale"], eta=c["eta"]))
+        down = torch.tensor(times[::-1], dtype=torch.float64)
+        chain = list(SAMPLERS["ddim"](guided, x, down, process, fixed(i["noise"]), eta=c["eta"]))
     ours |= {"ddim_first": chain[0], "ddim_final": chain[-1], "used_t": [t for t, _ in used],
              "used_expert": [k for _, k in used]}
     for name, value in case.outputs.items():

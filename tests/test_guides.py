@@ -2,6 +2,7 @@
 commands that train and use them."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -15,9 +16,11 @@ import data
 import diffusion
 import evaluate
 import guides
+import layers
 import objectives
 import runs
 import sample
+import samplers
 import train
 
 # ------------------------------------------------------------------------------------- two Gaussians, all in closed form
@@ -46,6 +49,15 @@ def inputs_undone(process, net):
     return net
 
 
+def drawn_by(process, net, x, sampler, steps, noise, guide=None, guide_scale=1.0, **more):
+    """The steps of a sampler, as an objective draws under a guide."""
+    objective = objectives.Diffusion(layers.Backbone(), process, x.shape[1:])
+    objective.denoiser = lambda y: process.denoiser(net, y)
+    sampler = functools.partial(samplers.SAMPLERS[sampler], **more) if more else sampler
+    return objective.generated(x, None, None, noise, guide=guide, guide_scale=guide_scale, sampler=sampler, steps=steps,
+                               clip=False)
+
+
 CASES = [("linear", {}, "ddpm", 250, {}), ("linear", {}, "ddim", 100, {}), ("linear", {}, "ddim", 250, {"eta": 1.0}),
          ("cosine", {"prediction": "v"}, "dpmpp-2m", 60, {}), ("flow", {}, "euler", 100, {}), ("flow", {}, "heun", 60, {}),
          ("edm", {}, "heun", 60, {}), ("vp", {}, "euler", 200, {}), ("gvp", {}, "dpmpp-2m", 60, {})]
@@ -61,7 +73,7 @@ def test_exact_guidance_draws_the_class(name, options, sampler, steps, more):
     generator = torch.Generator().manual_seed(1)
     noise = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)
     for y in (1, 0):
-        *_, drawn = objectives.generate(process, lambda y: process.denoiser(net, y), x, sampler=sampler, steps=steps, clip=False, noise=noise,
+        *_, drawn = drawn_by(process, net, x, sampler=sampler, steps=steps, noise=noise,
                                         guide=lambda xt, t, y=y: log_prob(xt, t, y), guide_scale=1.0, **more)
         target = CENTRE if y else -CENTRE
         error = (drawn.mean(0) - target).abs().max()
@@ -92,7 +104,7 @@ def test_the_guided_score(name):
         d = guides.classifier_guided(plain, guides.gradient_of(log_prob, 9.0), process)(x, 1.0)
         assert torch.equal(d.x0, plain(x, 1.0).x0) and d.eps.isfinite().all()
     for sampler in ("ddpm", "ddim"):
-        draws = [list(objectives.generate(process, lambda y: process.denoiser(net, y), x, sampler=sampler, steps=4, noise=lambda s: torch.ones(s), guide=g,
+        draws = [list(drawn_by(process, net, x, sampler=sampler, steps=4, noise=lambda s: torch.ones(s), guide=g,
                                           guide_scale=0.0)) for g in (None, log_prob)]
         assert all(torch.equal(a, b) for a, b in zip(*draws))
 
@@ -102,14 +114,14 @@ def test_ancestral_guidance_moves_the_mean_by_its_variance():
     the last step with beta~ of the step before where log beta~ = -inf would stand."""
     process = diffusion.create_process("linear", learned_variance=True)
     denoise = lambda x, t: diffusion.Denoised(0.3 * x, 0.5 * x, torch.full_like(x, 0.25))
-    times = process.times(5)
+    times = samplers.times_of(process, 5)
     gradient = lambda x, t: torch.full_like(x, 2.0)
     x = torch.ones(1, 1, 1, 2, dtype=torch.float64)
     zeros = lambda shape: torch.zeros(shape)
     bars = process.alpha_bar.double()
     previous, beta_tilde = None, None
     for (t, s), drawn in zip(zip(times.tolist(), times[1:].tolist()),
-                             guides.guided_ddpm(denoise, x, times, process, zeros, gradient)):
+                             guides.guided_ddpm(denoise, x, times, process, zeros, gradient=gradient)):
         a_t, a_s = bars[int(t) + 1], bars[int(s) + 1]
         beta = 1 - a_t / a_s
         small = beta * (1 - a_s) / (1 - a_t)
@@ -120,7 +132,7 @@ def test_ancestral_guidance_moves_the_mean_by_its_variance():
         torch.testing.assert_close(drawn, mean + 2.0 * variance, rtol=1e-9, atol=1e-12)
         previous = drawn
     bare = lambda x, t: diffusion.Denoised(0.3 * x, 0.5 * x)
-    small, large = (list(guides.guided_ddpm(bare, x, times, process, zeros, gradient, v)) for v in ("small", "large"))
+    small, large = (list(guides.guided_ddpm(bare, x, times, process, zeros, gradient=gradient, variance=v)) for v in ("small", "large"))
     assert not torch.allclose(small[-1], large[-1])
 
 
@@ -233,7 +245,7 @@ def test_each_sample_is_served_by_the_expert_of_its_time(N):
         edges = [int(k * 1000 / N) for k in range(N + 1)]
         official = next(k for k in range(N) if edges[k] <= value <= edges[k + 1])
         assert experts.choose(t)[i] == official
-    chain = diffusion.create_process("linear").times(25)[:-1]
+    chain = samplers.times_of(diffusion.create_process("linear"), 25)[:-1]
     assert set(experts.choose(chain).tolist()) == set(range(N))
 
 
