@@ -55,6 +55,29 @@ def class_conditions(run, n, draw):
     return torch.arange(n) % count
 
 
+class Scorer:
+    """Measures during training: scorer(objective, options) -> {"frechet", "class_accuracy"} of what it draws, by a
+    judge of the data set and held-out real images."""
+
+    def __init__(self, config, dataset, device):
+        if not dataset.classes or dataset.budget:
+            raise ValueError("--score-every needs a data set with classes and images of one size, for its judge")
+        self.config = config
+        self.judge = metrics.judge(dataset, config["data"].partition(":")[0], device=device)
+        held_out = build.load_data(config, "test", device, flip=False)
+        self.reference, _ = self.judge.read(real_batches(held_out, torch.arange(len(held_out))))
+
+    def __call__(self, objective, options):
+        n, device = self.config["score_n"], next(objective.parameters()).device
+        conditions = objective.conditions(n)
+        drawn = build.draw(objective, n, self.config["seed"], 64, conditions, device, **options)
+        features, classes = self.judge.read(drawn)
+        result = {"frechet": metrics.frechet_distance(features, self.reference)}
+        if isinstance(conditions, torch.Tensor) and conditions.ndim == 1:
+            result["class_accuracy"] = (classes == conditions).float().mean().item()
+        return result
+
+
 def score_flags(p):
     p.add_argument("run", type=runs.Run, help="folder of a run, or a checkpoint file in it")
     p.add_argument("--n", type=build.positive, default=512, help="images to draw (default: %(default)s)")
