@@ -123,10 +123,11 @@ def slot_times(process, grid, low=0, high=T):
 
 def bound_terms(process, d, x0, xt, t):
     """What a chain says of x0 in its step from t, each a mean over elements in bits, (B,): the variational bound's
-    KL(q(x_{t-1} | x_t, x_0) || p), and the negative log-likelihood of x0 as 8-bit data. The variance of p is the learned
-    one, or the fixed one of the process."""
+    KL(q(x_{t-1} | x_t, x_0) || p), and the negative log-likelihood of x0 as 8-bit data. The variance of p is the
+    learned one, or the fixed one of the process."""
     if not isinstance(process, Discrete):
-        raise ValueError("the bound's terms are those of a discrete chain (--process linear, say): choose another --loss")
+        raise ValueError("the bound's terms are those of a discrete chain (--process linear, say): choose another "
+                         "--loss")
     second = process.posterior(torch.ones_like(t), torch.zeros_like(t))[2]            # log beta~ of t = 1, for t = 0
     x0_factor, xt_factor, log_small, log_large = process.posterior(t, t - 1)
     log_small = torch.where(t < 1, second, log_small)
@@ -169,8 +170,9 @@ def errors(process, denoiser, x0, conditions, t, eps, loss="l2", measure="own", 
     """The error of each of K conditions on each of S slots, (K, S), float32: the condition alone, without guidance.
     measure "relative": over the slot's mean, so that each counts alike; for others see `error_of`.
 
-    denoiser: of a condition, as `objectives.Diffusion.denoiser`. x0 (1, C, H, W); conditions: K labels (K,), or a Text of K captions; t (S,) times of the process; eps (S, C, H, W).
-    x_t is made once a slot; the network is called on `batch` pairs of a condition and a slot at once."""
+    denoiser: of a condition, as `objectives.Diffusion.denoiser`. x0 (1, C, H, W); conditions: K labels (K,), or a Text
+    of K captions; t (S,) times of the process; eps (S, C, H, W). x_t is made once a slot; the network is called on
+    `batch` pairs of a condition and a slot at once."""
     x0 = x0.expand_as(eps)
     xt, S = process.noised(x0, eps, t), len(t)
     found = []                                       # x_t and eps of a slot are the same for all conditions
@@ -182,12 +184,12 @@ def errors(process, denoiser, x0, conditions, t, eps, loss="l2", measure="own", 
     return found / found.mean(0) if measure == "relative" else found
 
 
-# ---------------------------------------------------------------------------------------------------- images to classify
+# --------------------------------------------------------------------------------------------------- images to classify
 
 
 def corrupted(x, kind, strength, generator):
-    """Images (B, C, H, W) in [-1, 1], damaged. kind "noise": Gaussian, strength its standard deviation; "blur": Gaussian
-    of so many pixels' standard deviation; "occlusion": a grey square of that share of the side, anywhere."""
+    """Images (B, C, H, W) in [-1, 1], damaged. kind "noise": Gaussian, strength its standard deviation; "blur":
+    Gaussian of so many pixels' standard deviation; "occlusion": a grey square of that share of the side, anywhere."""
     if kind == "noise":
         return (x + strength * torch.randn(x.shape, generator=generator).to(x.device)).clamp(-1, 1)
     if kind == "blur":
@@ -237,7 +239,8 @@ def read_latents(path, shape):
         x = torch.from_numpy(np.array(file["arr_0"])).float()
         y = torch.from_numpy(np.array(file["arr_1"])).long() if "arr_1" in file else torch.full((len(x),), -1)
     if x.shape[1:] != tuple(shape) or len(y) != len(x):
-        raise ValueError(f"--images {path}: arr_0 is {tuple(x.shape)}, this model knows (N, {', '.join(map(str, shape))})")
+        raise ValueError(f"--images {path}: arr_0 is {tuple(x.shape)}, this model knows (N, "
+                         f"{', '.join(map(str, shape))})")
     return x, y
 
 
@@ -290,7 +293,8 @@ class Candidates:
             return [list(self.classes)]
         own = self.classes[self.labels[i]]
         if own not in self.captions[i].split():
-            raise ValueError(f"caption {self.captions[i]!r} does not name its class {own!r}: give templates by --prompt")
+            raise ValueError(f"caption {self.captions[i]!r} does not name its class {own!r}: give templates by "
+                             "--prompt")
         return [[" ".join(name if word == own else word for word in self.captions[i].split()) for name in self.classes]]
 
     def conditions(self, i, device):
@@ -319,8 +323,9 @@ def classify_flags(p):
                    help="times evaluated by the end of each stage (default: 50,500)")
     p.add_argument("--trials", type=build.positive, default=1, help="noises at each time (default: %(default)s)")
     p.add_argument("--loss", choices=LOSSES, default="l2", help="default: %(default)s")
-    p.add_argument("--measure", choices=MEASURES, default="own", help="error of what the run predicts, as weighed in its "
-                   "training, of the noise, of the image, or the first over its mean at each time (default: %(default)s)")
+    p.add_argument("--measure", choices=MEASURES, default="own", help="error of what the run predicts, as weighed in "
+                   "its training, of the noise, of the image, or the first over its mean at each time (default: "
+                   "%(default)s)")
     p.add_argument("--times", type=build.numbers(2, 0, T), default=[0, T], metavar="LOW,HIGH",
                    help="only such times, as networks are told them, 0 to 1000 (default: all)")
     p.add_argument("--unpaired", action="store_true", help="other times and noises for each class, to see what pairing "
@@ -381,7 +386,8 @@ def slot_errors(args, run, conditions, x):
             grid = (noise.uniform() * T).floor()
         t = slot_times(process, grid.to(device), *args.times)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            return errors(process, denoiser, x, conditions[chosen.to(device)], t, eps, args.loss, args.measure, args.batch)
+            return errors(process, denoiser, x, conditions[chosen.to(device)], t, eps, args.loss, args.measure,
+                          args.batch)
 
     def error(chosen, grid, slots):
         if args.unpaired:
@@ -397,9 +403,11 @@ COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 def verdict_row(args, error, count, classes):
     """What the table tells of one image, of `count` candidates: candidate k stands for class k % classes."""
     clock = time.perf_counter()
-    whole = prune(error, count, args.samples, [count] * (len(args.keep) - 1) + [1], T, args.trials) if args.full else None
-    seen = (lambda chosen, grid, slots: whole.errors[chosen[:, None], slots]) if args.full else error
-    verdict = prune(seen, count, args.samples, args.keep, T, args.trials)
+    whole = None
+    if args.full:
+        whole = prune(error, count, args.samples, [count] * (len(args.keep) - 1) + [1], T, args.trials)
+        error = lambda chosen, grid, slots: whole.errors[chosen[:, None], slots]
+    verdict = prune(error, count, args.samples, args.keep, T, args.trials)
     clock = time.perf_counter() - clock
     # The two best classes, on the slots that both have seen.
     rivals = next((r for r in reversed(verdict.survivors) if len({k % classes for k in r}) > 1), verdict.survivors[0])
@@ -476,8 +484,9 @@ def report(args, rows, candidates):
     print("by one time alone, least to most noise: "
           + " ".join(f"{statistics.fmean(some):.2f}" if some else "-" for some in tenths))
     if args.full:
-        print("by so many times of each class: " + ", ".join(
-            f"{n} {accuracy([row | {'class': row['by_count'][n]} for row in rows])[0]:.3f}" for n in rows[0]["by_count"]))
+        counts = {n: [row | {"class": row["by_count"][n]} for row in rows] for n in rows[0]["by_count"]}
+        print("by so many times of each class: "
+              + ", ".join(f"{n} {accuracy(found)[0]:.3f}" for n, found in counts.items()))
         kept = statistics.fmean(row["class"] == row["full_class"] for row in rows)
         cost = statistics.fmean(row["pruned_evaluations"] for row in rows)
         print(f"all of them {accuracy(rows, 'full_class')[0]:.4f}; pruning finds the same class in {kept:.4f} of the "

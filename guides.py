@@ -39,8 +39,8 @@ T = 1000                                             # what a network is told of
 
 
 def gradient_of(log_prob, scale=1.0):
-    """The function (x_t, t) -> g = scale d log p(y | x_t)/d x_t, (B, C, H, W), of log_prob(x_t, t) -> (B,). The sum over
-    the batch is differentiated, so that each sample has its own gradient. It may be called under torch.no_grad()."""
+    """The function (x_t, t) -> g = scale d log p(y | x_t)/d x_t, (B, C, H, W), of log_prob(x_t, t) -> (B,). The sum
+    over the batch is differentiated, so that each sample has its own gradient. It may be called under no_grad()."""
 
     def gradient(xt, t):
         with torch.enable_grad():
@@ -72,8 +72,8 @@ def classifier_guided(denoise, gradient, process):
 
 
 def reverse_step(process, d, xt, t, s, before=None, variance="small"):
-    """Mean and variance of p(x_s | x_t), s < t numbers, of a denoiser's answer d at (x_t, t). The variance is learned if
-    d has one, else "small" = beta~ or "large" = beta. 2006.11239, eq. 6-7; 2102.09672, eq. 15.
+    """Mean and variance of p(x_s | x_t), s < t numbers, of a denoiser's answer d at (x_t, t). The variance is the
+    learned one of d, else "small" = beta~ or "large" = beta. 2006.11239, eq. 6-7; 2102.09672, eq. 15.
 
     before: the times of the step before. Into clean data beta~ is 0, and published tables have that of the step before
     in its place, but where "small" is taken for the variance itself."""
@@ -365,10 +365,10 @@ class ResNet(nn.Module):
         kernel, stride = {"imagenet": (7, 2), "cifar": (3, 1)}[stem]
         self.conv1, self.bn1 = conv_norm(in_channels, widths[0], kernel, stride)
         make, before = Bottleneck if bottleneck else BasicBlock, widths[0]
-        for k, (width, count) in enumerate(zip(widths, blocks)):
+        for k, (width, depth) in enumerate(zip(widths, blocks)):
             layers = []
-            for first in range(count):
-                layers.append(make(before, width, 2 if k and not first else 1))
+            for n in range(depth):
+                layers.append(make(before, width, 2 if k and not n else 1))
                 before = width * make.expansion
             self.add_module(f"layer{k + 1}", nn.Sequential(*layers))
         self.fc = nn.Linear(before, num_classes)
@@ -424,7 +424,7 @@ class DeiTBlock(nn.Module):
 
 
 class DeiT(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] -> class logits (B, K): a vision transformer with a class token, with timm's names.
+    """Images (B, C, H, W) in [-1, 1] -> class logits (B, K): a vision transformer with a class token and timm's names.
     Training data-efficient image transformers, 2012.12877 (without its distillation token)."""
 
     lora, tuned = r"blocks\.\d+\.attn\.(qkv|proj)", r".*\.bias"
@@ -481,7 +481,7 @@ class Maps:
     name = "mean_error"
 
     def error(self, z, y):
-        """The squared error: -log p(y | x) of a unit normal distribution, but for a constant and the mean over pixels."""
+        """The squared error: -log p(y | x) of a normal distribution, but for constants; the mean over the pixels."""
         return (z - y).square().flatten(1).mean(1)
 
     transfer = error
@@ -631,16 +631,16 @@ class Guide(nn.Module):
         wrong = [k for k in own if k not in fresh and not k.endswith("num_batches_tracked")
                  and (k not in state or state[k].shape != own[k].shape)]
         if wrong:
-            raise ValueError(f"{path} holds other weights: {len(wrong)} of {len(own)} names or shapes differ, the first "
-                             f"is {wrong[0]}")
+            raise ValueError(f"{path} holds other weights: {len(wrong)} of {len(own)} names or shapes differ, the "
+                             f"first is {wrong[0]}")
         self.model.load_state_dict({k: v for k, v in state.items() if k in own and k not in fresh}, strict=False)
         return fresh
 
 
 def asked(guide, objective, conditions, picture=None):
     """log p(y | x_t) as the function of (x_t, t) that `gradient_of` takes, of a guide beside the denoiser that
-    `objective` has trained. conditions: y; picture: a file, y is what the guide sees in it. ValueError if the two do not
-    go together."""
+    `objective` has trained. conditions: y; picture: a file, y is what the guide sees in it. ValueError if the two do
+    not go together."""
     if not isinstance(guide, Guide):
         raise ValueError(f"the guide is a {type(guide).__name__}: name a run of a guide (`python train.py --list`)")
     if guide.shape != tuple(objective.shape):
@@ -649,8 +649,8 @@ def asked(guide, objective, conditions, picture=None):
     if objective.num_classes and objective.num_classes != guide.num_classes:
         raise ValueError(f"the guide knows {guide.num_classes} classes, this run {objective.num_classes}")
     if guide.process is not None and not same_noise(guide.process, objective.process):
-        raise ValueError("the guide was trained on the noise of another process than this run's: train it with the same "
-                         "--process")
+        raise ValueError("the guide was trained on the noise of another process than this run's: train it with the "
+                         "same --process")
     if conditions is None and not picture:
         raise ValueError("a guide is asked for a class or a picture: name classes, or --guide-image FILE")
     y = (guide.seen_in(picture) if picture else conditions).to(next(guide.parameters()).device)
@@ -799,8 +799,8 @@ class PPAP(Guide):
 
     guide: a run of a guide of clean images, the off-the-shelf network. diffusion: an unconditional run, whose `images`
     images, drawn in `draw_steps` DDIM steps, are all the data there is (the loop's images are not looked at); without
-    it the loop's images are taken, without labels. Each step trains one expert, in turn, on noise of its own range: what
-    it makes of x_t should be what the guide makes of the clean image. r, alpha: of `LoRA`. Towards Practical
+    it the loop's images are taken, without labels. Each step trains one expert, in turn, on noise of its own range:
+    what it makes of x_t should be what the guide makes of the clean image. r, alpha: of `LoRA`. Towards Practical
     Plug-and-Play Diffusion Models, 2212.05973.
 
     labels: the supervised variants, cross-entropy with the loop's labels; full: every weight of every expert is tuned
@@ -814,7 +814,8 @@ class PPAP(Guide):
     options_help = {"scale": "of the guidance", "steps": "sampling steps"}
 
     def __init__(self, image_size, in_channels, num_classes, process, *, guide: Run = None, diffusion: Run = None,
-                 experts=5, r=16, alpha=8.0, images=5000, draw_steps=25, labels=False, full=False, raw=False, flip=False):
+                 experts=5, r=16, alpha=8.0, images=5000, draw_steps=25, labels=False, full=False, raw=False,
+                 flip=False):
         if not isinstance(guide, Guide) or guide.process is not None:
             raise ValueError("ppap tunes a guide of clean images: ppap:guide=RUN, of `--model resnet-nano`, say")
         if not 1 <= experts <= T:
@@ -830,7 +831,8 @@ class PPAP(Guide):
                   for _ in range(experts)]
         for network in copies:
             network.statistics = None if raw else network.statistics
-        super().__init__(Experts(copies), guide.task, guide.shape, guide.num_classes, guide.classes, process, guide.dense)
+        super().__init__(Experts(copies), guide.task, guide.shape, guide.num_classes, guide.classes, process,
+                         guide.dense)
         self.images, self.draw_steps, self.labels, self.flip = images, draw_steps, labels, flip
         self.__dict__.update(teacher=guide, diffusion=diffusion, drawn=None)            # no part of the state
         self.register_buffer("latest", torch.zeros(experts))
@@ -974,11 +976,12 @@ GUIDES = {
 }
 
 
-# -------------------------------------------------------------------------------------------------- the command `guides`
+# ------------------------------------------------------------------------------------------------- the command `guides`
 
 
 def guides_flags(p):
-    p.add_argument("run", type=runs.Run, nargs="+", help="folders of runs of guides of one data set: clean, noisy, ppap")
+    p.add_argument("run", type=runs.Run, nargs="+", help="folders of runs of guides of one data set: clean, noisy, "
+                   "ppap")
     p.add_argument("--n", type=int, default=1000, help="held-out images (default: %(default)s)")
     p.add_argument("--ranges", type=int, default=5, help="of the times (default: %(default)s)")
     p.add_argument("--seed", type=int, default=1, help="of the noise (default: %(default)s)")

@@ -114,7 +114,7 @@ class Diffusion(nn.Module):
         "weak": "a run (smaller, or less trained) to guide away from instead of the null condition (autoguidance)",
         "clip": "keep the clean image in [-1, 1]",
         "threshold": "dynamic thresholding: clip at this quantile of |x0|, for example 0.995, and rescale",
-        "guide": "a run of a classifier, or of ppap, whose gradients guide (2105.05233); --classes are then its classes",
+        "guide": "a run of a classifier, or of ppap, whose gradients guide (2105.05233); --classes are then its",
         "guide_scale": "of its gradients", "guide_image": "a picture: draw what the guide sees in it",
         "size": "HxW (clips: FxHxW, sounds: T): another size than that of training, if the model can",
         "rope": "rotary frequencies for sizes beyond training: FiT: see layers.ROPE; Flag-DiT: FlagDiT.ropes",

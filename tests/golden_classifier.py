@@ -1,5 +1,5 @@
-"""diffusion_classifier.py against recorded numbers of diffusion-classifier/diffusion-classifier: staged pruning, and the
-errors of a DiT under every class."""
+"""diffusion_classifier.py against recorded numbers of diffusion-classifier/diffusion-classifier: staged pruning, and
+the errors of a DiT under every class."""
 
 import torch
 from published import same
@@ -48,7 +48,7 @@ def check_errors(case):
     every, trials = torch.arange(K), c["n_trials"]
     grid = torch.arange(c["t_interval"] // 2, 1000, c["t_interval"]).repeat_interleave(trials)
     index = torch.arange(len(grid))
-    if not c["randomize_noise"]:                     # the published script then re-uses the first noises for every batch
+    if not c["randomize_noise"]:                     # then the published script takes the first noises in every batch
         index = index % c["batch_size"]
     table = torch.stack([errors(every, grid, noise[index], loss) for loss in ("l2", "l1", "vlb", "nll")], -1)
     mean = table.mean(1)

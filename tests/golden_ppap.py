@@ -19,7 +19,8 @@ def check_classifier(case):
              "attention_resolutions": "attention", "use_scale_shift_norm": "scale_shift", "dropout": "dropout",
              "resblock_updown": "resblock_updown", "conv_resample": "conv_resample", "pool": "pool",
              "num_heads": "heads", "use_new_attention_order": "new_order"}
-    published = {"pool": "adaptive", "use_scale_shift_norm": False, "resblock_updown": False, "channel_mult": (1, 2, 4, 8)}
+    published = {"pool": "adaptive", "use_scale_shift_norm": False, "resblock_updown": False,
+                 "channel_mult": (1, 2, 4, 8)}
     for irrelevant in ("dims", "use_checkpoint", "use_fp16", "num_heads_upsample"):
         c.pop(irrelevant, None)
     options = {names[key]: value for key, value in (published | c).items()}

@@ -3,11 +3,13 @@ commands that train and use them."""
 
 import copy
 import functools
-import math
+import os
 
+import numpy as np
 import pytest
 import torch
 from golden_core import Mixture, network
+from PIL import Image
 from test_train import TINY, call, here, losses, refused, weights  # noqa: F401 (a fixture among them)
 from torch import nn
 
@@ -23,7 +25,7 @@ import sample
 import samplers
 import train
 
-# ------------------------------------------------------------------------------------- two Gaussians, all in closed form
+# ------------------------------------------------------------------------------------ two Gaussians, all in closed form
 
 CENTRE, SPREAD = torch.tensor([0.6, -0.4], dtype=torch.float64), 0.3
 
@@ -59,7 +61,8 @@ def drawn_by(process, net, x, sampler, steps, noise, guide=None, guide_scale=1.0
 
 
 CASES = [("linear", {}, "ddpm", 250, {}), ("linear", {}, "ddim", 100, {}), ("linear", {}, "ddim", 250, {"eta": 1.0}),
-         ("cosine", {"prediction": "v"}, "dpmpp-2m", 60, {}), ("flow", {}, "euler", 100, {}), ("flow", {}, "heun", 60, {}),
+         ("cosine", {"prediction": "v"}, "dpmpp-2m", 60, {}), ("flow", {}, "euler", 100, {}),
+         ("flow", {}, "heun", 60, {}),
          ("edm", {}, "heun", 60, {}), ("vp", {}, "euler", 200, {}), ("gvp", {}, "dpmpp-2m", 60, {})]
 
 
@@ -132,7 +135,8 @@ def test_ancestral_guidance_moves_the_mean_by_its_variance():
         torch.testing.assert_close(drawn, mean + 2.0 * variance, rtol=1e-9, atol=1e-12)
         previous = drawn
     bare = lambda x, t: diffusion.Denoised(0.3 * x, 0.5 * x)
-    small, large = (list(guides.guided_ddpm(bare, x, times, process, zeros, gradient=gradient, variance=v)) for v in ("small", "large"))
+    walk = functools.partial(guides.guided_ddpm, bare, x, times, process, zeros, gradient=gradient)
+    small, large = list(walk(variance="small")), list(walk(variance="large"))
     assert not torch.allclose(small[-1], large[-1])
 
 
@@ -141,7 +145,8 @@ def test_ancestral_guidance_moves_the_mean_by_its_variance():
 
 @pytest.mark.parametrize("pool", guides.POOLS)
 @pytest.mark.parametrize("options", [{}, {"scale_shift": False, "resblock_updown": False, "new_order": True},
-                                     {"resblock_updown": False, "conv_resample": False, "head_channels": None, "heads": 2}])
+                                     {"resblock_updown": False, "conv_resample": False, "head_channels": None,
+                                      "heads": 2}])
 def test_adm_pools_hear_the_time(pool, options):
     if pool == "attention" and "heads" in options:
         with pytest.raises(ValueError, match="needs head_channels"):
@@ -213,9 +218,10 @@ def test_an_expert_starts_as_the_network_and_shares_what_is_frozen(name):
     trained = {n.replace(".layer.", "."): p for n, p in expert.named_parameters() if p.requires_grad}
     assert not any(p.data_ptr() in own for p in trained.values())
     assert all(p.data_ptr() in own for p in expert.parameters() if not p.requires_grad)
-    assert not any(n.startswith(("fc.", "score.")) or n.endswith(("downsample.1.weight", "conv3.lora_A")) for n in trained)
+    frozen = ("downsample.1.weight", "conv3.lora_A")
+    assert not any(n.startswith(("fc.", "score.")) or n.endswith(frozen) for n in trained)
     assert all(n.endswith(("bias", "lora_A", "lora_B")) or ".bn" in f".{n}" for n in trained)
-    for n, p in trained.items():
+    for p in trained.values():
         nn.init.normal_(p, std=0.1)
     torch.testing.assert_close(guides.merged(expert)(x), expert(x), rtol=1e-4, atol=1e-5)
     assert not any(isinstance(m, guides.LoRA) for m in guides.merged(expert).modules())
@@ -259,7 +265,7 @@ def test_times_lie_in_the_range_of_their_expert(name):
 
 
 def test_knowledge_transfer():
-    """No gradient where the student's softmax is the sharpened teacher's; 1/K of the divergence; of maps their square."""
+    """No gradient where the student's softmax is the sharpened teacher's; 1/K of the divergence; of maps the square."""
     task, teacher = guides.Classes(), torch.randn(4, 5, dtype=torch.float64)
     z = (teacher / 0.25 + 3.0).requires_grad_()
     (g,) = torch.autograd.grad(task.transfer(z, teacher).sum(), z)
@@ -273,7 +279,7 @@ def test_knowledge_transfer():
     torch.testing.assert_close(guides.Maps().transfer(a, b), ((a - b) ** 2).mean((1, 2, 3)))
 
 
-# ------------------------------------------------------------------------------------------------------------- the house
+# ------------------------------------------------------------------------------------------------------------ the house
 
 SMALL = [*TINY[2:]]
 NANO = ["--model", "resnet-nano:widths=(8,16),blocks=(1,1)"]
@@ -291,12 +297,11 @@ PPAP = "ppap:guide=g,diffusion=d,experts=2,images=16,draw_steps=2,r=2"
 
 
 def test_ppap_through_every_door(furnished, capsys):
-    """It trains without data or labels, resumes exactly, draws, guides; experts take turns; the teacher stands still."""
+    """It trains without data or labels, resumes exactly, draws and guides; the off-the-shelf run stands still."""
     argv = ["--model", PPAP, *SMALL]
     before = weights("g")
     call(train.train, *argv, "--out", "whole")
     call(train.train, *argv, "--out", "parts", "--save-every", "3")
-    import os
     os.replace("parts/ckpt.prev.pt", "parts/ckpt.pt")
     call(train.train, *argv, "--out", "parts")
     assert weights("parts") == weights("whole") and losses("parts") == losses("whole") and weights("g") == before
@@ -306,14 +311,10 @@ def test_ppap_through_every_door(furnished, capsys):
     assert state["model.networks.0.fc.weight"].data_ptr() == state["model.networks.1.fc.weight"].data_ptr()
     for k in range(2):
         assert state[f"model.networks.{k}.conv1.lora_B"].any(), f"expert {k} was never trained"
-    draws = {}
-    for name, more in {"none": [], "zero": ["--guide-scale", "0"], "some": []}.items():
-        guided = ["--guide", "whole", "--classes", "star"] if name != "none" else []
-        call(sample.sample, "d", "--n", "4", *guided, *more, "--out", f"{name}.npz")
-        draws[name] = open(f"{name}.npz", "rb").read() if name != "some" else None
-        with torch.no_grad():
-            import numpy as np
-            draws[name] = np.load(f"{name}.npz")["arr_0"]
+    draws, guided = {}, ["--guide", "whole", "--classes", "star"]
+    for name, more in {"none": [], "zero": [*guided, "--guide-scale", "0"], "some": guided}.items():
+        call(sample.sample, "d", "--n", "4", *more, "--out", f"{name}.npz")
+        draws[name] = np.load(f"{name}.npz")["arr_0"]
     assert (draws["none"] == draws["zero"]).all() and (draws["none"] != draws["some"]).any()
     call(sample.sample, "whole", "--n", "5", "--out", "p.png")
     capsys.readouterr()
@@ -345,23 +346,20 @@ def test_every_guide_trains_and_guides(furnished, model, more):
     shapes = ",".join(["shapes:size=8", *more])
     argv = ["--model", model, *SMALL, "--data", shapes]
     call(train.train, *argv, "--precision", "bf16", "--out", "n")
-    kept = losses("n")[-1]
-    assert math.isfinite(kept["loss"]) if isinstance(kept, dict) else True
     tuned = ["--model", "ppap:guide=n,experts=2,r=2", *SMALL, "--data", shapes]
     if "noisy" not in model and "adm" not in model:
         call(train.train, *tuned, "--out", "p")
     guide = "p" if "noisy" not in model and "adm" not in model else "n"
     picture = []
     if more:
-        figures_ = data.load("shapes", split="test", size=8).images[3].permute(1, 2, 0).numpy()
-        from PIL import Image
-        Image.fromarray(figures_).save("asked.png")
+        shape = data.load("shapes", split="test", size=8).images[3]
+        Image.fromarray(shape.permute(1, 2, 0).numpy()).save("asked.png")
         picture = ["--guide-image", "asked.png"]
     call(sample.sample, "d", "--n", "2", "--guide", guide, "--guide-scale", "3", *picture, "--out", "x.npz")
 
 
 def test_published_weights_load_by_name(here, capsys):  # noqa: F811
-    """A file with torchvision's names: as it is under --lr 0, a fresh head for other classes; other names are refused."""
+    """A file with torchvision's names: as it is under --lr 0, a fresh head for other classes; others are refused."""
     torch.manual_seed(0)
     theirs = guides.ResNet(3, 20, (8, 16), (1, 1), stem="cifar", statistics=guides.IMAGENET)
     for m in theirs.modules():
@@ -375,12 +373,14 @@ def test_published_weights_load_by_name(here, capsys):  # noqa: F811
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     torch.testing.assert_close(ours.features(x)[-1], theirs.eval().features(x)[-1])
     torch.save({"moon": torch.zeros(1)}, "other.pth")
-    assert "holds other weights" in refused(capsys, train.train, *model, *SMALL, "--published", "other.pth", "--out", "q")
-    assert "is no guide" in refused(capsys, train.train, *TINY, "--published", "published.pth", "--out", "q")
+    said = lambda *argv: refused(capsys, train.train, *argv, "--out", "q")
+    assert "holds other weights" in said(*model, *SMALL, "--published", "other.pth")
+    assert "is no guide" in said(*TINY, "--published", "published.pth")
 
 
 def test_mistakes_get_a_line(furnished, capsys):
-    ppap = lambda options, *more: refused(capsys, train.train, "--model", f"ppap:{options}", *SMALL, *more, "--out", "q")
+    training = lambda *argv: refused(capsys, train.train, *argv, "--out", "q")
+    ppap = lambda options, *more: training("--model", f"ppap:{options}", *SMALL, *more)
     assert "ppap:guide=RUN" in ppap("experts=2") and "ppap:guide=RUN" in ppap("guide=d")
     assert "8x8 and 8 classes, --data has 3x12x12 and 8" in ppap("guide=g", "--data", "shapes:size=12")
     assert "names a run of a denoiser" in ppap("guide=g,diffusion=g")
@@ -388,8 +388,8 @@ def test_mistakes_get_a_line(furnished, capsys):
     assert "1 to 1000" in ppap("guide=g,experts=0")
     call(train.train, *TINY, "--out", "c")
     assert "train it with --unconditional" in ppap("guide=g,diffusion=c")
-    assert "a label for each" in refused(capsys, train.train, "--model", "resnet-map-nano", *SMALL, "--out", "q")
-    assert "needs data with classes" in refused(capsys, train.train, *NANO, *SMALL, "--unconditional", "--out", "q")
+    assert "a label for each" in training("--model", "resnet-map-nano", *SMALL)
+    assert "needs data with classes" in training(*NANO, *SMALL, "--unconditional")
     draw = lambda *more: refused(capsys, sample.sample, "d", "--n", "2", *more)
     assert "name a run of a guide" in draw("--guide", "d")
     assert "unknown class 'moon'" in draw("--guide", "g", "--classes", "moon")
@@ -398,5 +398,5 @@ def test_mistakes_get_a_line(furnished, capsys):
     call(train.train, "--model", "resnet-nano:noisy=True,widths=(8,16),blocks=(1,1)", *SMALL, "--process", "linear",
          "--out", "other")
     assert "noise of another process" in draw("--guide", "other")
-    assert "is no guide" in refused(capsys, evaluate.evaluate, "guides", "d", "--device", "cpu")
-    assert "none of these guides was trained on noise" in refused(capsys, evaluate.evaluate, "guides", "g", "--device", "cpu")
+    measuring = lambda run: refused(capsys, evaluate.evaluate, "guides", run, "--device", "cpu")
+    assert "is no guide" in measuring("d") and "none of these guides was trained on noise" in measuring("g")
