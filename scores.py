@@ -265,7 +265,7 @@ def stitch(args):
     """Quality and time over the fraction of the steps that the smaller of two runs takes (2402.14167, figure 1)."""
     fractions = [float(word) for word in args.fractions.split(",")]
     seeds, large = [int(word) for word in args.seeds.split(",")], args.run
-    labels = class_conditions(large, args.n)
+    labels = class_conditions(large, args.n, args.draw)
     stitched = [build.open_stitched([args.small, large.path], [f, 1 - f], args.stitch_rule, large.device)
                 for f in fractions]
     network, held_out = judge_of(large, args.classifier_steps), large.data("test")
