@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import Discrete
-from guidance import compose
+from guidance import check_fractions, compose, stitch_by_steps, stitch_by_time, stitched
 from guides import asked, with_gradient
 from layers import Text, canvas
-from models import check_fractions, cost, stitch_by_steps, stitch_by_time, stitched
+from models import cost
 from moe import balanced
 from runs import Run
 from samplers import draw, times_of

@@ -11,8 +11,10 @@ import json
 import math
 import statistics
 import time
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import build
@@ -218,6 +220,27 @@ def drawn_shapes(split, size, first, n):
     return torch.from_numpy(x).float() / 127.5 - 1, torch.from_numpy(y)
 
 
+def size_judge(chosen, steps, device):
+    """A classifier of shapes of all these sizes, a size a batch, trained once and kept beside the runs."""
+    path = Path("runs/classifiers") / f"shapes-{'-'.join('x'.join(map(str, size)) for size in chosen)}-{steps}.pt"
+    network = metrics.Classifier(len(data.SHAPES)).to(device)
+    if path.exists():
+        network.load_state_dict(runs.load_tensors(path))
+        return network.eval()
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, steps)
+    for step in tqdm(range(steps), desc=f"training a classifier (once, kept in {path})", unit=" steps", delay=1):
+        x, y = drawn_shapes("train", chosen[step % len(chosen)], step * 64, 64)
+        loss = F.cross_entropy(network(x.to(device)), y.to(device))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write(path, lambda partial: torch.save(network.state_dict(), partial))
+    return network.eval()
+
+
 def sizes(args):
     """Class accuracy of shapes at sizes and ratios that no training image had, with every way of extrapolating."""
     try:
@@ -228,7 +251,7 @@ def sizes(args):
     for run in args.run:
         if run.config["classes"] != data.SHAPES:
             raise ValueError(f"{run.path}: this command knows the shapes only, train with --data shapes and classes")
-    network = metrics.size_judge(chosen, args.classifier_steps, args.run[0].device)
+    network = size_judge(chosen, args.classifier_steps, args.run[0].device)
     for run in args.run:
         ropes = run.objective.model.ropes or [None]
         for rope in ropes if args.ropes == "all" else [name for name in ropes if name in args.ropes.split(",")]:
