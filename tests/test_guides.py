@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from golden_core import Mixture, network
 from PIL import Image
+from recorded import Mixture, network
 from test_train import TINY, call, here, losses, refused, weights  # noqa: F401 (a fixture among them)
 from torch import nn
 
