@@ -984,6 +984,10 @@ def guides_flags(p):
                    "ppap")
     p.add_argument("--n", type=int, default=1000, help="held-out images (default: %(default)s)")
     p.add_argument("--ranges", type=int, default=5, help="of the times (default: %(default)s)")
+    p.add_argument("--diffusion", type=runs.Run, metavar="RUN", help="also draw from this run under each guide, asked "
+                   "for the labels of held-out images, and let the first guide, a clean one, say what it sees")
+    p.add_argument("--scale", type=float, default=7.5, help="of the guidance (default: %(default)s)")
+    p.add_argument("--drawn", type=int, default=128, metavar="N", help="images to draw (default: %(default)s)")
     p.add_argument("--seed", type=int, default=1, help="of the noise (default: %(default)s)")
     p.add_argument("--batch", type=int, default=250, help="images at once (default: %(default)s)")
     p.add_argument("--weights", choices=["ema", "model"], default="ema",
@@ -1022,3 +1026,17 @@ def guides(args):
         guide = run.objective
         share = f"{guide.share():.1%}" if isinstance(guide, PPAP) else "100%"
         print(f"{run.path[-33:]:34}{share:>9}" + "".join(f"{value:10.4f}" for value in row.tolist()))
+    if args.diffusion is not None:
+        report_drawn(args, held_out.gather(rows[:args.drawn])[1])
+
+
+def report_drawn(args, y):
+    """Print what the first guide sees in images that were drawn under each, beside what was asked for: y (n, ..)."""
+    judge, task = args.run[0].objective, args.run[0].objective.task
+    print(f"{task.name} of {len(y)} images drawn by {args.diffusion.path} at scale {args.scale:g}, seen by "
+          f"{args.run[0].path}")
+    for scale, run in [(0.0, args.run[0]), *((args.scale, run) for run in args.run)]:
+        images = args.diffusion.images(len(y), args.seed, args.batch, y, guide=run.objective, guide_scale=scale,
+                                       sampler="ddim", steps=25)
+        score = task.score(judge.off_the_shelf.clean(torch.cat(list(images))), y.to(args.diffusion.device))
+        print(f"{run.path[-33:] if scale else 'unguided':34}{score.mean():9.4f} +- {score.std() / len(y)**0.5:.4f}")

@@ -318,8 +318,11 @@ def test_ppap_through_every_door(furnished, capsys):
     assert (draws["none"] == draws["zero"]).all() and (draws["none"] != draws["some"]).any()
     call(sample.sample, "whole", "--n", "5", "--out", "p.png")
     capsys.readouterr()
-    call(evaluate.evaluate, "guides", "g", "whole", "--n", "20", "--ranges", "2", "--device", "cpu")
+    call(evaluate.evaluate, "guides", "g", "whole", "--n", "20", "--ranges", "2", "--device", "cpu", "--diffusion", "d",
+         "--drawn", "4")
     said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[-3:]] == ["unguided", "g", "whole"]
+    said = said[:-4]
     assert said[-1].startswith("whole") and "500-1000" in said[1] and said[-1].split()[2] == said[-2].split()[2]
 
 
