@@ -651,8 +651,9 @@ def asked(guide, objective, conditions, picture=None):
     if guide.process is not None and not same_noise(guide.process, objective.process):
         raise ValueError("the guide was trained on the noise of another process than this run's: train it with the "
                          "same --process")
-    if conditions is None and not picture:
-        raise ValueError("a guide is asked for a class or a picture: name classes, or --guide-image FILE")
+    if not picture and (getattr(conditions, "ndim", 0) == 1) == guide.dense:          # none, text, or of another kind
+        raise ValueError("a guide is asked for classes or, if it knows pixels or this run reads text, for a picture: "
+                         "--classes NAME,... or --guide-image FILE")
     y = (guide.seen_in(picture) if picture else conditions).to(next(guide.parameters()).device)
     return lambda xt, t: guide.log_prob(xt, t, y.expand(len(xt), *y.shape[1:]), objective.process)
 
