@@ -112,7 +112,7 @@ def posterior(mean, numbers):
 # -------------------------------------------------------------------------------------------------------------- errors
 
 LOSSES = ("l2", "l1", "huber", "vlb", "nll", "l2+vlb")
-MEASURES = ("own", "eps", "x0", "relative")
+MEASURES = ("relative", "own", "eps", "x0")
 
 
 def slot_times(process, grid, low=0, high=T):
@@ -166,9 +166,12 @@ def error_of(process, d, x0, eps, xt, t, loss, measure):
 
 
 @torch.no_grad()
-def errors(process, denoiser, x0, conditions, t, eps, loss="l2", measure="own", batch=256):
+def errors(process, denoiser, x0, conditions, t, eps, loss="l2", measure="relative", batch=256):
     """The error of each of K conditions on each of S slots, (K, S), float32: the condition alone, without guidance.
-    measure "relative": over the slot's mean, so that each counts alike; for others see `error_of`.
+
+    measure "relative": "own" over its mean in the slot, so that each slot counts alike, whatever the process and the
+    prediction; where errors grow towards one end of the times, that end would decide alone. Others: see `error_of`.
+    Published is "own" of a chain that predicts eps, the error of eps itself.
 
     denoiser: of a condition, as `objectives.Diffusion.denoiser`. x0 (1, C, H, W); conditions: K labels (K,), or a Text
     of K captions; t (S,) times of the process; eps (S, C, H, W). x_t is made once a slot; the network is called on
@@ -181,7 +184,7 @@ def errors(process, denoiser, x0, conditions, t, eps, loss="l2", measure="own", 
         d = denoiser(conditions[k])(xt[s], t[s])
         found.append(error_of(process, d, x0[s], eps[s], xt[s], t[s], loss, measure).float())
     found = torch.cat(found).view(len(conditions), S)
-    return found / found.mean(0) if measure == "relative" else found
+    return found / found.mean(0) if measure == "relative" and loss in ("l2", "l1", "huber") else found
 
 
 # --------------------------------------------------------------------------------------------------- images to classify
@@ -323,9 +326,9 @@ def classify_flags(p):
                    help="times evaluated by the end of each stage (default: 50,500)")
     p.add_argument("--trials", type=build.positive, default=1, help="noises at each time (default: %(default)s)")
     p.add_argument("--loss", choices=LOSSES, default="l2", help="default: %(default)s")
-    p.add_argument("--measure", choices=MEASURES, default="own", help="error of what the run predicts, as weighed in "
-                   "its training, of the noise, of the image, or the first over its mean at each time (default: "
-                   "%(default)s)")
+    p.add_argument("--measure", choices=MEASURES, default="relative", help="own: error of what the run predicts, as "
+                   "weighed in its training (published, where that is eps); eps, x0: of these; relative: own over the "
+                   "mean of the classes at each time (default: %(default)s)")
     p.add_argument("--times", type=build.numbers(2, 0, T), default=[0, T], metavar="LOW,HIGH",
                    help="only such times, as networks are told them, 0 to 1000 (default: all)")
     p.add_argument("--unpaired", action="store_true", help="other times and noises for each class, to see what pairing "
@@ -432,6 +435,8 @@ def classify(args):
     """Classify images by the class under which a denoiser predicts their noise best: the Diffusion Classifier."""
     if (args.run is None) != bool(args.official and args.checkpoint):
         raise ValueError("name the folder of a run, or --official NAME and --checkpoint FILE")
+    if args.unpaired and args.measure == "relative":
+        raise ValueError("--unpaired: classes that share no times have no mean at each: choose --measure own")
     run = args.run or build.open_published(args.official, args.checkpoint, args.device)
     x, labels, captions = images_of(args, run)
     candidates = Candidates(run, args.prompt, captions, labels)

@@ -1,5 +1,6 @@
 """The Diffusion Classifier: bookkeeping of stages, pairing, closed forms on Gaussians, and the commands."""
 
+import functools
 import json
 import math
 
@@ -119,12 +120,13 @@ def test_pairing():
     process = diffusion.create_process("linear")
     (t, eps), x = slots(process, 30), torch.randn(1, *MEANS.shape[1:], dtype=torch.float64)
     seen = []
-    found = dc.errors(process, gaussian_denoiser(process, seen), x, torch.arange(3), t, eps, batch=30)
+    errors = functools.partial(dc.errors, process, x0=x, t=t, eps=eps, measure="own")
+    found = errors(gaussian_denoiser(process, seen), conditions=torch.arange(3), batch=30)
     assert all(torch.equal(xt, seen[0][0]) for xt, _, _ in seen) and len(seen) == 3
     order = torch.tensor([2, 0, 1])
-    assert torch.equal(dc.errors(process, gaussian_denoiser(process), x, order, t, eps, batch=30), found[order])
+    assert torch.equal(errors(gaussian_denoiser(process), conditions=order, batch=30), found[order])
     for batch in (1, 7, 256):
-        again = dc.errors(process, gaussian_denoiser(process), x, torch.arange(3), t, eps, batch=batch)
+        again = errors(gaussian_denoiser(process), conditions=torch.arange(3), batch=batch)
         torch.testing.assert_close(again, found, rtol=1e-6, atol=0)
     more = found + torch.rand(30, generator=torch.Generator().manual_seed(2))
     assert [dc.prune(lookup(e), 3, [5, 30], [2, 1]).winner for e in (found, more)] == \
@@ -137,7 +139,7 @@ def test_paired_noise_is_less_noisy():
     x = torch.randn(1, *MEANS.shape[1:], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     u = torch.rand(2, 300, generator=torch.Generator().manual_seed(4))
     one, other = ((guides.times_between(process, 0, 1000, u[k]).double(), slots(process, 300, k)[1]) for k in (0, 1))
-    on = lambda k, slots: dc.errors(process, gaussian_denoiser(process), x, torch.tensor([k]), *slots)[0]
+    on = lambda k, slots: dc.errors(process, gaussian_denoiser(process), x, torch.tensor([k]), *slots, measure="own")[0]
     _, paired = dc.paired_difference(on(0, one), on(1, one))
     _, unpaired = dc.paired_difference(on(0, one), on(1, other))
     assert paired < 0.8 * unpaired
@@ -193,8 +195,8 @@ def test_classify_resumes_and_prunes(here, capsys, monkeypatch):  # noqa: F811
     assert "holds 2 images already" in capsys.readouterr().out
     again = [json.loads(line) for line in table.read_text().splitlines()[1:]]
     assert list(map(forget, again)) == list(map(forget, rows))
-    for more in (["--loss", "l1"], ["--unpaired"], ["--corrupt", "blur:1"], ["--times", "200,800"],
-                 ["--precision", "bf16"], ["--measure", "relative"], ["--trials", "2"]):
+    for more in (["--loss", "l1"], ["--unpaired", "--measure", "own"], ["--corrupt", "blur:1"], ["--times", "200,800"],
+                 ["--precision", "bf16"], ["--measure", "eps"], ["--trials", "2"]):
         call(evaluate.evaluate, "classify", "r", *FEW, *more)
     assert len(list(build.Path("r").glob("classify-*.jsonl"))) == 8
 
@@ -263,6 +265,7 @@ def test_mistakes_get_a_line(here, capsys):  # noqa: F811
     Image.new("RGB", (20, 10)).save("large/a.png")
     assert "is 20x10, this run knows images of 8x8" in said("r", "--images", "large")
     assert "no such folder" in said("r", "--images", "nowhere")
+    assert "share no times" in said("r", "--unpaired")
     assert "reads no text" in said("r", "--prompt", "a {}")
     assert "name the folder of a run" in said()
     assert "noise:STD" in said("r", "--corrupt", "fog:1")
