@@ -32,6 +32,7 @@ import convert
 import data
 import diffusion
 import guidance
+import guides
 import layers
 import masked
 import models
@@ -345,7 +346,8 @@ def line(entry):
 
 # What `--model` may name, by kind. A backbone is a network model(x, t, y), which `objectives.Diffusion` trains; an
 # entry of any other kind makes an objective itself.
-KINDS = {"backbones": models.MODELS, "tokenizers": autoencoders.TOKENIZERS, "generators": masked.GENERATORS}
+KINDS = {"backbones": models.MODELS, "tokenizers": autoencoders.TOKENIZERS, "generators": masked.GENERATORS,
+         "guides": guides.GUIDES}
 # What `--draw` and sample.py's flags of these names may name.
 DRAWING = {"sampler": samplers.SAMPLERS, "grid": samplers.GRIDS, "guidance_rule": guidance.RULES}
 
@@ -644,7 +646,7 @@ def drawing_options(objective, given, device="cpu"):
         elif key in DRAWING and isinstance(value, str):
             ready[key] = bound(key, value, DRAWING[key])
         elif isinstance(default, Run):
-            ready[key] = open_run(value, device).objective
+            ready[key] = open_run(value, device).objective if isinstance(value, str) else value
         else:
             ready[key] = fitting(key, value, () if default is None else (type(default),))
     return ready
@@ -756,7 +758,20 @@ class Distill(Way):
         return objectives.Distilled(objective, opened.objective, shares, log_variance)
 
 
-WAYS = {"start-from": StartFrom, "inherit": Inherit, "upcycle": Upcycle, "post-train": PostTrain, "distill": Distill}
+class Published(Way):
+    """Begin with the weights of a published file under their own names: torchvision's ResNets, timm's DeiT, ADM's
+    classifiers (--lr 0 --steps 1 keeps them as they are)."""
+
+    def fill(self, objective, config, run):
+        if not hasattr(objective, "load_published"):
+            raise ValueError(f"--published {run}: {config['model']} is no guide; published denoisers are drawn from by "
+                             "sample.py --official")
+        if fresh := objective.load_published(convert.read_weights(run), run):
+            print(f"{run}: all but {', '.join(fresh)}, which are fresh")
+
+
+WAYS = {"start-from": StartFrom, "inherit": Inherit, "upcycle": Upcycle, "post-train": PostTrain, "distill": Distill,
+        "published": Published}
 
 
 def ways(config):
@@ -816,7 +831,7 @@ class Opened:
         conditions: of these n (None: those of a preview, of which image i takes number i). frames: a list, to collect
         the first batch's trajectory. options: drawing options; they overrule those of the run."""
         options = drawing_options(self.objective, self.config["draw"] | options, self.device)
-        if conditions is None and (conditions := self.objective.conditions(first + n)) is not None:
+        if conditions is None and (conditions := preview_conditions(self.objective, options, first + n)) is not None:
             conditions = conditions[torch.arange(first, first + n)]
         yield from draw(self.objective, n, seed, batch, conditions, self.device, frames, first=first, **options)
 
@@ -876,11 +891,18 @@ def draw(objective, n, seed, batch, conditions, device, frames=None, stop=None, 
         yield x
 
 
+def preview_conditions(objective, options, n):
+    """The conditions of a preview of n, drawn with these (ready) options: those of a guide where the objective has
+    none."""
+    conditions, guide = objective.conditions(n), options.get("guide")
+    return guide.conditions(n) if conditions is None and guide else conditions
+
+
 def rehearse(objective, options, device):
     """Raise what drawing with these options would raise at its start: the first step of one image is drawn."""
     was_training = objective.training
     objective.eval()
-    conditions = objective.conditions(1)
+    conditions = preview_conditions(objective, options, 1)
     y = conditions.to(device) if conditions is not None else None
     with sentence("a picture cannot be drawn"):
         for _ in objective.trajectory(objectives.ImageNoise(0, [0], device), y, **options):

@@ -21,6 +21,8 @@ import build
 import diffusion
 import distance
 import masked
+import diffusion_classifier
+import guides
 import moe
 import scores
 import speed
@@ -39,6 +41,9 @@ COMMANDS = {
     "reconstruct": (autoencoders.reconstruct_flags, autoencoders.reconstruct),
     "probe": (masked.probe_flags, masked.probe),
     "reuse": (masked.reuse_flags, masked.reuse),
+    "classify": (diffusion_classifier.classify_flags, diffusion_classifier.classify),
+    "swaps": (diffusion_classifier.swaps_flags, diffusion_classifier.swaps),
+    "guides": (guides.guides_flags, guides.guides),
     "speed": (speed.speed_flags, speed.speed),
     "pack": (speed.pack_flags, speed.pack),
 }

@@ -129,18 +129,21 @@ def choose_prompts(prompts, opened, n):
     return chosen[torch.arange(n) % len(prompts)]
 
 
-def choose_conditions(args, opened):
-    """What is drawn: --classes, --prompt, or the run's own conditions."""
+def choose_conditions(args, opened, options):
+    """What is drawn: --classes, --prompt, or the run's own conditions. Classes may be those of a guide."""
     objective, text = opened.objective, opened.config.get("text") and build.takes_text(opened.config)
     if args.prompt and not text:
         raise ValueError(f"--prompt {args.prompt[0]}: this model reads no text")
-    if args.classes and (text or not objective.num_classes):
+    guide = options.get("guide")
+    num_classes = getattr(guide or objective, "num_classes", 0)
+    if args.classes and (text or not num_classes or getattr(guide, "dense", False)):
         raise ValueError(f"--classes {args.classes}: this model knows no classes")
     if args.prompt:
         return choose_prompts(args.prompt, opened, args.n)
     if args.classes:
-        return choose_labels(args.classes, opened.config["classes"], objective.num_classes, args.n)
-    conditions = objective.conditions(args.n)
+        classes = guide.classes if guide else opened.config["classes"]
+        return choose_labels(args.classes, classes, num_classes, args.n)
+    conditions = build.preview_conditions(objective, options, args.n)
     if text and conditions is None:
         raise ValueError("this run reads precomputed embeddings: name some by --prompt FILE.npz")
     return conditions
@@ -260,7 +263,9 @@ def sample():
     check_out(out, len(objective.shape) - 1)
     if args.film and Path(args.film).suffix not in (".gif", ".webp"):
         raise ValueError(f"--film {args.film}: the name must end in .gif or .webp")
-    conditions = choose_conditions(args, opened)
+    if guide := options.get("guide", opened.config["draw"].get("guide")):
+        options["guide"] = build.open_run(guide, opened.device).objective
+    conditions = choose_conditions(args, opened, options)
     frames = [] if args.film else None
     if args.inpaint or args.mask:
         x = inpainted(args, opened, conditions, frames, options)

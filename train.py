@@ -218,7 +218,7 @@ class Place:
 def picture(objective, config, options, stop):
     """A grid of the preview: the same noise and conditions at every step. None if it was asked to stop."""
     device = next(objective.parameters()).device
-    conditions = objective.conditions(config["sample_n"])
+    conditions = build.preview_conditions(objective, options, config["sample_n"])
     batches = list(build.draw(objective, config["sample_n"], config["seed"], 64, conditions, device, stop=stop,
                               **options))
     if stop:
