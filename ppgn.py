@@ -1,0 +1,378 @@
+"""Plug and play generative networks: images by a walk in the code space of a generator, steered by any network that can
+say what an image shows.
+
+Plug & Play Generative Networks: Conditional Iterative Generation of Images in Latent Space, 1612.00005.
+
+A frozen encoder E (a classifier, up to its layer fc6) turns an image x into a code h; a generator G, trained once, turns
+the code back into an image; a condition network C gives p(y | x). Equation 11 of the paper is one step of the walk:
+
+    h  <-  h  +  epsilon1 d log p(h)/dh  +  epsilon2 d log p(y | G(h))/dh  +  N(0, epsilon3^2)
+
+The prior's gradient is R(h) - h of a denoising autoencoder R; in Joint PPGN-h, R(h) = E(G(h)). Letters: x image
+(B, C, H, W), h code (B, D), h1 the last feature map of E, z logits, y the wanted class, unit or caption.
+
+Contents: networks (classifiers, generator, discriminator, autoencoders); conditions; priors; the chain; what is trained
+(encoder, captioner, generator); how samples are judged; the registry.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---- networks ----------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] -> class logits (B, K). Up to fc6 it is the encoder E, as a whole the condition C.
+
+    layers: modules by name, in their order. "fc6" gives the code h after its ReLU, and the layer before it h1.
+    """
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.names = list(self.layers)
+
+    def activations(self, x, last=None):
+        """The output of every layer by name, up to the layer `last` (None: all)."""
+        seen = {}
+        for name, layer in self.layers.items():
+            x = seen[name] = layer(x)
+            if name == last:
+                break
+        return seen
+
+    def map(self, x):
+        """Images -> h1 (B, C1, H1, W1), the feature map that fc6 reads."""
+        return list(self.activations(x, self.names[self.names.index("fc6") - 1]).values())[-1]
+
+    def encode(self, x):
+        """Images -> (h1, h), h >= 0 of shape (B, D)."""
+        h1 = self.map(x)
+        return h1, self.layers["fc6"](h1)
+
+    def forward(self, x):
+        return self.activations(x)[self.names[-1]]
+
+
+def small_cnn(image_size, in_channels, num_classes, width=32, code=128, drop=0.3):
+    """A classifier for squares of image_size = 8, 16, 32, ... pixels: convolutions conv1, conv2, ... of stride 2 down to
+    4x4, fc6 (the code), fc8 (the logits)."""
+    layers, channels, side = {}, in_channels, image_size
+    while side > 4:
+        k = len(layers)
+        layers[f"conv{k + 1}"] = nn.Sequential(nn.Conv2d(channels, width * min(2**k, 4), 3, 2, 1), nn.ReLU())
+        channels, side = width * min(2**k, 4), side // 2
+    layers["fc6"] = nn.Sequential(nn.Flatten(), nn.Linear(channels * 16, code), nn.ReLU())
+    layers["drop6"] = nn.Dropout(drop)
+    layers["fc8"] = nn.Linear(code, num_classes)
+    return Classifier(layers)
+
+
+def caffenet(num_classes, in_channels=3):
+    """The paper's E and C for images of 227x227: CaffeNet, an AlexNet that pools before it normalises."""
+
+    def conv(channels, out, kernel, stride=1, padding=0, groups=1):
+        return nn.Sequential(nn.Conv2d(channels, out, kernel, stride, padding, groups=groups), nn.ReLU())
+
+    return Classifier({
+        "conv1": conv(in_channels, 96, 11, stride=4),                              # (B, 96, 55, 55)
+        "norm1": nn.Sequential(nn.MaxPool2d(3, 2), nn.LocalResponseNorm(5)),       # (B, 96, 27, 27)
+        "conv2": conv(96, 256, 5, padding=2, groups=2),
+        "norm2": nn.Sequential(nn.MaxPool2d(3, 2), nn.LocalResponseNorm(5)),       # (B, 256, 13, 13)
+        "conv3": conv(256, 384, 3, padding=1),
+        "conv4": conv(384, 384, 3, padding=1, groups=2),
+        "conv5": conv(384, 256, 3, padding=1, groups=2),
+        "pool5": nn.MaxPool2d(3, 2),                                               # (B, 256, 6, 6), the paper's h1
+        "fc6": nn.Sequential(nn.Flatten(), nn.Linear(9216, 4096), nn.ReLU()),
+        "drop6": nn.Dropout(0.5),
+        "fc7": nn.Sequential(nn.Linear(4096, 4096), nn.ReLU()),
+        "drop7": nn.Dropout(0.5),
+        "fc8": nn.Linear(4096, num_classes)})
+
+
+UPWARDS = ["deconv5", "conv5_1", "deconv4", "conv4_1", "deconv3", "conv3_1", "deconv2", "deconv1", "deconv0"]
+
+
+class Generator(nn.Module):
+    """G: codes h (B, code) -> images (B, out_channels, S, S), unbounded; S is s0 doubled by every deconv layer.
+
+    The layers of the released generator and their names: three linear ones, then transposed convolutions, 4x4 of stride 2
+    (deconv) and 3x3 of stride 1 (conv), with leaky ReLU 0.3 after each but the last. A smaller image has fewer:
+    the first len(chans) - 1 of UPWARDS, and deconv0.
+
+    fc: width of the linear layers; chans: channels of the s0 x s0 map, then after each layer but deconv0.
+    """
+
+    def __init__(self, code=4096, fc=4096, chans=(256, 256, 512, 256, 256, 128, 128, 64, 32), s0=4, out_channels=3):
+        super().__init__()
+        self.start = (chans[0], s0, s0)
+        self.defc7 = nn.Linear(code, fc)
+        self.defc6 = nn.Linear(fc, fc)
+        self.defc5 = nn.Linear(fc, chans[0] * s0 * s0)
+        self.upwards = UPWARDS[:len(chans) - 1] + ["deconv0"]
+        for name, channels, out in zip(self.upwards, chans, (*chans[1:], out_channels), strict=True):
+            kernel, stride = (4, 2) if name.startswith("deconv") else (3, 1)
+            self.add_module(name, nn.ConvTranspose2d(channels, out, kernel, stride, padding=1))
+        self.initialise()
+
+    def initialise(self):
+        """Activations keep their variance through the leaky ReLUs. The prototxt gives the biases of transposed
+        convolutions a learning rate of 0, so they stay 0."""
+        for layer in self.children():
+            inputs = layer.weight[0].numel()
+            if isinstance(layer, nn.ConvTranspose2d):           # of k x k taps, one in stride^2 meets a given pixel
+                inputs = layer.in_channels * layer.kernel_size[0]**2 / layer.stride[0]**2
+                layer.bias.requires_grad_(False)
+            nn.init.normal_(layer.weight, std=(2 / (1 + 0.3**2) / inputs)**0.5)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h):
+        for layer in (self.defc7, self.defc6, self.defc5):
+            h = F.leaky_relu(layer(h), 0.3)
+        x = h.unflatten(1, self.start)                          # (B, chans[0], s0, s0)
+        for name in self.upwards[:-1]:
+            x = F.leaky_relu(self.get_submodule(name)(x), 0.3)
+        return self.deconv0(x)
+
+
+def small_generator(image_size, out_channels, code, width=32):
+    """A Generator of the released pattern for image_size = 8, 16, 32, ... up to 256 pixels."""
+    layers = {1: 1, 2: 3, 3: 5, 4: 7, 5: 8, 6: 9}[(image_size // 4).bit_length() - 1]      # by number of doublings
+    widths = [4 * width, 4 * width, 4 * width, 2 * width, 2 * width, width, width, width, width]
+    return Generator(code, 8 * width, widths[:layers], 4, out_channels)
+
+
+class Discriminator(nn.Module):
+    """D: images (B, C, H, W), and optionally the codes h (B, D) that they belong to -> logits (B, 2): generated, real.
+
+    The form of DeePSiM (Generating Images with Perceptual Similarity Metrics based on Deep Networks, 1602.02644), on which
+    the paper builds: convolutions and an average; the code passes a layer of its own and joins before the last two.
+    """
+
+    def __init__(self, in_channels, width=32, code=0):
+        super().__init__()
+        widths = [in_channels, width, 2 * width, 4 * width, 4 * width]
+        layers = []
+        for channels, out in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(channels, out, 3, 2, 1), nn.LeakyReLU(0.2)]
+        self.image = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.code = nn.Sequential(nn.Linear(code, 4 * width), nn.ReLU()) if code else None
+        self.head = nn.Sequential(nn.Linear(16 * width + (4 * width if code else 0), 4 * width), nn.ReLU(),
+                                  nn.Linear(4 * width, 2))
+
+    def forward(self, x, h):
+        features = self.image(x)
+        if self.code is not None:
+            features = torch.cat([features, self.code(h)], 1)
+        return self.head(features)
+
+
+class CodeAutoencoder(nn.Module):
+    """R of PPGN-h: codes (B, D) -> denoised codes (B, D), by seven fully-connected layers. The paper's sizes are
+    4096-2048-1024-500-1024-2048-4096; of another code they are the same fractions."""
+
+    def __init__(self, code=4096):
+        super().__init__()
+        middle = [code // 2, code // 4, max(1, code * 500 // 4096)]
+        sizes = [code, code, *middle, *middle[-2::-1], code]
+        layers = []
+        for size, out in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(size, out), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, h):
+        return self.layers(h)
+
+
+class ImageAutoencoder(nn.Module):
+    """R of PPGN-x: images -> denoised images. The published code has no PPGN-x; this R reads with layers like the
+    encoder's and draws with layers like the generator's, all of them its own."""
+
+    def __init__(self, encoder, generator):
+        super().__init__()
+        self.encoder, self.generator = encoder, generator
+
+    def forward(self, x):
+        return self.generator(self.encoder.encode(x)[1])
+
+
+# ---- conditions: (image, targets) -> (gradient in the image, probability of the target) ----------------------------
+
+
+def central(x, size):
+    """The central square of `size` pixels (None: all of x), its corner rounded down as published."""
+    if size is None:
+        return x
+    top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
+    return x[..., top:top + size, left:left + size]
+
+
+class UnitCondition:
+    """A class, or a hidden unit: p is the softmax of the layer's units, of a feature map's channels at one position.
+
+    layer: a name in network.layers; place: (row, column) in a feature map; size: of the central crop the network sees.
+    exact: the gradient of log p_k = z_k - log sum_j exp z_j. Otherwise that of the published code, which keeps the
+    target's own logit only: (1 - p_k) dz_k/dx, its factor held constant.
+    """
+
+    def __init__(self, network, layer, place=(0, 0), exact=False, size=None):
+        self.network, self.layer, self.place, self.exact, self.size = network, layer, place, exact, size
+
+    def __call__(self, image, units):
+        image = image.detach().requires_grad_()
+        z = self.network.activations(image, self.layer)[self.layer]            # (B, K), or (B, K, H1, W1)
+        if z.ndim == 4:
+            z = z[:, :, self.place[0], self.place[1]]
+        log_p = z.log_softmax(1).gather(1, units[:, None])[:, 0]               # (B,)
+        if self.exact:
+            objective = log_p
+        else:                      # 1 - p as -expm1(log p), which a nearly certain classifier does not round to 0
+            objective = -torch.expm1(log_p.detach()) * z.gather(1, units[:, None])[:, 0]
+        gradient, = torch.autograd.grad(objective.sum(), image)
+        return gradient, log_p.detach().exp()
+
+
+class CaptionCondition:
+    """A caption: p(y | x) = prod_l p(word_l | words before it, x) of a Captioner; the probability told is the mean of the
+    words'. exact: the gradient passes through the captioner's memory. Otherwise, as published, each word's log p is
+    differentiated with the memory of the words before it held constant.
+    """
+
+    def __init__(self, captioner, exact=False, size=None):
+        self.captioner, self.exact, self.size = captioner, exact, size
+
+    def __call__(self, image, words):
+        image = image.detach().requires_grad_()
+        log_p, valid = self.captioner.log_probabilities(image, words, constant_memory=not self.exact)     # (B, L)
+        gradient, = torch.autograd.grad((log_p * valid).sum(), image)
+        return gradient, ((log_p.exp() * valid).sum(1) / valid.sum(1)).detach()
+
+
+# ---- priors: (state, see) -> the direction of d log p(h)/dh, without its factor 1/sigma^2 ---------------------------
+# see(size) is the image that the state stands for as a network of that input size sees it.
+
+
+def no_prior(h, see):
+    """DGN-AM: every code is as likely as any other."""
+    return torch.zeros_like(h)
+
+
+def denoising_prior(autoencoder):
+    """PPGN-x and PPGN-h: R(h) - h. What Regularized Auto-Encoders Learn from the Data-Generating Distribution, 1211.4246."""
+
+    def prior(h, see):
+        return autoencoder(h) - h
+
+    return prior
+
+
+def joint_prior(encoder, size=None):
+    """Joint PPGN-h, noiseless or not: E(G(h)) - h. The generator and the encoder together are the autoencoder of h."""
+
+    def prior(h, see):
+        return encoder.encode(see(size))[1] - h
+
+    return prior
+
+
+# ---- the chain -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inpainting:
+    """What is known of the images: image (B, C, H, W), mask 1 in the hole and 0 elsewhere, of a shape that broadcasts;
+    H, W are those the condition network sees."""
+
+    image: torch.Tensor
+    mask: torch.Tensor
+
+    def complete(self, x):
+        """x in the hole, the known image around it."""
+        return x * self.mask + self.image * (1 - self.mask)
+
+
+@dataclass
+class Step:
+    """One iteration: `code` before and `next` after it; `image` the crop that the condition network saw, `probability`
+    (B,) what it said; the directions of equation 11 before their weights, and the condition's in the image."""
+
+    code: torch.Tensor
+    image: torch.Tensor
+    probability: torch.Tensor
+    d_prior: torch.Tensor
+    d_condition: torch.Tensor
+    d_context: torch.Tensor | float
+    d_image: torch.Tensor
+    next: torch.Tensor
+
+
+def chain(h, generator, prior, condition, targets, noise, steps=200, lr=1.0, lr_end=None, epsilon=(1e-5, 1.0, 1e-17),
+          epsilon4=0.0, normalize=True, limits=(0.0, 30.0), inpainting=None, restart=False,
+          reset_every=0) -> Iterator[Step]:
+    """MALA-approx (section 2 of the paper, and its published code): yields a Step per iteration.
+
+    h           the state at the start: codes (B, D); with generator = nn.Identity() images (PPGN-x)
+    targets     conditions one after the other, each (B, ...): the first is held for steps + 1 iterations as published,
+                each further one for steps
+    noise       noise(shape) -> standard normal
+    lr, lr_end  the mean absolute change of h in an iteration, on a line from lr to lr_end over `steps`. As published
+                the line goes on for the second target, where lr_end < lr makes it negative; restart: it begins anew
+    epsilon     weights of the prior, the condition and the noise; epsilon4 of the known pixels when inpainting
+    normalize   rescale the sum of all terms, the noise included, to lr: then only the weights' ratios matter. False:
+                the paper's plain sum, in which lr has no part
+    limits      the state is clipped to them (codes follow a ReLU)
+    reset_every as published, every so many iterations the code starts from N(0, 1) and epsilon1 from U(1e-6, 1e-2)
+    """
+    lr_end = lr if lr_end is None else lr_end
+    epsilon1, epsilon2, epsilon3 = epsilon
+    for i in range(steps * len(targets) + 1):
+        turn = max(i - 1, 0) // steps
+        with torch.enable_grad():                               # of G in h; nothing else is kept
+            start = h.detach().requires_grad_()
+            x = generator(start)
+        step = directions(start, x, prior, condition, targets[turn], inpainting)
+        d = epsilon1 * step.d_prior + epsilon2 * step.d_condition + epsilon4 * step.d_context
+        if epsilon3 > 0:
+            d = d + epsilon3 * noise(h.shape)
+        if normalize:
+            mean = d.abs().flatten(1).mean(1).view(-1, *[1] * (d.ndim - 1))
+            place = i - turn * steps if restart else i
+            # A saturated classifier without noise or prior leaves no direction to go: the published code divides by 0.
+            d = torch.where(mean > 0, (lr + (lr_end - lr) * place / steps) * d / mean, 0)
+        h = (step.code + d).clamp(*limits)
+        if reset_every > 0 and i > 0 and i % reset_every == 0:
+            h = noise(h.shape)
+            uniform = 0.5 * (1 + torch.erf(noise((len(h), *[1] * (h.ndim - 1))) / 2**0.5))     # the normal's own law
+            epsilon1 = 1e-6 + (1e-2 - 1e-6) * uniform
+        step.next = h
+        yield step
+
+
+def directions(h, x, prior, condition, target, inpainting):
+    """The three directions at h, with x = G(h) still attached to it, as a Step whose `next` is not yet known."""
+    with torch.no_grad():
+        def see(size):
+            seen = central(x, size)
+            return seen if inpainting is None else inpainting.complete(seen)
+
+        d_prior = prior(h, see)
+        image = see(condition.size)
+    with torch.enable_grad():
+        d_image, probability = condition(image, target)
+
+    def to_code(gradient, keep):                                # G's Jacobian, transposed; zero outside the crop
+        whole = torch.zeros_like(x)
+        central(whole, condition.size).copy_(gradient)
+        return torch.autograd.grad(x, h, whole, retain_graph=keep)[0]
+
+    d_context = 0.0
+    if inpainting is not None:
+        # of -1/2 ||x - image||^2 outside the hole
+        d_context = to_code((inpainting.image - central(x.detach(), condition.size)) * (1 - inpainting.mask), True)
+    inside = d_image if inpainting is None else d_image * inpainting.mask
+    d_condition = to_code(inside, False)
+    return Step(h.detach(), image, probability, d_prior.detach(), d_condition, d_context, d_image, h.detach())
