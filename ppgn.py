@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import data
+from house_tmp import Run, count, detached
+
 # ---- networks ----------------------------------------------------------------------------------------------------
 
 
@@ -376,3 +379,361 @@ def directions(h, x, prior, condition, target, inpainting):
     inside = d_image if inpainting is None else d_image * inpainting.mask
     d_condition = to_code(inside, False)
     return Step(h.detach(), image, probability, d_prior.detach(), d_condition, d_context, d_image, h.detach())
+
+
+# ---- what is trained: the encoder ----------------------------------------------------------------------------------
+
+
+class Encoding(nn.Module):
+    """The first of the two runs: a classifier learns its classes (cross-entropy). It draws what it alone takes for a
+    class: its gradient followed in the pixels (Deep Inside Convolutional Networks, 1312.6034), where the paper starts.
+    """
+
+    options = {"ppgn_steps": 200, "step_size": 0.02, "step_end": 0.02, "exact": False, "neuron": "", "then": ""}
+
+    def __init__(self, network, shape, code, num_classes, classes=()):
+        super().__init__()
+        self.network, self.shape, self.code = network, shape, code
+        self.num_classes, self.classes = num_classes, list(classes)
+
+    def loss(self, batch):
+        logits = self.network(batch["x"])
+        return {"loss": F.cross_entropy(logits, batch["y"]),
+                "accuracy": (logits.detach().argmax(1) == batch["y"]).float().mean()}
+
+    forward = loss
+
+    def conditions(self, n):
+        return torch.arange(n) % self.num_classes
+
+    def condition(self, conditions, exact=False, neuron="", then=""):
+        """Labels (n,) and drawing options -> (condition, its targets one after the other): the class, then further ones
+        (names, separated by commas), or instead a hidden unit."""
+        size = self.shape[-1]
+        if neuron:
+            layer, unit, place = find_unit(self.network, neuron, self.shape)
+            targets = [torch.full((len(conditions),), unit, device=conditions.device)]
+            return UnitCondition(self.network, layer, place, exact, size), targets
+        further = [class_number(name.strip(), self.classes, self.num_classes) for name in then.split(",") if name]
+        targets = [conditions] + [torch.full_like(conditions, k) for k in further]
+        return UnitCondition(self.network, self.network.names[-1], exact=exact, size=size), targets
+
+    def trajectory(self, noise, conditions, **options):
+        yield from pixel_walk(self, noise, conditions, **self.options | options)
+
+    def cost(self):
+        return count(self.network, torch.empty(1, *self.shape, device="meta"))
+
+
+def pixel_walk(objective, noise, conditions, ppgn_steps, step_size, step_end, **options):
+    """What a condition network alone takes for the condition: from grey noise, along its gradient in the pixels."""
+    condition, targets = objective.condition(conditions, **options)
+    start = 0.2 * noise((len(noise), *objective.shape))
+    for step in chain(start, nn.Identity(), no_prior, condition, targets, noise, ppgn_steps, step_size, step_end,
+                      epsilon=(0.0, 1.0, 0.0), limits=(-1.0, 1.0), restart=True):
+        yield step.image
+
+
+def class_number(name, classes, num_classes):
+    """The number of a class given by its name or number."""
+    if name in classes:
+        return classes.index(name)
+    if name.isdigit() and int(name) < num_classes:
+        return int(name)
+    raise ValueError(f"there is no class {name!r}: name one of {', '.join(classes[:20]) or f'0 to {num_classes - 1}'}")
+
+
+def find_unit(network, text, shape):
+    """A hidden unit as it is written, LAYER:UNIT or LAYER:UNIT:ROW:COLUMN -> (layer, unit, (row, column)); without a
+    position the middle of the feature map. shape: (C, H, W) of an image."""
+    layer, *numbers = text.split(":")
+    if layer not in network.names:
+        raise ValueError(f"neuron {text}: there is no layer {layer!r}, only {', '.join(network.names)}")
+    with torch.no_grad():
+        image = torch.zeros(1, *shape, device=next(network.parameters()).device)
+        sides = network.activations(image, layer)[layer].shape[1:]              # (K,), or (K, H1, W1)
+    if len(numbers) not in (1, len(sides)) or not all(number.isdigit() for number in numbers):
+        raise ValueError(f"neuron {text}: write LAYER:UNIT, or for a feature map LAYER:UNIT:ROW:COLUMN")
+    unit, *place = map(int, numbers)
+    place = place or [side // 2 for side in sides[1:]]
+    if any(k >= side for k, side in zip((unit, *place), sides)):
+        raise ValueError(f"neuron {text}: {layer} has {'x'.join(map(str, sides))} of them, counted from 0")
+    return layer, unit, tuple(place)
+
+
+# ---- what is trained: the captioner ---------------------------------------------------------------------------------
+
+
+class Captioner(nn.Module):
+    """p(word_l | the words before it, image): an LSTM that reads the word before and the logits of a classifier (LRCN,
+    1411.4389, on fc8 as in the paper). Here a word is a byte of the caption; 0 ends it."""
+
+    options = {"ppgn_steps": 200, "step_size": 0.02, "step_end": 0.02, "exact": False, "caption": ""}
+
+    def __init__(self, encoding, width=128, length=64):
+        super().__init__()
+        self.__dict__["encoding"] = encoding                    # frozen, and no part of the state
+        self.shape, self.num_classes, self.length = encoding.shape, 0, length
+        self.image = nn.Linear(encoding.num_classes, width)
+        self.word = nn.Embedding(256, width)
+        self.memory = nn.LSTMCell(2 * width, width)
+        self.next = nn.Linear(width, 256)
+        self.register_buffer("examples", torch.zeros(8, length, dtype=torch.uint8))      # captions seen, for previews
+
+    def log_probabilities(self, x, words, constant_memory=False):
+        """Images (B, C, H, W), captions int64 (B, L) as START, bytes, zeros -> (log p (B, L) of what follows each word,
+        after the last one of 0, the end; and which of these count: bool (B, L))."""
+        image = self.image(self.encoding.network(x))                                           # (B, width)
+        following = torch.cat([words[:, 1:], torch.zeros_like(words[:, :1])], 1)               # (B, L)
+        h, c, found = torch.zeros_like(image), torch.zeros_like(image), []
+        for word, target in zip(words.unbind(1), following.unbind(1)):
+            if constant_memory:
+                h, c = h.detach(), c.detach()
+            h, c = self.memory(torch.cat([self.word(word), image], 1), (h, c))
+            found.append(self.next(h).log_softmax(1).gather(1, target[:, None]))
+        return torch.cat(found, 1), words > 0                   # what follows a word counts, what follows the end not
+
+    def loss(self, batch):
+        """The mean of -log p(caption | image), in nats a caption."""
+        words = batch["y"][:, :self.length]
+        if batch["step"] == 0:
+            self.examples[:len(words), :words.shape[1]] = words[:8]
+        log_p, valid = self.log_probabilities(batch["x"], words)
+        return {"loss": -(log_p * valid).sum(1).mean()}
+
+    forward = loss
+
+    def conditions(self, n):
+        return self.examples[torch.arange(n, device=self.examples.device) % 8].long()
+
+    def condition(self, conditions, exact=False, caption=""):
+        """Captions (n, L) and drawing options -> (condition, its one target). caption: in place of them all."""
+        if caption:
+            words = data.byte_tokens([caption], self.length).long().to(conditions.device)
+            conditions = words.expand(len(conditions), -1)
+        return CaptionCondition(self, exact, self.shape[-1]), [conditions]
+
+    def trajectory(self, noise, conditions, **options):
+        yield from pixel_walk(self, noise, conditions, **self.options | options)
+
+    def cost(self):
+        words = torch.zeros(1, self.length, dtype=torch.long, device="meta")
+        return count(self.log_probabilities, torch.empty(1, *self.shape, device="meta"), words)
+
+
+# ---- what is trained: the generator ---------------------------------------------------------------------------------
+
+# By variant: those that a run of it can draw, since they share what was trained.
+DRAWS = {"x": ["x"], "dgn-am": ["dgn-am", "joint-noiseless"], "h": ["h", "dgn-am", "joint-noiseless"],
+         "joint": ["joint", "dgn-am"], "joint-noiseless": ["joint-noiseless", "dgn-am"]}
+# By variant: weights of the prior, the condition and the noise (equation 11).
+EPSILON = {"x": (1.0, 1.0, 0.0), "dgn-am": (0.0, 1.0, 0.0), "h": (1e-5, 1.0, 1e-5), "joint": (1e-5, 1.0, 1e-5),
+           "joint-noiseless": (1e-5, 1.0, 1e-17)}
+CLIP = 30.0                          # codes are clipped to this multiple of the mean code
+
+
+def relative_error(guess, code):
+    """||guess - code||^2 / ||code||^2, mean over the batch: codes of small encoders have no scale of their own."""
+    return ((guess - code).square().sum(1) / code.square().sum(1).clamp(min=1e-8)).mean()
+
+
+class PlugAndPlay(nn.Module):
+    """The second of the two runs: a generator G learns to undo the frozen encoder E, against a discriminator D, or, for
+    PPGN-x and PPGN-h, denoising autoencoders learn images or codes. It draws by the chain.
+
+    variant: "x", "dgn-am", "h", "joint" or "joint-noiseless", section 3 of the paper.
+    weights: of the losses of G: squared error of the image, of h1, of the code (joint only), and the adversarial one.
+    noise: standard deviation of the noise in training, as a share of the mean activation: on x, h1 and h in the joint
+    variant, on the code for R of PPGN-h, on the pixels (then a share of 1) for R of PPGN-x.
+    """
+
+    def __init__(self, encoding, condition, shape, generator, discriminator, autoencoder=None, variant="joint-noiseless",
+                 weights=(1.0, 1.0, 1.0, 0.01), noise=0.1):
+        super().__init__()
+        self.__dict__["encoding"], self.__dict__["guide"] = encoding, condition     # frozen, and no part of the state
+        self.shape, self.variant, self.weights, self.noise = shape, variant, weights, noise
+        self.num_classes = condition.num_classes
+        self.generator, self.discriminator, self.autoencoder = generator, discriminator, autoencoder
+        if discriminator is not None:
+            for p in discriminator.parameters():
+                p.rate = 0.1                        # a tenth of G's, without which D wins at this size
+        self.register_buffer("code_sum", torch.zeros((), dtype=torch.float64))     # of the codes seen, for their mean
+        self.register_buffer("code_count", torch.zeros((), dtype=torch.float64))
+
+    @property
+    def options(self):
+        """What may be set when drawing. step_size, step_end: mean absolute change of the code in a step, as shares of
+        the mean code, from the first step to the last; epsilon: the weights of equation 11, empty for the variant's;
+        context: epsilon4, of the known pixels when inpainting; then: further classes in the same chain."""
+        own = {"variant": self.variant, "ppgn_steps": 200, "step_size": 0.1, "step_end": 0.1, "epsilon": (),
+               "normalize": True, "context": 1.0}
+        return own | {key: value for key, value in self.guide.options.items() if key not in own}
+
+    @property
+    def scale(self):
+        """The mean of a code, over units and images."""
+        return (self.code_sum / self.code_count.clamp(min=1)).item() or 1.0
+
+    # -- training
+
+    def loss(self, batch):
+        x, noise = batch["x"], batch["noise"]
+        if self.variant == "x":
+            noisy = x + self.noise * noise.normal(*x.shape[1:])
+            return {"loss": F.mse_loss(self.autoencoder(noisy), x)}
+        with torch.no_grad():
+            code = self.encoding.network.encode(self.seen(x))[1]
+            self.code_sum += code.double().mean(1).sum()
+            self.code_count += len(code)
+            h = self.noisy_code(x, noise) if self.variant == "joint" else code
+        losses = self.generator_losses(x, h, code)
+        if self.variant == "h":
+            level = self.noise * code.mean(1, keepdim=True)
+            losses["autoencoder"] = relative_error(self.autoencoder(code + level * noise.normal(code.shape[1])), code)
+            losses["loss"] = losses["loss"] + losses["autoencoder"]
+        return losses
+
+    forward = loss
+
+    def seen(self, x):
+        """The part of an image of G's that E reads."""
+        return central(x, self.encoding.shape[-1])
+
+    def noisy_code(self, x, noise):
+        """The code of x with noise added to the image, to h1 and to the code (Joint PPGN-h)."""
+
+        def noisy(a):
+            level = self.noise * a.abs().flatten(1).mean(1)
+            return a + level.view(-1, *[1] * (a.ndim - 1)) * noise.normal(*a.shape[1:])
+
+        network = self.encoding.network
+        return noisy(network.layers["fc6"](noisy(network.map(noisy(self.seen(x))))))
+
+    def generator_losses(self, x, h, code):
+        """G makes an image of the code h of x; D tells it from x. The balance rule pauses the player who is ahead."""
+        made = self.generator(h)
+        h1, again = self.encoding.network.encode(self.seen(made))
+        with torch.no_grad():
+            h1_of_x = self.encoding.network.map(self.seen(x))
+        real, fake = self.discriminator(x, h), self.discriminator(made.detach(), h)
+        fooled = detached(self.discriminator, made, h)
+        is_real = torch.ones(len(x), dtype=torch.long, device=x.device)
+        d = F.cross_entropy(real, is_real) + F.cross_entropy(fake, 0 * is_real)
+        g = F.cross_entropy(fooled, is_real)                    # -log D(G(h))
+        image, feature, joint, adversarial = self.weights
+        parts = {"image": F.mse_loss(made, x), "feature": F.mse_loss(h1, h1_of_x)}
+        total = image * parts["image"] + feature * parts["feature"] + adversarial * g
+        if self.variant == "joint":
+            parts["code"] = relative_error(again, code)
+            total = total + joint * parts["code"]
+        self.balance(d, g)
+        return {"loss": total + d, **parts, "g": g, "d": d}
+
+    def balance(self, d, g):
+        """With r = loss of D / loss of G: D pauses where r < 0.1, G where r > 10."""
+        r = torch.stack([d.detach(), g.detach()])
+        if torch.distributed.is_initialized():                  # all processes must agree
+            torch.distributed.all_reduce(r)
+        r = (r[0] / r[1].clamp(min=1e-12)).item()
+        for player, pause in ((self.discriminator, r < 0.1), (self.generator, r > 10)):
+            for p in player.parameters():
+                p.paused = pause
+
+    # -- drawing
+
+    def conditions(self, n):
+        return self.guide.conditions(n)
+
+    def trajectory(self, noise, conditions, **options):
+        variant = (self.options | options)["variant"]
+        if variant == "x":
+            start = 0.2 * noise((len(noise), *self.shape))
+        else:
+            start = self.scale * noise((len(noise), self.encoding.code))
+        for step in self.walk(start, noise, conditions, **options):
+            yield step.image.clamp(-1, 1)
+
+    def fill(self, noise, x, mask, conditions, **options):
+        """Inpainting, from the code of the masked image: x (n, C, H, W), mask 1 in the hole. Yields whole images."""
+        hole = mask.to(x).expand_as(x)
+        known = Inpainting(self.seen(x * (1 - hole)), self.seen(hole))
+        start = known.image
+        if (self.options | options)["variant"] != "x":
+            start = self.encoding.network.encode(start)[1]
+        for step in self.walk(start, noise, conditions, known, **options):
+            yield step.image.clamp(-1, 1)
+
+    def walk(self, start, noise, conditions, inpainting=None, **options):
+        """The chain with the options of a drawing, in units of the mean code."""
+        rest = self.options | options
+        variant, steps, normalize = rest.pop("variant"), rest.pop("ppgn_steps"), rest.pop("normalize")
+        epsilon = rest.pop("epsilon") or EPSILON.get(variant)
+        if variant not in DRAWS[self.variant]:
+            raise ValueError(f"variant {variant}: this run was trained as {self.variant}, it draws "
+                             + " or ".join(DRAWS[self.variant]))
+        unit = 1.0 if variant == "x" else self.scale
+        lr, lr_end, context = unit * rest.pop("step_size"), unit * rest.pop("step_end"), rest.pop("context")
+        condition, targets = self.guide.condition(conditions, **rest)
+        limits = (-1.0, 1.0) if variant == "x" else (0.0, CLIP * unit)
+        generator = nn.Identity() if variant == "x" else self.generator
+        yield from chain(start, generator, self.prior(variant), condition, targets, noise, steps, lr, lr_end, epsilon,
+                         context, normalize, limits, inpainting, restart=True)
+
+    def prior(self, variant):
+        if variant == "dgn-am":
+            return no_prior
+        if variant in ("x", "h"):
+            return denoising_prior(self.autoencoder)
+        return joint_prior(self.encoding.network, self.encoding.shape[-1])
+
+    def cost(self):
+        if self.variant == "x":
+            return count(self.autoencoder, torch.empty(1, *self.shape, device="meta"))
+        return count(self.generator, torch.empty(1, self.encoding.code, device="meta"))
+
+
+# ---- the registry -----------------------------------------------------------------------------------------------------
+
+
+def encoding_of(run, shape, num_classes):
+    """The Encoding of an encoder's run, ValueError if it is something else or made for other images."""
+    if not isinstance(run, Encoding):
+        raise ValueError("encoder: that run trained no classifier; the first of the two runs is one of the same --model "
+                         "without encoder=")
+    if run.shape[0] != shape[0] or run.shape[-1] > shape[-1]:
+        raise ValueError(f"encoder: it reads images of {'x'.join(map(str, run.shape))}, these are "
+                         f"{'x'.join(map(str, shape))}")
+    return run
+
+
+def square(image_size):
+    """The side of a square that convolutions of stride 2 bring to 4x4; ValueError for another size."""
+    side = image_size if isinstance(image_size, int) else image_size[0] if len(set(image_size)) == 1 else 0
+    if side not in (8, 16, 32, 64, 128, 256):
+        raise ValueError(f"image_size is {image_size}: PPGN draws squares of 8, 16, 32, 64, 128 or 256 pixels")
+    return side
+
+
+def ppgn_nano(image_size, in_channels, num_classes, classes, encoder: Run = None, condition: Run = None,
+              variant: str = "joint-noiseless", width: int = 32, code: int = 128, noise: float = 0.1,
+              weights: tuple = (1.0, 1.0, 1.0, 0.01), code_to_d: bool = False):
+    """Plug and play generative network, small: a classifier, and in a second run, with encoder=RUN, its generator.
+
+    condition: the run of another classifier, or of a captioner, that says what to draw (None: the encoder's classifier).
+    variant, weights, noise: see PlugAndPlay; code_to_d: the discriminator is given the code too. 1612.00005.
+    """
+    side = square(image_size)
+    shape = (in_channels, side, side)
+    if encoder is None:
+        return Encoding(small_cnn(side, in_channels, num_classes, width, code), shape, code, num_classes, classes)
+    encoding = encoding_of(encoder, shape, num_classes)
+    if variant not in DRAWS:
+        raise ValueError(f"variant {variant!r}: choose from {', '.join(DRAWS)}")
+    if variant == "x":
+        reader = small_cnn(side, in_channels, 1, width, code)
+        autoencoder = ImageAutoencoder(reader, small_generator(side, in_channels, code, width))
+        return PlugAndPlay(encoding, condition or encoding, shape, None, None, autoencoder, variant, weights, noise)
+    return PlugAndPlay(encoding, condition or encoding, shape,
+                       small_generator(side, in_channels, encoding.code, width),
+                       Discriminator(in_channels, width, encoding.code if code_to_d else 0),
+                       CodeAutoencoder(encoding.code) if variant == "h" else None, variant, weights, noise)
