@@ -28,12 +28,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import convert
+import cropping
 import data
 import diffusion
 import layers
 import models
 import moe
 import objectives
+import ppgn
 import runs
 from runs import Run
 
@@ -343,7 +345,9 @@ def line(entry):
 
 # What `--model` may name, by kind. A backbone is a network model(x, t, y), which `objectives.Diffusion` trains; an
 # entry of any other kind makes an objective itself.
-KINDS = {"backbones": models.MODELS}
+KINDS = {"backbones": models.MODELS, "plug and play generative networks": ppgn.GENERATORS,
+         "cropping": cropping.AGENTS}
+data.DATASETS["scenes"] = cropping.scenes            # drawn in the room that needs them
 # What `--draw` and sample.py's flags of these names may name.
 DRAWING = {"sampler": diffusion.SAMPLERS, "grid": diffusion.GRIDS, "guidance_rule": diffusion.GUIDANCE}
 
@@ -423,6 +427,8 @@ def load_data(config, split, device="cpu", **changes):
     """The data set of a config; changes override its options. Its text is added by `describe`."""
     name, options = choose("data", config["data"], data.DATASETS)
     stride = model_option(config, "patch_size") or 1
+    options = {key: open_run(value, device).objective if isinstance(value, Run) else value
+               for key, value in options.items()}
     return data.load(name, config["data_dir"], split, device, stride, **options | changes)
 
 
@@ -445,8 +451,10 @@ def describe(config, dataset):
     if name in models.MODELS:
         models.check_sides(name, dataset.kind, mixed=bool(dataset.budget))
     if text:
-        with torch.device("meta"):
-            length = build_model(config).text_length
+        length = model_option(config, "text_length")
+        if name in models.MODELS:
+            with torch.device("meta"):
+                length = build_model(config).text_length
         dataset.with_text(config["text"], length)
         if config["text"] == "npz":
             width = dataset.condition(torch.arange(1)).tokens.shape[-1]

@@ -13,23 +13,25 @@ Contents: boxes and moves; the ranker (networks, training); rewards; the agent (
 scenes with a known best crop; baselines and measures; files; the registry.
 """
 
+import functools
 import json
 import math
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, UnidentifiedImageError
 from torch import nn
 from tqdm import tqdm
 
 import data
 import figures
-from house_tmp import Run, count
-from layers import pair
+import runs
+from layers import count, pair
+from runs import Run
 
 # ---- boxes and moves (the environment) -------------------------------------------------------------------------------
 
@@ -477,6 +479,10 @@ class Cropping(nn.Module):
         look = self.ranking.look_at(images)
         return episodes(self.agent, look, len(images), images.shape[-2:], steps or self.steps, uniform).boxes
 
+    def crop(self, picture):
+        """A PIL picture, cropped by the likeliest actions; untouched if a side has less than 20 pixels."""
+        return picture.crop(cropped(self, picture)[-1]) if min(picture.size) >= GRID else picture
+
     def conditions(self, n):
         return torch.arange(n)                       # of held-out scenes
 
@@ -648,3 +654,318 @@ def displacement(a, b, height, width):
 def alpha_recall(overlaps, alpha=0.75):
     """Percentage of overlaps (N,) of at least alpha."""
     return 100 * (overlaps >= alpha).double().mean()
+
+
+# ---- pictures from files ------------------------------------------------------------------------------------------------
+
+
+def photographs(source):
+    """The image files that a path names: itself, or those below a folder. ValueError, FileNotFoundError."""
+    source = Path(source).expanduser()
+    if not source.exists():
+        raise FileNotFoundError(f"there is no photograph and no folder {source}")
+    found = data._list_images(source) if source.is_dir() else [source]
+    if not found:
+        raise ValueError(f"{source} holds no photograph: it needs PNG, JPEG, WebP or BMP files")
+    return found
+
+
+def open_photograph(path):
+    """A file as an upright RGB picture; ValueError, in one sentence, if it is none or has a side below 20 pixels."""
+    try:
+        picture = data.open_image(path)
+    except Exception as error:                       # decoders raise nearly every type there is
+        reason = "not a PNG, JPEG, WebP or BMP" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{path} cannot be cropped: {reason or type(error).__name__}") from error
+    if min(picture.size) < GRID:
+        raise ValueError(f"{path} cannot be cropped: it is {picture.width}x{picture.height} pixels, and a side needs at "
+                         f"least {GRID}")
+    return picture
+
+
+def squeezed(picture, side):
+    """A picture as the agent sees it whole: (3, side, side) in [-1, 1], its ratio not kept."""
+    small = picture.resize((side, side), Image.BOX if min(picture.size) >= side else Image.BICUBIC)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def cropped(objective, picture, steps=None, seed=None):
+    """The agent's windows in a picture, one a move, as pixel boxes of it. seed: draw the actions, as the published code
+    does; None: the likeliest ones, the same in every run."""
+    uniform = None
+    if seed is not None:
+        uniform = torch.rand(1, steps or objective.steps, generator=torch.Generator().manual_seed(seed))
+    device = next(objective.parameters()).device
+    path = objective.path(squeezed(picture, objective.shape[-1])[None].to(device), steps,
+                          None if uniform is None else uniform.to(device))
+    return [tuple(box) for box in pixels(path[:, 0], picture.height, picture.width).tolist()]
+
+
+def crop_files(objective, source, out, film=None, seed=None, steps=None):
+    """Crop a photograph, or all in a folder, at full resolution; returns the files written.
+
+    source: file or folder; out: folder for the crops, which keep their names and formats. film: FILE.gif or FILE.webp of
+    the agent's moves, side by side. seed, steps: see `cropped`. A file that cannot be used stops all before anything is
+    written, and nothing that exists is written over, the photographs least of all.
+    """
+    source, out = Path(source).expanduser(), Path(out).expanduser()
+    root = source if source.is_dir() else source.parent
+    jobs = []
+    for path in tqdm(photographs(source), desc="cropping", unit=" photographs", delay=2):
+        target = out / path.relative_to(root)
+        if target.exists():
+            raise ValueError(f"{target} exists, and is not written over: name another folder")
+        jobs.append((path, target, cropped(objective, open_photograph(path), steps, seed)))
+    for path, target, boxes in tqdm(jobs, desc="writing", unit=" photographs", delay=2):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        kind = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}.get(target.suffix.lower(), "PNG")
+        part = open_photograph(path).crop(boxes[-1])
+        runs.write(target, lambda partial: part.save(partial, format=kind, quality=95))
+    if film:
+        figures.film(moves_film([(path, boxes) for path, _, boxes in jobs[:16]]), film, 300)
+    return [target for _, target, _ in jobs]
+
+
+def moves_film(jobs, side=256):
+    """Frames of the windows of (path, pixel boxes) of up to a few photographs, side by side, dimmed outside."""
+    frames = []
+    for step in range(max(len(boxes) for _, boxes in jobs) + 1):
+        tiles = []
+        for path, boxes in jobs:
+            picture = open_photograph(path)
+            window = ((0, 0, *picture.size), *boxes)[min(step, len(boxes))]
+            shown = picture.point(lambda v: v * 3 // 10)
+            shown.paste(picture.crop(window), window)
+            shown.thumbnail((side, side))
+            tile = Image.new("RGB", (side, side), "white")
+            tile.paste(shown, ((side - shown.width) // 2, (side - shown.height) // 2))
+            tiles.append(np.asarray(tile))
+        frames.append(figures.grid(np.stack(tiles), zoom=1))
+    return frames
+
+
+def published(path, steps=50):
+    """The published agent and ranker from their pickle of arrays (TF-A2RL's vfn_rl.pkl), as a Cropping. The file is read
+    by a reader that knows numpy arrays only. ValueError if it holds something else."""
+    with data._blame(path, "it must be the published pickle of named arrays"):
+        state = read_tensorflow(data._unpickle(Path(path).expanduser().read_bytes()))
+        widths = [len(state[f"ranker.conv{k}.bias"]) for k in range(1, 6)]
+        ranking = Ranking(VFN(widths, len(state["ranker.fc6.bias"])), (3, 227, 227))
+        agent = Agent(state["agent.fc1.weight"].shape[1], len(state["agent.fc1.bias"]))
+        ranking.ranker.load_state_dict({k.removeprefix("ranker."): v for k, v in state.items() if k[:7] == "ranker."},
+                                       strict=False)
+        missing = agent.load_state_dict({k[6:]: v for k, v in state.items() if k[:6] == "agent."}, strict=False)
+    if missing.unexpected_keys or not all(key.startswith("critic") for key in missing.missing_keys):
+        raise ValueError(f"{path}: unknown arrays {missing.unexpected_keys} or missing ones {missing.missing_keys}")
+    return Cropping(ranking, agent, (3, 227, 227), steps)
+
+
+def read_fcdb(path, folder):
+    """FCDB's lists of crops (JSON): [(file in folder, human crop, windows)], boxes (x0, y0, x1, y1) in pixels, in the
+    files (x, y, w, h). A row names its file by "filename" or "url", its crop by "crop"; a list of sliding windows has
+    "crops", the first of which is the human one: it is left out of the windows (published code: is in)."""
+    with data._blame(path, "it must be a JSON list as FCDB publishes them"):
+        rows = json.loads(Path(path).read_text("utf-8"))
+        found = []
+        for row in rows:
+            name = row.get("filename") or row["url"].rpartition("/")[2]
+            boxes = [(x, y, x + w, y + h) for x, y, w, h in row.get("crops") or [row["crop"]]]
+            found.append((Path(folder) / name, boxes[0], boxes[1:]))
+    if not found:
+        raise ValueError(f"{path} lists no crops")
+    return found
+
+
+# ---- commands of evaluate.py ---------------------------------------------------------------------------------------------
+
+
+def crop_flags(p):
+    p.add_argument("run", type=Run, help="folder of a run of an agent")
+    p.add_argument("--on", choices=["scenes", "photographs", "fcdb"], default="scenes",
+                   help="held-out rendered scenes; the run's own held-out photographs, each on a blurred copy of itself; "
+                        "photographs with a human crop (default: %(default)s)")
+    p.add_argument("--fcdb", metavar="LIST.json", help="FCDB's list of crops or of sliding windows")
+    p.add_argument("--photos", metavar="FOLDER", help="its photographs")
+    p.add_argument("--n", type=int, default=100, metavar="N", help="images (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of surroundings and random crops")
+    p.add_argument("--best", type=int, default=0, metavar="N",
+                   help="also the best of all windows by the ranker, of so many images (slow)")
+    p.add_argument("--device", default="auto", metavar="NAME", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+
+@torch.no_grad()
+def crop(args):
+    """How well crops agree with the known best ones: the agent's, sliding windows', and others', windows and time."""
+    if not isinstance(args.run.objective, Cropping):
+        raise ValueError(f"{args.run.folder} is no run of a cropping agent")
+    images, truth = known_crops(args)
+    print(f"{len(images)} images; IoU with its 95% interval, displacement, share of IoU >= 0.75, windows and "
+          "milliseconds an image")
+    for name, method in ways_to_crop(args.run.objective, args.seed).items():
+        limit = args.best if name == "best of all windows" else len(images)
+        if limit:
+            print(row(name, method, images[:limit].to(args.device), truth[:limit]), flush=True)
+
+
+def known_crops(args):
+    """The images of `crop`, (n, C, S, S) in [-1, 1], and their best crops in units (n, 4), as floats."""
+    side = args.run.objective.shape[-1]
+    if args.on == "scenes":
+        images, truth = wide_scenes(range(args.n), side)
+    elif args.on == "photographs":
+        dataset = args.run.data("test")
+        x, _ = dataset.gather(torch.arange(min(args.n, len(dataset))))
+        u = torch.rand(len(x), 4, generator=torch.Generator().manual_seed(args.seed))
+        images, truth = in_context(x.cpu(), u)
+    else:
+        if not (args.fcdb and args.photos):
+            raise ValueError("--on fcdb needs its list, --fcdb LIST.json, and its photographs, --photos FOLDER")
+        images, truth = [], []
+        for path, box, _ in read_fcdb(args.fcdb, args.photos)[:args.n]:
+            picture = open_photograph(path)
+            images.append(squeezed(picture, side))
+            truth.append([GRID * value / length for value, length in zip(box, 2 * picture.size)])
+        images, truth = torch.stack(images), torch.tensor(truth)
+    return images, truth.double()
+
+
+def ways_to_crop(objective, seed):
+    """{name: crop(image (1, C, H, W)) -> (box in units (4,), windows that were scored)}"""
+    generator = torch.Generator().manual_seed(seed)
+    ranking, windows = objective.ranking, sliding_windows()
+    every = all_windows(*objective.shape[1:])
+
+    def agent(image):
+        path = objective.path(image)
+        return path[-1, 0], len(path) + 1
+
+    def greedy(image):
+        path = list(climb(ranking.look_at(image), 1, device=image.device))
+        return path[-1][0], (len(MOVES) - 1) * len(path) + 1
+
+    def sliding(image):
+        return best_of(ranking.look_at(image), 1, windows.to(image.device))[0], len(windows)
+
+    def best(image):
+        return best_of(ranking.look_at(image), 1, every.to(image.device))[0], len(every)
+
+    def centre(image):
+        return torch.tensor([3, 3, 17, 17]), 0
+
+    def at_random(image):
+        return every[torch.randint(len(every), (), generator=generator)], 0
+
+    def untouched(image):
+        return whole(1)[0], 0
+
+    return {"agent": agent, "sliding windows": sliding, "greedy climbing": greedy, "centre crop (0.7)": centre,
+            "random window": at_random, "whole image": untouched, "best of all windows": best}
+
+
+def row(name, method, images, truth):
+    """A line of `crop`'s table."""
+    start = time.perf_counter()
+    found = [method(image[None]) for image in images]
+    milliseconds = (time.perf_counter() - start) / len(images) * 1000
+    boxes = torch.stack([box.cpu() for box, _ in found])
+    overlap = iou(boxes, truth)
+    interval = 1.96 * overlap.std().item() / len(overlap)**0.5
+    return (f"{name:20} {overlap.mean():.3f} +- {interval:.3f}   {displacement(boxes, truth, GRID, GRID).mean():.3f}   "
+            f"{alpha_recall(overlap):3.0f}%   {sum(count for _, count in found) / len(found):7.1f}   "
+            f"{milliseconds:8.1f} ms")
+
+
+def ranker_flags(p):
+    p.add_argument("run", type=Run, help="folder of a run of a ranker")
+    p.add_argument("--n", type=int, default=200, metavar="N", help="images (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the crops")
+    p.add_argument("--device", default="auto", metavar="NAME", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+
+@torch.no_grad()
+def ranker(args):
+    """What a ranker has learned: how often a held-out photograph beats its crops, by their area, and whether more than
+    size decides: how often the frame of a wide scene beats windows of the same size, larger and smaller ones."""
+    ranking = args.run.objective
+    if not isinstance(ranking, Ranking):
+        raise ValueError(f"{args.run.folder} is no run of a ranker")
+    generator = torch.Generator().manual_seed(args.seed)
+    dataset = args.run.data("test")
+    x, _ = dataset.gather(torch.arange(min(args.n, len(dataset))))
+    full = ranking.look_at(x)(whole(len(x), x.device)[:, None])[1]
+    print(f"{len(x)} held-out photographs above 4 crops each, by the crop's area")
+    for low, high in ((0.05, 0.1), (0.1, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 0.95)):
+        boxes = random_boxes(torch.rand(len(x), 4, 4, generator=generator), low, high, *x.shape[-2:]).to(x.device)
+        print(f"  {low:4.0%} to {high:4.0%}   {(ranking.look(x, boxes)[1] < full).float().mean():.3f}")
+    images, frames = wide_scenes(range(args.n), ranking.shape[-1])
+    look = ranking.look_at(images.to(x.device))
+    best = look(frames[:, None].to(x.device))[1]
+    print(f"the best crop of {args.n} wide scenes above other windows of them")
+    for name, others in other_windows(frames, generator).items():
+        print(f"  {name:36}   {(look(others.to(x.device))[1] < best).float().mean():.3f}")
+
+
+def other_windows(frames, generator, k=8):
+    """{what they are: windows in units (n, k, 4)} beside the frames (n, 4) of wide scenes."""
+    n, sides = len(frames), frames[:, None, 2:] - frames[:, None, :2]
+    u = torch.rand(n, k, 4, generator=generator)
+    corner = ((GRID + 1 - sides) * u[..., :2]).long()
+    room = torch.cat([frames[:, :2], frames[:, 2:] - GRID], 1)[:, None]          # to the image's border
+    outward = frames[:, None] - (room * (0.3 + 0.7 * u)).round().long()
+    inward = frames[:, None] + ((0.1 + 0.2 * u) * torch.cat([sides, -sides], -1)).round().long()
+    return {"of the same size, anywhere": torch.cat([corner, corner + sides], -1), "larger, around it": outward,
+            "smaller, inside it": inward}
+
+
+# ---- the registry ----------------------------------------------------------------------------------------------------
+
+
+def side_of(image_size, least):
+    """The side of square images of at least so many pixels; ValueError for others."""
+    H, W = pair(image_size)
+    if H != W or H < least:
+        raise ValueError(f"image_size is {image_size}: cropping learns from squares (photographs are squeezed) of at "
+                         f"least {least} pixels, such as --data folder:size=128")
+    return H
+
+
+def vfn_nano(image_size, in_channels, width: int = 24, embedding: int = 128, pairs: int = 4, smallest: float = 0.05,
+             objective: str = "hinge"):
+    """View finding network, small: ranks windows of photographs by their composition, seen at 64x64 pixels, 1702.00503.
+
+    pairs, smallest, objective: see Ranking.
+    """
+    shape = (in_channels, *2 * [side_of(image_size, 32)])
+    return Ranking(SmallVFN(width, embedding, channels=in_channels), shape, pairs, smallest, objective)
+
+
+def vfn(image_size, in_channels, spp: bool = False, pooling: str = "max", pairs: int = 14, smallest: float = 0.05,
+        objective: str = "hinge"):
+    """View finding network: the published ranker of photographs by composition, AlexNet on 227x227 pixels, 1702.00503.
+
+    spp, pooling: see VFN; pairs, smallest, objective: see Ranking.
+    """
+    shape = (in_channels, *2 * [side_of(image_size, 32)])
+    return Ranking(VFN(spp=spp, pooling=pooling, channels=in_channels), shape, pairs, smallest, objective)
+
+
+def a2rl(image_size, in_channels, ranker: Run = None, hidden: int = 1024, steps: int = 50, form: str = "paper",
+         t_max: int = 10, aspect: bool = True, recurrent: bool = True, context: bool = True):
+    """A2-RL: a recurrent agent that crops by moves, rewarded by a ranker (ranker=RUN, of vfn or vfn-nano), 1709.04595.
+
+    hidden: width of its layers and its LSTM; steps: moves at most; the others: see Cropping and Agent.
+    """
+    if not isinstance(ranker, Ranking):
+        raise ValueError("the cropping agent is rewarded by a trained ranker: --model a2rl-nano:ranker=RUN, a run of "
+                         "vfn-nano or vfn")
+    if form not in ("paper", "code"):
+        raise ValueError(f"form {form!r}: choose paper or code")
+    shape = (in_channels, *2 * [side_of(image_size, 32)])
+    return Cropping(ranker, Agent(2 * ranker.ranker.embedding, hidden, recurrent), shape, steps, form, t_max, aspect,
+                    context)
+
+
+a2rl_nano = functools.partial(a2rl, hidden=128, steps=30)
+
+AGENTS = {"vfn": vfn, "vfn-nano": vfn_nano, "a2rl": a2rl, "a2rl-nano": a2rl_nano}

@@ -13,6 +13,7 @@ import argparse
 import sys
 
 import build
+import cropping
 import diffusion
 import moe
 import scores
@@ -28,6 +29,8 @@ COMMANDS = {
     "stitch": (scores.stitch_flags, scores.stitch),
     "likelihood": (diffusion.likelihood_flags, diffusion.likelihood),
     "experts": (moe.experts_flags, moe.experts),
+    "crop": (cropping.crop_flags, cropping.crop),
+    "ranker": (cropping.ranker_flags, cropping.ranker),
     "speed": (speed.speed_flags, speed.speed),
     "pack": (speed.pack_flags, speed.pack),
 }

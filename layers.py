@@ -3,6 +3,7 @@
 Letters: B batch, C channels, H W pixels, N tokens, D width, h heads, p patch size.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,11 +11,23 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def pair(size):
     """An int or (height, width) -> (height, width)."""
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def count(module, *inputs):
+    """(parameters, multiply-accumulates) of a module, or of anything callable, on inputs, of which only shapes matter:
+    nothing is computed."""
+    with torch.device("meta"):
+        inputs = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs]
+    copied = copy.deepcopy(module).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copied(*inputs)
+    return sum(p.numel() for p in copied.parameters()), counter.get_total_flops() // 2
 
 
 # ----------------------------------------------------------------------------------------------------------- embeddings

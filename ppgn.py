@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from house_tmp import Run, count, detached
+from layers import count, detached, pair
+from runs import Run
 
 # ---- networks ----------------------------------------------------------------------------------------------------
 
@@ -473,7 +474,7 @@ class Captioner(nn.Module):
     def __init__(self, encoding, width=128, length=64):
         super().__init__()
         self.__dict__["encoding"] = encoding                    # frozen, and no part of the state
-        self.shape, self.num_classes, self.length = encoding.shape, 0, length
+        self.shape, self.num_classes, self.text_length = encoding.shape, 0, length
         self.image = nn.Linear(encoding.num_classes, width)
         self.word = nn.Embedding(256, width)
         self.memory = nn.LSTMCell(2 * width, width)
@@ -495,7 +496,7 @@ class Captioner(nn.Module):
 
     def loss(self, batch):
         """The mean of -log p(caption | image), in nats a caption."""
-        words = batch["y"][:, :self.length]
+        words = batch["y"][:, :self.text_length]
         if batch["step"] == 0:
             self.examples[:len(words), :words.shape[1]] = words[:8]
         log_p, valid = self.log_probabilities(batch["x"], words)
@@ -509,16 +510,19 @@ class Captioner(nn.Module):
     def condition(self, conditions, exact=False, caption=""):
         """Captions (n, L) and drawing options -> (condition, its one target). caption: in place of them all."""
         if caption:
-            words = data.byte_tokens([caption], self.length).long().to(conditions.device)
+            words = data.byte_tokens([caption], self.text_length).long().to(conditions.device)
             conditions = words.expand(len(conditions), -1)
-        return CaptionCondition(self, exact, self.shape[-1]), [conditions]
+        return CaptionCondition(self, exact, self.shape[-1]), [conditions.long()]
 
     def trajectory(self, noise, conditions, **options):
         yield from pixel_walk(self, noise, conditions, **self.options | options)
 
     def cost(self):
-        words = torch.zeros(1, self.length, dtype=torch.long, device="meta")
-        return count(self.log_probabilities, torch.empty(1, *self.shape, device="meta"), words)
+        """Of one image and a caption of full length."""
+        width = self.memory.hidden_size
+        image = count(self.encoding.network, torch.empty(1, *self.shape, device="meta"))[1]
+        word = count(self.memory, torch.empty(1, 2 * width, device="meta"))[1] + self.next.weight.numel()
+        return sum(p.numel() for p in self.parameters()), image + self.image.weight.numel() + self.text_length * word
 
 
 # ---- what is trained: the generator ---------------------------------------------------------------------------------
@@ -695,45 +699,93 @@ class PlugAndPlay(nn.Module):
 # ---- the registry -----------------------------------------------------------------------------------------------------
 
 
-def encoding_of(run, shape, num_classes):
-    """The Encoding of an encoder's run, ValueError if it is something else or made for other images."""
+def encoding_of(run, shape):
+    """The Encoding of an encoder's run; ValueError if it is something else or made for other images."""
     if not isinstance(run, Encoding):
-        raise ValueError("encoder: that run trained no classifier; the first of the two runs is one of the same --model "
-                         "without encoder=")
+        raise ValueError("encoder=RUN must name the first of the two runs, a classifier: one of ppgn or ppgn-nano that "
+                         "was trained without encoder=")
     if run.shape[0] != shape[0] or run.shape[-1] > shape[-1]:
-        raise ValueError(f"encoder: it reads images of {'x'.join(map(str, run.shape))}, these are "
+        raise ValueError(f"encoder=RUN reads images of {'x'.join(map(str, run.shape))}, these are "
                          f"{'x'.join(map(str, shape))}")
     return run
 
 
-def square(image_size):
-    """The side of a square that convolutions of stride 2 bring to 4x4; ValueError for another size."""
-    side = image_size if isinstance(image_size, int) else image_size[0] if len(set(image_size)) == 1 else 0
-    if side not in (8, 16, 32, 64, 128, 256):
-        raise ValueError(f"image_size is {image_size}: PPGN draws squares of 8, 16, 32, 64, 128 or 256 pixels")
-    return side
+def square(image_size, sides):
+    """The side of square images, one of `sides`; ValueError for other images."""
+    H, W = pair(image_size)
+    if H != W or H not in sides:
+        raise ValueError(f"image_size is {image_size}: this network is for squares of {', '.join(map(str, sides))} "
+                         "pixels, see --data NAME:size=")
+    return H
+
+
+def check_classes(num_classes):
+    if num_classes < 2:
+        raise ValueError("PPGN needs images of at least two classes: its encoder is a classifier")
 
 
 def ppgn_nano(image_size, in_channels, num_classes, classes, encoder: Run = None, condition: Run = None,
-              variant: str = "joint-noiseless", width: int = 32, code: int = 128, noise: float = 0.1,
+              variant: str = "joint-noiseless", width: int = 32, code: int = 256, noise: float = 0.1,
               weights: tuple = (1.0, 1.0, 1.0, 0.01), code_to_d: bool = False):
     """Plug and play generative network, small: a classifier, and in a second run, with encoder=RUN, its generator.
 
     condition: the run of another classifier, or of a captioner, that says what to draw (None: the encoder's classifier).
     variant, weights, noise: see PlugAndPlay; code_to_d: the discriminator is given the code too. 1612.00005.
     """
-    side = square(image_size)
+    side = square(image_size, (8, 16, 32, 64, 128, 256))
     shape = (in_channels, side, side)
     if encoder is None:
+        check_classes(num_classes)
         return Encoding(small_cnn(side, in_channels, num_classes, width, code), shape, code, num_classes, classes)
-    encoding = encoding_of(encoder, shape, num_classes)
+    encoding = encoding_of(encoder, shape)
+    generator = small_generator(side, in_channels, encoding.code, width)
+    reader = small_cnn(side, in_channels, 1, width, encoding.code)
+    return plug_and_play(encoding, condition, shape, generator, reader, width, variant, noise, weights, code_to_d)
+
+
+def ppgn(image_size, in_channels, num_classes, classes, encoder: Run = None, condition: Run = None,
+         variant: str = "joint-noiseless", noise: float = 0.1, weights: tuple = (1.0, 0.0144, 1.0, 0.0156),
+         code_to_d: bool = False):
+    """Plug and play generative network of the paper's size: CaffeNet on 227x227 pixels, and in a second run, with
+    encoder=RUN, its generator of 256x256. 1612.00005.
+
+    The weights are DeePSiM's (2e-6, 0.01 and 100 on sums, of pixels in 0 .. 255) as means over images in [-1, 1].
+    """
+    if encoder is None:
+        check_classes(num_classes)
+        side = square(image_size, (227,))
+        return Encoding(caffenet(num_classes, in_channels), (in_channels, side, side), 4096, num_classes, classes)
+    side = square(image_size, (256,))
+    shape = (in_channels, side, side)
+    encoding = encoding_of(encoder, shape)
+    reader = small_cnn(side, in_channels, 1, 64, encoding.code)
+    return plug_and_play(encoding, condition, shape, Generator(encoding.code, out_channels=in_channels), reader, 64,
+                         variant, noise, weights, code_to_d)
+
+
+def plug_and_play(encoding, condition, shape, generator, reader, width, variant, noise, weights, code_to_d):
+    """The second of the two runs."""
     if variant not in DRAWS:
         raise ValueError(f"variant {variant!r}: choose from {', '.join(DRAWS)}")
+    if len(weights) != 4:
+        raise ValueError(f"weights {weights}: four are wanted, of image, feature, code and adversarial loss")
+    condition = condition or encoding
+    if not hasattr(condition, "condition") or condition.shape[-1] > shape[-1]:
+        raise ValueError("condition: it must be the run of a classifier or captioner for images of at most this size")
     if variant == "x":
-        reader = small_cnn(side, in_channels, 1, width, code)
-        autoencoder = ImageAutoencoder(reader, small_generator(side, in_channels, code, width))
-        return PlugAndPlay(encoding, condition or encoding, shape, None, None, autoencoder, variant, weights, noise)
-    return PlugAndPlay(encoding, condition or encoding, shape,
-                       small_generator(side, in_channels, encoding.code, width),
-                       Discriminator(in_channels, width, encoding.code if code_to_d else 0),
-                       CodeAutoencoder(encoding.code) if variant == "h" else None, variant, weights, noise)
+        return PlugAndPlay(encoding, condition, shape, None, None, ImageAutoencoder(reader, generator), variant, weights,
+                           noise)
+    discriminator = Discriminator(shape[0], width, encoding.code if code_to_d else 0)
+    autoencoder = CodeAutoencoder(encoding.code) if variant == "h" else None
+    return PlugAndPlay(encoding, condition, shape, generator, discriminator, autoencoder, variant, weights, noise)
+
+
+def captioner_nano(image_size, in_channels, encoder: Run = None, width: int = 128, text_width: int = 256,
+                   text_length: int = 64):
+    """Captioner, small: an LSTM that spells an image's caption from the logits of a classifier (encoder=RUN), 1411.4389.
+    It can be the condition of a ppgn-nano."""
+    side = square(image_size, (8, 16, 32, 64, 128, 256))
+    return Captioner(encoding_of(encoder, (in_channels, side, side)), width, text_length)
+
+
+GENERATORS = {"ppgn": ppgn, "ppgn-nano": ppgn_nano, "captioner-nano": captioner_nano}
