@@ -35,6 +35,7 @@ import layers
 import models
 import moe
 import objectives
+import optim
 import ppgn
 import runs
 from runs import Run
@@ -358,7 +359,7 @@ def registries():
             "predictions": diffusion.PREDICTIONS, "weightings": diffusion.WEIGHTINGS,
             "densities of the training times": diffusion.DENSITIES, "samplers": diffusion.SAMPLERS,
             "grids of sampling times": diffusion.GRIDS, "guidance rules": diffusion.GUIDANCE,
-            "ways to begin": WAYS}
+            "optimisers": optim.OPTIMISERS, "ways to begin": WAYS}
 
 
 def listing(word=""):
@@ -369,11 +370,17 @@ def listing(word=""):
             continue
         yield f"{heading} (parameters, multiply-accumulates at 32x32x3 with 10 classes)" if registry is models.MODELS \
             else heading
+        costs = models.costs(names) if registry is models.MODELS else {}
         for name in names:
-            counts = models.counted(name) if registry is models.MODELS else ""
             entry = registry[name]
-            yield f"  {name:20} {counts:34}" if counts else \
-                f"  {name:20} {entry if isinstance(entry, str) else line(entry)}"
+            yield f"  {name:20} " + (size_line(*costs[name]) if name in costs else
+                                     entry if isinstance(entry, str) else line(entry))
+
+
+def size_line(parameters, active, macs):
+    """The parameters (all, and those that a token meets) and multiply-accumulates of a model."""
+    text = f"{parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs"
+    return text + (f", {active / 1e6:.2f} M activated" if active < parameters else "")
 
 
 def explain(name):
@@ -390,7 +397,7 @@ def explain(name):
         yield inspect.cleandoc((entry.func if isinstance(entry, functools.partial) else entry).__doc__ or "")
         known = parameters(entry)
         if heading == "backbones":
-            known |= parameters(models.create_model)
+            known |= parameters(models.changed)
         if known:
             yield f"options, as {name}:option=value,...: " + ", ".join(
                 f"{key}={p.default!r}" if p.default is not None else key for key, p in known.items())
@@ -408,8 +415,8 @@ def choose_model(text):
     if name not in every:
         raise ValueError(unknown("--model", name, every))
     known = parameters(every[name])
-    if name in models.MODELS:                        # what create_model knows for every backbone: moe, ternary, ...
-        known = parameters(models.create_model) | known
+    if name in models.MODELS:                        # what every backbone can have changed: moe, ternary, ...
+        known = parameters(models.changed) | known
     return name, checked(name, every[name], options, known)
 
 
@@ -426,6 +433,11 @@ def model_option(config, option):
 def load_data(config, split, device="cpu", **changes):
     """The data set of a config; changes override its options. Its text is added by `describe`."""
     name, options = choose("data", config["data"], data.DATASETS)
+    model, _ = choose_model(config.get("network", config["model"]))
+    if options.get("aspect", "square") != "square" and not (model in models.MODELS and
+                                                            models.backbone(model).mixed_sizes):
+        able = [other for other in models.MODELS if models.backbone(other).mixed_sizes]
+        raise ValueError(f"--data {config['data']}: {model} draws images of one size; choose one of {', '.join(able)}")
     stride = model_option(config, "patch_size") or 1
     options = {key: open_run(value, device).objective if isinstance(value, Run) else value
                for key, value in options.items()}
@@ -448,8 +460,10 @@ def describe(config, dataset):
     config |= {"image_size": sides[0] if sides == 2 * sides[:1] else sides, "in_channels": channels, "classes": classes,
                "num_classes": len(classes), "data_size": len(dataset), "data_checksum": dataset.checksum()}
     name, options = choose_model(config["network"])
-    if name in models.MODELS:
-        models.check_sides(name, dataset.kind, mixed=bool(dataset.budget))
+    if name in models.MODELS and len(sides) not in models.backbone(name).sides:
+        able = [other for other in models.MODELS if len(sides) in models.backbone(other).sides]
+        raise ValueError(f"--data {config['data']} holds {dataset.kind}, which {name} cannot draw: choose one of "
+                         f"{', '.join(able)}")
     if text:
         length = model_option(config, "text_length")
         if name in models.MODELS:
@@ -537,8 +551,15 @@ def check_settings(config):
     """Refuse, before anything is loaded, names and options that do not exist or do not go together."""
     choose_model(config["model"])
     choose("data", config["data"], data.DATASETS)
+    choose("optimiser", config["optimiser"], optim.OPTIMISERS)
     build_process(config)
     ways(config)
+
+
+def build_optimiser(objective, config):
+    """The optimiser that a config describes, over the parameters that learn."""
+    name, options = choose("optimiser", config["optimiser"], optim.OPTIMISERS)
+    return optim.OPTIMISERS[name](objective, config["lr"], config["weight_decay"], **options)
 
 
 def checked_cost(objective, config):
@@ -657,7 +678,7 @@ class PostTrain(Way):
     def prepare(self, config, run):
         opened = open_run(run)
         model = opened.objective.model
-        if not model.post_trains:
+        if model.post_trains is None:
             raise ValueError(f"--post-train {run}: {opened.config['network']} is no FiT")
         name, options = split_name(opened.config["network"])
         config["network"] = join_name(name, {"rope": "vision-ntk", "trained": model.trained} | options)
@@ -857,14 +878,14 @@ def open_published(arch, path, device="cpu"):
     elif arch == "fit":
         draw |= dict(guidance=1.5)
     elif arch in ("fitv2", "flag-dit"):
-        process, model = diffusion.RectifiedFlow("flow"), convert.Reversed(model)
+        process = convert.Reversed()
         guidance = {"fitv2": 1.5, "flag-dit": 4.0}[arch]
         draw = dict(sampler="rk45", guidance=guidance, guide_channels=3, clip=False)
     elif arch in ("uvit", "dimr"):
         pixels = config["in_channels"] == 3
         draw = dict(sampler="dpm-solver", steps=50, guidance=1.0 if pixels else 1.4, clip=pixels)
         if arch == "dimr" or config["embed_dim"] == 1152:       # Stable Diffusion's chain; else continuous
-            process, model = diffusion.create_process("scaled-linear"), convert.CountsFromOne(model)
+            process = convert.CountsFromOne(diffusion.BETAS["scaled-linear"]())
         else:
             process = diffusion.create_process("vp")
         if arch == "dimr":
@@ -904,8 +925,9 @@ def upgraded(config):
     for option in ("flip", "download", "bad_images", "aspect"):
         if option in config and option in parameters(data.DATASETS[name]):
             dataset[option] = config[option]
-    for key in ("model_options", "moe", "ternary", "packed", "balance", "shift", "learned_variance", "objective",
-                "flip", "download", "bad_images", "aspect", "sampler", "sample_steps", "grid", "guidance",
+    new["optimiser"] = f"adamw:betas={tuple(config['betas'])!r}"
+    for key in ("betas", "model_options", "moe", "ternary", "packed", "balance", "shift", "learned_variance",
+                "objective", "flip", "download", "bad_images", "aspect", "sampler", "sample_steps", "grid", "guidance",
                 "guidance_rule", "distill_shares", "distill_log_variance"):
         new.pop(key, None)
     draw_options = {"sampler": config["sampler"], "steps": config["sample_steps"], "guidance": config["guidance"],

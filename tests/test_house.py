@@ -118,7 +118,7 @@ def plain_loop(config, steps):
     weights_ = dict(objective.named_parameters())
     averages = {name: p.detach().clone() for name, p in weights_.items()}
     first, second = ({name: torch.zeros_like(p) for name, p in weights_.items()} for _ in range(2))
-    b1, b2 = config["betas"]
+    b1, b2 = 0.9, 0.99
     for step in range(steps):
         rate = config["lr"] * min(1, (step + 1) / config["warmup"]) * (1 - step / config["steps"])
         torch.manual_seed(objectives.seeded(config["seed"], step, 0).initial_seed())
