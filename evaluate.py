@@ -16,6 +16,7 @@ import build
 import cropping
 import diffusion
 import moe
+import ppgn
 import scores
 import speed
 from runs import Run
@@ -29,6 +30,7 @@ COMMANDS = {
     "stitch": (scores.stitch_flags, scores.stitch),
     "likelihood": (diffusion.likelihood_flags, diffusion.likelihood),
     "experts": (moe.experts_flags, moe.experts),
+    "chains": (ppgn.chains_flags, ppgn.chains),
     "crop": (cropping.crop_flags, cropping.crop),
     "ranker": (cropping.ranker_flags, cropping.ranker),
     "speed": (speed.speed_flags, speed.speed),

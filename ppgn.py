@@ -301,10 +301,12 @@ class Inpainting:
 
 @dataclass
 class Step:
-    """One iteration: `code` before and `next` after it; `image` the crop that the condition network saw, `probability`
-    (B,) what it said; the directions of equation 11 before their weights, and the condition's in the image."""
+    """One iteration: `code` before and `next` after it; `drawn` G(code); `image` what the condition network saw of it (the
+    crop; in inpainting the known pixels around the hole), `probability` (B,) what it said; the directions of equation 11
+    before their weights, and the condition's in the image."""
 
     code: torch.Tensor
+    drawn: torch.Tensor
     image: torch.Tensor
     probability: torch.Tensor
     d_prior: torch.Tensor
@@ -331,6 +333,9 @@ def chain(h, generator, prior, condition, targets, noise, steps=200, lr=1.0, lr_
     limits      the state is clipped to them (codes follow a ReLU)
     reset_every as published, every so many iterations the code starts from N(0, 1) and epsilon1 from U(1e-6, 1e-2)
     """
+    if steps < 1 or len(epsilon) != 3:
+        raise ValueError(f"ppgn_steps is {steps} and epsilon {epsilon}: at least one step is wanted, and three weights, of "
+                         "the prior, the condition and the noise")
     lr_end = lr if lr_end is None else lr_end
     epsilon1, epsilon2, epsilon3 = epsilon
     for i in range(steps * len(targets) + 1):
@@ -379,7 +384,7 @@ def directions(h, x, prior, condition, target, inpainting):
         d_context = to_code((inpainting.image - central(x.detach(), condition.size)) * (1 - inpainting.mask), True)
     inside = d_image if inpainting is None else d_image * inpainting.mask
     d_condition = to_code(inside, False)
-    return Step(h.detach(), image, probability, d_prior.detach(), d_condition, d_context, d_image, h.detach())
+    return Step(h.detach(), x.detach(), image, probability, d_prior.detach(), d_condition, d_context, d_image, h.detach())
 
 
 # ---- what is trained: the encoder ----------------------------------------------------------------------------------
@@ -432,7 +437,7 @@ def pixel_walk(objective, noise, conditions, ppgn_steps, step_size, step_end, **
     start = 0.2 * noise((len(noise), *objective.shape))
     for step in chain(start, nn.Identity(), no_prior, condition, targets, noise, ppgn_steps, step_size, step_end,
                       epsilon=(0.0, 1.0, 0.0), limits=(-1.0, 1.0), restart=True):
-        yield step.image
+        yield step.drawn
 
 
 def class_number(name, classes, num_classes):
@@ -655,17 +660,18 @@ class PlugAndPlay(nn.Module):
         else:
             start = self.scale * noise((len(noise), self.encoding.code))
         for step in self.walk(start, noise, conditions, **options):
-            yield step.image.clamp(-1, 1)
+            yield step.drawn.clamp(-1, 1)
 
     def fill(self, noise, x, mask, conditions, **options):
-        """Inpainting, from the code of the masked image: x (n, C, H, W), mask 1 in the hole. Yields whole images."""
-        hole = mask.to(x).expand_as(x)
+        """Inpainting, from the code of the masked image: x (n, C, H, W), mask (n, H, W) true in the hole. Yields what G
+        draws, the hole and its surroundings."""
+        hole = mask[:, None].to(x)
         known = Inpainting(self.seen(x * (1 - hole)), self.seen(hole))
         start = known.image
         if (self.options | options)["variant"] != "x":
             start = self.encoding.network.encode(start)[1]
         for step in self.walk(start, noise, conditions, known, **options):
-            yield step.image.clamp(-1, 1)
+            yield step.drawn.clamp(-1, 1)
 
     def walk(self, start, noise, conditions, inpainting=None, **options):
         """The chain with the options of a drawing, in units of the mean code."""
@@ -694,6 +700,73 @@ class PlugAndPlay(nn.Module):
         if self.variant == "x":
             return count(self.autoencoder, torch.empty(1, *self.shape, device="meta"))
         return count(self.generator, torch.empty(1, self.encoding.code, device="meta"))
+
+
+# ---- a command of evaluate.py: how samples are judged ------------------------------------------------------------------
+
+
+def chains_flags(p):
+    p.add_argument("run", type=Run, nargs="+", help="folders of runs of generators (ppgn-nano with encoder=)")
+    p.add_argument("--judge", type=Run, required=True, metavar="RUN",
+                   help="a classifier's run (ppgn-nano without encoder=) that took no part in training and drawing")
+    p.add_argument("--n", type=int, default=20, metavar="N", help="samples of each class (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    p.add_argument("--train", type=int, default=10000, metavar="N",
+                   help="training images among which the nearest one is sought (default: %(default)s)")
+    p.add_argument("--device", default="auto", metavar="NAME", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+
+@torch.no_grad()
+def chains(args):
+    """PPGN's variants in four columns: accuracy by a judge and by its own classifier, diversity, nearest neighbour; and
+    how well holes are filled."""
+    first = args.run[0]
+    for opened in args.run:
+        if not isinstance(opened.objective, PlugAndPlay):
+            raise ValueError(f"{opened.path} is no run of a generator: name runs of ppgn-nano with encoder=")
+    K = first.objective.num_classes
+    train, test = first.data("train"), first.data("test")
+    near = train.gather(torch.arange(min(args.train, len(train))))[0]
+    picked = torch.cat([(test.labels == k).nonzero()[:args.n, 0] for k in range(K)]).cpu()
+    x, y = test.gather(picked)
+    judge = args.judge.objective.network
+    print(f"{len(y)} samples each; RMS per pixel, images in [-1, 1]\n{'':28}judge   own   diversity   nearest")
+
+    def show(name, images, own):
+        print(f"{name:28}" + "   ".join(f"{v:.3f}" for v in judged(images, y, own, judge, near)), flush=True)
+
+    show("held-out images", x, first.objective.encoding.network)
+    for opened in args.run:
+        objective, own = opened.objective, opened.objective.encoding.network
+        if objective.variant != "x":
+            show(f"G(E(x)) of {objective.variant}", objective.generator(own.encode(objective.seen(x))[1]).clamp(-1, 1), own)
+        for variant in [args.draw["variant"]] if "variant" in args.draw else DRAWS[objective.variant]:
+            options = args.draw | {"variant": variant}
+            drawn = torch.cat(list(opened.images(len(y), args.seed, 100, y, **options)))
+            show(f"{variant} (run {objective.variant})", drawn, own)
+        if objective.variant != "x":
+            show_holes(opened, x[::args.n], y[::args.n], args.seed, args.draw)
+
+
+def show_holes(opened, x, y, seed, options):
+    """Print the errors outside and inside a central hole of half the side, by the weight of the known pixels."""
+    side, noise = x.shape[-1], lambda shape: torch.zeros(shape, device=x.device)
+    hole = torch.zeros(len(x), side, side, dtype=torch.bool, device=x.device)
+    hole[:, side // 4:3 * side // 4, side // 4:3 * side // 4] = True
+    for context in (0.0, 1.0, 10.0):
+        *_, filled = opened.objective.fill(noise, x, hole, y, **options | {"context": context})
+        error = (filled - x).square().mean(1)
+        print(f"  holes, context {context:g}: RMS outside {error[~hole].mean().sqrt():.3f}, inside "
+              f"{error[hole].mean().sqrt():.3f}")
+
+
+def judged(images, labels, own, judge, train, chunk=200):
+    """(accuracy by the judge, by the chain's own classifier; diversity: standard deviation of a pixel within a class; RMS
+    distance to the nearest of the training images) of samples (n, C, H, W)."""
+    accuracy = [(network(images).argmax(1) == labels).float().mean().item() for network in (judge, own)]
+    diversity = torch.stack([images[labels == k].std(0).mean() for k in labels.unique()]).mean().item()
+    nearest = torch.cat([torch.cdist(part.flatten(1), train.flatten(1)).amin(1) for part in images.split(chunk)])
+    return *accuracy, diversity, (nearest / images[0].numel()**0.5).mean().item()
 
 
 # ---- the registry -----------------------------------------------------------------------------------------------------
