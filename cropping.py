@@ -305,8 +305,9 @@ class Agent(nn.Module):
         for name, p in self.named_parameters():      # as in the public training code
             nn.init.xavier_uniform_(p) if p.ndim == 2 else nn.init.zeros_(p)
 
-    def start(self, n, device):
-        return torch.zeros(n, self.hidden, device=device), torch.zeros(n, self.hidden, device=device)
+    def start(self, n):
+        """The state before the first move."""
+        return self.fc1.weight.new_zeros(n, self.hidden), self.fc1.weight.new_zeros(n, self.hidden)
 
     def forward(self, observation, state):
         x = F.relu(self.fc3(F.relu(self.fc2(F.relu(self.fc1(observation))))))
@@ -346,7 +347,7 @@ def episodes(agent, look, n, sides, steps, uniform=None, form="paper", aspect=Tr
     device = next(agent.parameters()).device
     boxes, done = whole(n, device), torch.zeros(n, dtype=torch.bool, device=device)
     feature, score = (found[:, 0] for found in look(boxes[:, None]))
-    whole_image, state, made = feature, agent.start(n, device), []
+    whole_image, state, made = feature, agent.start(n), []
     for t in range(steps):
         if done.all():
             break
@@ -496,7 +497,7 @@ class Cropping(nn.Module):
         """Of one move: the ranker's pass and the agent's."""
         S = self.ranking.ranker.size
         weights, macs = count(self.agent, torch.empty(1, self.agent.fc1.in_features, device="meta"),
-                              self.agent.start(1, "meta"))
+                              self.agent.start(1))
         return weights, macs + count(self.ranking.ranker, torch.empty(1, self.shape[0], S, S, device="meta"))[1]
 
 
@@ -583,13 +584,14 @@ def wide_scenes(numbers, size):
     return torch.stack(images).float() / 127.5 - 1, torch.stack(boxes)
 
 
-HELD_OUT = 1_000_000
+HELD_OUT = 1_000_000                                 # the number of the first held-out scene
+TRAINING_SCENES, HELD_OUT_SCENES = 4096, 512
 
 
 def scenes(data_dir, split, *, size: int = 128, flip: bool = False, wide: bool = False):
     """Drawn here, no download: a subject composed on a textured ground, 4,096 train + 512 test. wide: within a larger
     surrounding, for the cropping agent."""
-    numbers = range(4096) if split == "train" else range(HELD_OUT, HELD_OUT + 512)
+    numbers = range(TRAINING_SCENES) if split == "train" else range(HELD_OUT, HELD_OUT + HELD_OUT_SCENES)
     images = torch.stack([scene(k, size, wide)[0] for k in tqdm(numbers, desc="drawing scenes", delay=2, leave=False)])
     return data.Dataset(images, torch.zeros(len(images), dtype=torch.long), [], None, flip)
 
@@ -664,7 +666,7 @@ def photographs(source):
     source = Path(source).expanduser()
     if not source.exists():
         raise FileNotFoundError(f"there is no photograph and no folder {source}")
-    found = data._list_images(source) if source.is_dir() else [source]
+    found = data.list_images(source) if source.is_dir() else [source]
     if not found:
         raise ValueError(f"{source} holds no photograph: it needs PNG, JPEG, WebP or BMP files")
     return found

@@ -57,7 +57,7 @@ def check_agent(case):
     missing, unexpected = agent.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) == {"critic.weight", "critic.bias"}, (missing, unexpected)
     whole = net(case.inputs["image"])
-    ours, state, k = {"global_feature": whole}, agent.start(len(whole), "cpu"), 0
+    ours, state, k = {"global_feature": whole}, agent.start(len(whole)), 0
     while f"crop_{k}" in case.inputs:
         feature = net(case.inputs[f"crop_{k}"])
         logits, _, state = agent(torch.cat([whole, feature], 1), state)
@@ -97,7 +97,7 @@ def check_a2c(case):
     agent = c.Agent(config["ob_dim"], config["hidden"])
     agent.load_state_dict({rename(key): value for key, value in case.state_dict.items()})
     mask = (torch.arange(len(i["obs"]))[:, None] < i["lengths"]).float()
-    states, state = [], agent.start(mask.shape[1], "cpu")
+    states, state = [], agent.start(mask.shape[1])
     with torch.no_grad():
         for t, observation in enumerate(i["obs"]):
             states.append([part * mask[t][:, None] for part in state])
