@@ -452,11 +452,12 @@ class Cropping(nn.Module):
 
     num_classes, options = 0, {"steps": 50, "sampled": False}
 
-    def __init__(self, ranking, agent, shape, steps=50, form="paper", t_max=10, aspect=True, context=True):
+    def __init__(self, ranking, agent, shape, steps=50, form="paper", t_max=10, gamma=0.99, aspect=True,
+                 context=True):
         super().__init__()
         self.__dict__["ranking"] = ranking           # frozen, and no part of the state
         self.agent, self.shape, self.steps = agent, shape, steps
-        self.form, self.t_max, self.aspect, self.context = form, t_max, aspect, context
+        self.form, self.t_max, self.gamma, self.aspect, self.context = form, t_max, gamma, aspect, context
 
     def loss(self, batch):
         x, noise = batch["x"], batch["noise"]
@@ -466,9 +467,9 @@ class Cropping(nn.Module):
                      self.form, self.aspect)
         if self.form == "paper":
             values, logits = replay(self.agent, e, memory=self.t_max)
-            losses = a3c_loss(values, logits, e.actions, e.rewards, e.mask, e.last, self.t_max)
+            losses = a3c_loss(values, logits, e.actions, e.rewards, e.mask, e.last, self.t_max, self.gamma)
         else:
-            losses = a2c_loss(*replay(self.agent, e), e.actions, e.rewards, e.mask)
+            losses = a2c_loss(*replay(self.agent, e), e.actions, e.rewards, e.mask, self.gamma)
         told = {name: losses[name] for name in ("loss", "policy", "value", "neg_entropy")}
         return told | {"reward": (e.rewards * e.mask).sum(0).mean(), "moves": e.mask.sum(0).mean()}
 
@@ -953,7 +954,7 @@ def vfn(image_size, in_channels, spp: bool = False, pooling: str = "max", pairs:
 
 
 def a2rl(image_size, in_channels, ranker: Run = None, hidden: int = 1024, steps: int = 50, form: str = "paper",
-         t_max: int = 10, aspect: bool = True, recurrent: bool = True, context: bool = True):
+         t_max: int = 10, gamma: float = 0.99, aspect: bool = True, recurrent: bool = True, context: bool = True):
     """A2-RL: a recurrent agent that crops by moves, rewarded by a ranker (ranker=RUN, of vfn or vfn-nano), 1709.04595.
 
     hidden: width of its layers and its LSTM; steps: moves at most; the others: see Cropping and Agent.
@@ -964,8 +965,8 @@ def a2rl(image_size, in_channels, ranker: Run = None, hidden: int = 1024, steps:
     if form not in ("paper", "code"):
         raise ValueError(f"form {form!r}: choose paper or code")
     shape = (in_channels, *2 * [side_of(image_size, 32)])
-    return Cropping(ranker, Agent(2 * ranker.ranker.embedding, hidden, recurrent), shape, steps, form, t_max, aspect,
-                    context)
+    return Cropping(ranker, Agent(2 * ranker.ranker.embedding, hidden, recurrent), shape, steps, form, t_max, gamma,
+                    aspect, context)
 
 
 a2rl_nano = functools.partial(a2rl, hidden=128, steps=30)

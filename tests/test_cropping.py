@@ -135,7 +135,7 @@ def test_ranker_learns_and_crops_fit():
     assert 0.0499 < area.min() < 0.06 and 0.8 < area.max() < 0.9001
     assert 0.49 < ratio.min() < 0.55 and 1.8 < ratio.max() < 2.01
     assert (boxes >= -1e-4).all() and (boxes[:, 2] < 200.01).all() and (boxes[:, 3] < 100.01).all()
-    ranking = c.vfn_nano(64, 3, width=8, embedding=16)
+    ranking = c.vfn_nano(64, 3, width=8, embedding=16, pairs=2)
     x = torch.stack([c.scene(k, 64)[0] for k in range(48)]).float() / 127.5 - 1
     optimiser = torch.optim.Adam(ranking.parameters(), 3e-3)
     for step in range(80):
@@ -168,10 +168,10 @@ def test_reward_sees_order_alone():
 
 
 def to_hidden_box(hidden):
-    """The toy: a window's feature is where it lies and where the hidden box (n, 4) lies, its score their IoU."""
+    """The toy: a window's feature is how far its edges lie from the hidden box's (n, 4), its score their IoU."""
     def look(boxes):
         known = hidden[:, None].expand(-1, boxes.shape[1], -1)
-        return torch.cat([boxes, known], 2).float() / c.GRID, c.iou(boxes, known).float()
+        return (known - boxes).float() / 5, c.iou(boxes, known).float()
     return look
 
 
@@ -185,7 +185,7 @@ def hidden_boxes(u):
 @pytest.mark.parametrize("form", ["paper", "code"])
 def test_episodes(form):
     """The rewards of an episode by hand; nothing after its end; a batch is its images; the code's last reward."""
-    agent, hidden, u = c.Agent(16, 8), hidden_boxes(torch.rand(6, 4)), torch.rand(6, 12)
+    agent, hidden, u = c.Agent(8, 8), hidden_boxes(torch.rand(6, 4)), torch.rand(6, 12)
     nn.init.normal_(agent.action_fc.weight, std=3)
     e = c.episodes(agent, to_hidden_box(hidden), 6, (100, 100), 12, u, form)
     for i in range(6):
@@ -283,17 +283,18 @@ def test_training_reaches_the_agent_alone(form):
     assert 1 <= told["moves"] <= 4
 
 
-def solve(recurrent, updates, n=128, steps=20):
+def solve(updates=600, n=64, steps=30):
     """An agent trained on the toy, and its mean IoU on boxes that it has not seen."""
-    agent = c.Agent(16, 64, recurrent)
-    optimiser = torch.optim.Adam(agent.parameters(), 1e-3)
+    agent = c.Agent(8, 64)
+    optimiser = torch.optim.Adam(agent.parameters(), 3e-3)
     for update in range(updates):
+        optimiser.param_groups[0]["lr"] = 3e-3 * (1 - update / updates)
         noise = StepNoise(0, update, n)
         look = to_hidden_box(hidden_boxes(noise.uniform(4)))
         e = c.episodes(agent, look, n, (100, 100), steps, noise.uniform(steps))
         values, logits = c.replay(agent, e, memory=10)
         optimiser.zero_grad()
-        c.a3c_loss(values, logits, e.actions, e.rewards, e.mask, e.last)["loss"].backward()
+        c.a3c_loss(values, logits, e.actions, e.rewards, e.mask, e.last, gamma=0.9)["loss"].backward()
         nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
         optimiser.step()
     hidden = hidden_boxes(torch.rand(500, 4, generator=torch.Generator().manual_seed(9)))
@@ -302,8 +303,8 @@ def solve(recurrent, updates, n=128, steps=20):
 
 @pytest.mark.slow
 def test_the_toy_is_solved():
-    """IoU with the hidden box above 0.7; stopping at once, random windows; exhaustive search is the ceiling."""
-    found, hidden = solve(True, 400)
+    """About a minute: IoU with the hidden box above 0.7; stopping at once, random windows; exhaustive search is the ceiling."""
+    found, hidden = solve()
     at_once = c.iou(c.whole(500), hidden).mean()
     every = c.all_windows(100, 100)
     at_random = c.iou(every[torch.randint(len(every), (500,))], hidden).mean()
