@@ -1,13 +1,13 @@
-"""Cropping a photograph by moves: a recurrent agent starts from the whole image and shrinks, shifts or stretches a window
-until it says stop. It is rewarded whenever an aesthetic ranker, which learned from photographs alone, likes the new
-window better than the old.
+"""Cropping a photograph by moves: a recurrent agent starts from the whole image and shrinks, shifts or stretches a
+window until it says stop. It is rewarded whenever an aesthetic ranker, which learned from photographs alone, likes the
+new window better than the old.
 
 A2-RL: Aesthetics Aware Reinforcement Learning for Image Cropping, 1709.04595. The ranker is the View Finding Network of
 Learning to Compose with Professional Photographs on the Web, 1702.00503. Boundary displacement and lists of human crops
 as in Quantitative Analysis of Automatic Image Cropping Algorithms, 1701.01480 (FCDB).
 
-A box is (x0, y0, x1, y1) in whole twentieths of the image's width and height, the end excluded. Letters: B images, K boxes
-of each, T steps, D features of a window.
+A box is (x0, y0, x1, y1) in whole twentieths of the image's width and height, the end excluded. Letters: B images, K
+boxes of each, T steps, D features of a window.
 
 Contents: boxes and moves; the ranker (networks, training); rewards; the agent (network, episodes, losses, training);
 scenes with a known best crop; baselines and measures; files; the registry.
@@ -101,7 +101,8 @@ def crop_resize(images, boxes, size, border="edge", dense=1):
 
 
 def same_padded(x, kernel, stride):
-    """Zeros around x so that a convolution gives ceil(side / stride), as TensorFlow's SAME does: an odd one at the end."""
+    """Zeros around x so that a convolution gives ceil(side / stride), as TensorFlow's SAME does: an odd one at the
+    end."""
     pads = [max((math.ceil(side / stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:]]
     return F.pad(x, (pads[1] // 2, pads[1] - pads[1] // 2, pads[0] // 2, pads[0] - pads[0] // 2))
 
@@ -150,8 +151,9 @@ def convolved(conv, x):
 
 
 class SmallVFN(nn.Module):
-    """A ranker of the same plan for windows of 64x64: four convolutions of stride 2, fc6, score. It samples windows four
-    times finer than it reads them, so that a large window is not known by its aliasing, nor a small one by a border."""
+    """A ranker of the same plan for small windows, of 64x64 pixels: four convolutions of stride 2, fc6, score. It
+    samples them at twice that, so that a large window is not known by its aliasing, nor a small one by a grey
+    border."""
 
     input_scale, border, dense = 1.0, "edge", 2
 
@@ -302,8 +304,11 @@ class Agent(nn.Module):
         self.lstm = nn.LSTMCell(hidden, hidden) if recurrent else None
         self.action_fc = nn.Linear(hidden, len(MOVES))
         self.critic = nn.Linear(hidden, 1)
-        for name, p in self.named_parameters():      # as in the public training code
-            nn.init.xavier_uniform_(p) if p.ndim == 2 else nn.init.zeros_(p)
+        for p in self.parameters():                  # as in the public training code
+            if p.ndim == 2:
+                nn.init.xavier_uniform_(p)
+            else:
+                nn.init.zeros_(p)
 
     def start(self, n):
         """The state before the first move."""
@@ -322,8 +327,8 @@ class Agent(nn.Module):
 
 @dataclass
 class Episodes:
-    """B episodes of at most T moves, time first. mask: 1 for moves that were made, before them zero-padding has no part;
-    last: what the critic expects after T moves (B,), 0 where the episode ended; hs, cs: the LSTM's state before each."""
+    """B episodes of at most T moves, time first. mask: 1 for moves that were made, 0 after an episode's end; last: what
+    the critic expects after T moves (B,), 0 where the episode ended; hs, cs: the LSTM's state before each move."""
 
     observations: torch.Tensor                       # (T, B, 2D)
     actions: torch.Tensor                            # (T, B)
@@ -340,9 +345,9 @@ def episodes(agent, look, n, sides, steps, uniform=None, form="paper", aspect=Tr
     """Let the agent crop n images.
 
     look: windows in units (n, K, 4) -> (features (n, K, D), scores (n, K)), one pass of the ranker a move. sides:
-    (height, width) of the images. uniform: numbers in [0, 1), (n, steps), that choose the actions; None: the likeliest action.
-    form: "paper" or "code", for the reward; as in the code, "code" puts the critic's value in place of the last reward of
-    an episode that reached `steps` without an end.
+    (height, width) of the images. uniform: numbers in [0, 1), (n, steps), that choose the actions; None: the likeliest
+    action. form: "paper" or "code", for the reward; as in the code, "code" puts the critic's value in place of the last
+    reward of an episode that reached `steps` without an end.
     """
     device = next(agent.parameters()).device
     boxes, done = whole(n, device), torch.zeros(n, dtype=torch.bool, device=device)
@@ -420,8 +425,10 @@ def a2c_loss(values, logits, actions, rewards, mask, gamma=0.99, lam=1.0, value_
 
 
 def a3c_loss(values, logits, actions, rewards, mask, last, t_max=10, gamma=0.99, beta=0.05):
-    """That of the paper: R_t = sum_i gamma^i r_{t+i} + gamma^k V(s_{t+k}) to the end of its t_max moves; log pi (R - V),
-    the entropy times beta, 1/2 (R - V)^2. Sums over the moves of an episode, mean over episodes.
+    """That of the paper: R_t = sum_i gamma^i r_{t+i} + gamma^k V(s_{t+k}), to the end of its t_max moves.
+
+    -log pi (R - V), minus the entropy times beta, and 1/2 (R - V)^2: sums over the moves of an episode, mean over
+    episodes.
 
     The paper's workers update after every t_max moves (A3C, 1602.01783); here all episodes run to their end first, and
     their gradients are added in one update."""
@@ -476,8 +483,8 @@ class Cropping(nn.Module):
     forward = loss
 
     def path(self, images, steps=None, uniform=None):
-        """The boxes of each image (B, C, H, W) after each move, in units (T, B, 4): by the likeliest actions, or by those
-        that uniform (B, steps) picks, as the published code draws them."""
+        """The boxes of each image (B, C, H, W) after each move, in units (T, B, 4): by the likeliest actions, or by
+        those that uniform (B, steps) picks, as the published code draws them."""
         look = self.ranking.look_at(images)
         return episodes(self.agent, look, len(images), images.shape[-2:], steps or self.steps, uniform).boxes
 
@@ -503,9 +510,9 @@ class Cropping(nn.Module):
 
 
 def in_context(photos, u):
-    """Photographs (B, C, H, W) as part of larger images: each, squeezed into a frame of 7 to 14 twentieths of either side,
-    lies on a strongly blurred copy of itself that fills the image. u: numbers in [0, 1), (B, 4). Returns (images of the
-    same size, frames in units (B, 4))."""
+    """Photographs (B, C, H, W) as part of larger images: each, squeezed into a frame of 7 to 14 twentieths of either
+    side, lies on a strongly blurred copy of itself that fills the image. u: numbers in [0, 1), (B, 4). Returns (images
+    of the same size, frames in units (B, 4))."""
     H, W = photos.shape[-2:]
     sides = 7 + (8 * u[:, :2]).long()
     corner = ((GRID + 1 - sides) * u[:, 2:]).long()
@@ -544,10 +551,10 @@ def uniforms(index, n):
 def scene(index, size, wide=False):
     """A rendered scene: index -> (image uint8 (3, size, size), the best crop in units (4,)).
 
-    Its subject, one of data.SHAPES, is centred, or looks to a side (a bright dot) and then stands on the opposite third;
-    it fills two fifths of the frame's height and width, whatever their ratio, on a textured ground. So in the frame, and
-    in no other window, the composition is right. Not wide: the frame is the image. wide: the same ground goes on beyond
-    the frame, which is 7 to 14 twentieths of each side, anywhere.
+    Its subject, one of data.SHAPES, is centred, or looks to a side (a bright dot) and then stands on the opposite
+    third; it fills two fifths of the frame's height and width, whatever their ratio, on a textured ground. So in the
+    frame, and in no other window, the composition is right. Not wide: the frame is the image. wide: the same ground
+    goes on beyond the frame, which is 7 to 14 twentieths of each side, anywhere.
     """
     u = uniforms(index, 64)
     turn = int(3 * u[0]) - 1                                                              # looks left, ahead, right
@@ -597,7 +604,7 @@ def scenes(data_dir, split, *, size: int = 128, flip: bool = False, wide: bool =
     return data.Dataset(images, torch.zeros(len(images), dtype=torch.long), [], None, flip)
 
 
-# ---- other ways to crop ------------------------------------------------------------------------------------------------
+# ---- other ways to crop ----------------------------------------------------------------------------------------------
 
 
 def climb(look, n, steps=50, device="cpu"):
@@ -616,8 +623,8 @@ def climb(look, n, steps=50, device="cpu"):
 
 
 def sliding_windows():
-    """140 windows of the image's own ratio (FCDB's lists have 137 an image): sides of 0.4 to 1 in steps of 0.1, places in
-    steps of 0.1."""
+    """140 windows of the image's own ratio (FCDB's lists have 137 an image): sides of 0.4 to 1 in steps of 0.1, places
+    in steps of 0.1."""
     sides = range(8, GRID + 1, 2)
     return torch.tensor([(x, y, x + s, y + s) for s in sides for y in range(0, GRID + 1 - s, 2)
                          for x in range(0, GRID + 1 - s, 2)])
@@ -659,7 +666,7 @@ def alpha_recall(overlaps, alpha=0.75):
     return 100 * (overlaps >= alpha).double().mean()
 
 
-# ---- pictures from files ------------------------------------------------------------------------------------------------
+# ---- pictures from files ---------------------------------------------------------------------------------------------
 
 
 def photographs(source):
@@ -681,8 +688,8 @@ def open_photograph(path):
         reason = "not a PNG, JPEG, WebP or BMP" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{path} cannot be cropped: {reason or type(error).__name__}") from error
     if min(picture.size) < GRID:
-        raise ValueError(f"{path} cannot be cropped: it is {picture.width}x{picture.height} pixels, and a side needs at "
-                         f"least {GRID}")
+        raise ValueError(f"{path} cannot be cropped: it is {picture.width}x{picture.height} pixels, and a side needs "
+                         f"at least {GRID}")
     return picture
 
 
@@ -708,9 +715,9 @@ def cropped(objective, picture, steps=None, seed=None):
 def crop_files(objective, source, out, film=None, seed=None, steps=None):
     """Crop a photograph, or all in a folder, at full resolution; returns the files written.
 
-    source: file or folder; out: folder for the crops, which keep their names and formats. film: FILE.gif or FILE.webp of
-    the agent's moves, side by side. seed, steps: see `cropped`. A file that cannot be used stops all before anything is
-    written, and nothing that exists is written over, the photographs least of all.
+    source: file or folder; out: folder for the crops, which keep their names and formats. film: FILE.gif or FILE.webp
+    of the agent's moves, side by side. seed, steps: see `cropped`. A file that cannot be used stops all before anything
+    is written, and nothing that exists is written over, the photographs least of all.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser()
     root = source if source.is_dir() else source.parent
@@ -749,8 +756,8 @@ def moves_film(jobs, side=256):
 
 
 def published(path, steps=50):
-    """The published agent and ranker from their pickle of arrays (TF-A2RL's vfn_rl.pkl), as a Cropping. The file is read
-    by a reader that knows numpy arrays only. ValueError if it holds something else."""
+    """The published agent and ranker from their pickle of arrays (TF-A2RL's vfn_rl.pkl), as a Cropping. The file is
+    read by a reader that knows numpy arrays only. ValueError if it holds something else."""
     with data._blame(path, "it must be the published pickle of named arrays"):
         state = read_tensorflow(data._unpickle(Path(path).expanduser().read_bytes()))
         widths = [len(state[f"ranker.conv{k}.bias"]) for k in range(1, 6)]
@@ -780,14 +787,14 @@ def read_fcdb(path, folder):
     return found
 
 
-# ---- commands of evaluate.py ---------------------------------------------------------------------------------------------
+# ---- commands of evaluate.py -----------------------------------------------------------------------------------------
 
 
 def crop_flags(p):
     p.add_argument("run", type=Run, help="folder of a run of an agent")
     p.add_argument("--on", choices=["scenes", "photographs", "fcdb"], default="scenes",
-                   help="held-out rendered scenes; the run's own held-out photographs, each on a blurred copy of itself; "
-                        "photographs with a human crop (default: %(default)s)")
+                   help="held-out rendered scenes; the run's own held-out photographs, each on a blurred copy of "
+                        "itself; photographs with a human crop (default: %(default)s)")
     p.add_argument("--fcdb", metavar="LIST.json", help="FCDB's list of crops or of sliding windows")
     p.add_argument("--photos", metavar="FOLDER", help="its photographs")
     p.add_argument("--n", type=int, default=100, metavar="N", help="images (default: %(default)s)")
@@ -933,14 +940,17 @@ def side_of(image_size, least):
     return H
 
 
-def vfn_nano(image_size, in_channels, width: int = 24, embedding: int = 128, pairs: int = 4, smallest: float = 0.05,
-             objective: str = "hinge"):
-    """View finding network, small: ranks windows of photographs by their composition, seen at 64x64 pixels, 1702.00503.
+def vfn_nano(image_size, in_channels, window: int = 64, width: int = 24, embedding: int = 128, pairs: int = 4,
+             smallest: float = 0.05, objective: str = "hinge"):
+    """View finding network, small: ranks windows of photographs by their composition, 1702.00503.
 
-    pairs, smallest, objective: see Ranking.
+    window: the side at which a window is seen; images of twice that keep small crops as sharp as large ones. pairs,
+    smallest, objective: see Ranking.
     """
     shape = (in_channels, *2 * [side_of(image_size, 32)])
-    return Ranking(SmallVFN(width, embedding, channels=in_channels), shape, pairs, smallest, objective)
+    if window % 16:
+        raise ValueError(f"window is {window}, and must be a multiple of 16")
+    return Ranking(SmallVFN(width, embedding, window, in_channels), shape, pairs, smallest, objective)
 
 
 def vfn(image_size, in_channels, spp: bool = False, pooling: str = "max", pairs: int = 14, smallest: float = 0.05,

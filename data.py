@@ -961,9 +961,9 @@ def folder(data_dir, split, stride=1, *, size=64, flip=True, aspect="square", ba
     aspect: "square": short side fitted, centre crop; "keep" or "mixed": images keep their ratios, without those of
     fewer than 16 patches of the stride; "mixed": each a second time as a square, if both its sides exceed the size
     (FiTv2, 2410.13925, section 3.3); "crop": each cut to one of the four sizes of as many patches that lose least of it
-    (Lumina-T2X). bad_images: "error", or "skip" to leave out files that cannot be read, with a warning. crop_with: the run
-    of a cropping agent (a2rl-nano), which crops every picture first. A tenth is held out as the test split, unless there
-    are folders train and test.
+    (Lumina-T2X). bad_images: "error", or "skip" to leave out files that cannot be read, with a warning. crop_with: the
+    run of a cropping agent (a2rl-nano), which crops every picture first. A tenth is held out as the test split, unless
+    there are folders train and test.
     """
     _check("aspect", aspect, ("square", "keep", "mixed", "crop"))
     _check("bad_images", bad_images, ("error", "skip"))

@@ -3,8 +3,9 @@ say what an image shows.
 
 Plug & Play Generative Networks: Conditional Iterative Generation of Images in Latent Space, 1612.00005.
 
-A frozen encoder E (a classifier, up to its layer fc6) turns an image x into a code h; a generator G, trained once, turns
-the code back into an image; a condition network C gives p(y | x). Equation 11 of the paper is one step of the walk:
+A frozen encoder E (a classifier, up to its layer fc6) turns an image x into a code h; a generator G, trained once,
+turns the code back into an image; a condition network C gives p(y | x). Equation 11 of the paper is one step of the
+walk:
 
     h  <-  h  +  epsilon1 d log p(h)/dh  +  epsilon2 d log p(y | G(h))/dh  +  N(0, epsilon3^2)
 
@@ -63,8 +64,8 @@ class Classifier(nn.Module):
 
 
 def small_cnn(image_size, in_channels, num_classes, width=32, code=128, drop=0.3):
-    """A classifier for squares of image_size = 8, 16, 32, ... pixels: convolutions conv1, conv2, ... of stride 2 down to
-    4x4, fc6 (the code), fc8 (the logits)."""
+    """A classifier for squares of image_size = 8, 16, 32, ... pixels: convolutions conv1, conv2, ... of stride 2 down
+    to 4x4, fc6 (the code), fc8 (the logits)."""
     layers, channels, side = {}, in_channels, image_size
     while side > 4:
         k = len(layers)
@@ -104,9 +105,9 @@ UPWARDS = ["deconv5", "conv5_1", "deconv4", "conv4_1", "deconv3", "conv3_1", "de
 class Generator(nn.Module):
     """G: codes h (B, code) -> images (B, out_channels, S, S), unbounded; S is s0 doubled by every deconv layer.
 
-    The layers of the released generator and their names: three linear ones, then transposed convolutions, 4x4 of stride 2
-    (deconv) and 3x3 of stride 1 (conv), with leaky ReLU 0.3 after each but the last. A smaller image has fewer:
-    the first len(chans) - 1 of UPWARDS, and deconv0.
+    The layers of the released generator and their names: three linear ones, then transposed convolutions, 4x4 of stride
+    2 (deconv) and 3x3 of stride 1 (conv), with leaky ReLU 0.3 after each but the last. A smaller image has fewer: the
+    first len(chans) - 1 of UPWARDS, and deconv0.
 
     fc: width of the linear layers; chans: channels of the s0 x s0 map, then after each layer but deconv0.
     """
@@ -153,8 +154,9 @@ def small_generator(image_size, out_channels, code, width=32):
 class Discriminator(nn.Module):
     """D: images (B, C, H, W), and optionally the codes h (B, D) that they belong to -> logits (B, 2): generated, real.
 
-    The form of DeePSiM (Generating Images with Perceptual Similarity Metrics based on Deep Networks, 1602.02644), on which
-    the paper builds: convolutions and an average; the code passes a layer of its own and joins before the last two.
+    The form of DeePSiM (Generating Images with Perceptual Similarity Metrics based on Deep Networks, 1602.02644), on
+    which the paper builds: convolutions and an average; the code passes a layer of its own and joins before the last
+    two.
     """
 
     def __init__(self, in_channels, width=32, code=0):
@@ -241,8 +243,8 @@ class UnitCondition:
 
 
 class CaptionCondition:
-    """A caption: p(y | x) = prod_l p(word_l | words before it, x) of a Captioner; the probability told is the mean of the
-    words'. exact: the gradient passes through the captioner's memory. Otherwise, as published, each word's log p is
+    """A caption: p(y | x) = prod_l p(word_l | words before it, x) of a Captioner; the probability told is the mean of
+    the words'. exact: the gradient passes through the captioner's memory. Otherwise, as published, each word's log p is
     differentiated with the memory of the words before it held constant.
     """
 
@@ -266,7 +268,8 @@ def no_prior(h, see):
 
 
 def denoising_prior(autoencoder):
-    """PPGN-x and PPGN-h: R(h) - h. What Regularized Auto-Encoders Learn from the Data-Generating Distribution, 1211.4246."""
+    """PPGN-x and PPGN-h: R(h) - h. What Regularized Auto-Encoders Learn from the Data-Generating Distribution,
+    1211.4246."""
 
     def prior(h, see):
         return autoencoder(h) - h
@@ -301,9 +304,9 @@ class Inpainting:
 
 @dataclass
 class Step:
-    """One iteration: `code` before and `next` after it; `drawn` G(code); `image` what the condition network saw of it (the
-    crop; in inpainting the known pixels around the hole), `probability` (B,) what it said; the directions of equation 11
-    before their weights, and the condition's in the image."""
+    """One iteration: `code` before and `next` after it; `drawn` G(code); `image` what the condition network saw of it
+    (the crop; in inpainting the known pixels around the hole), `probability` (B,) what it said; the directions of
+    equation 11 before their weights, and the condition's in the image."""
 
     code: torch.Tensor
     drawn: torch.Tensor
@@ -334,8 +337,8 @@ def chain(h, generator, prior, condition, targets, noise, steps=200, lr=1.0, lr_
     reset_every as published, every so many iterations the code starts from N(0, 1) and epsilon1 from U(1e-6, 1e-2)
     """
     if steps < 1 or len(epsilon) != 3:
-        raise ValueError(f"ppgn_steps is {steps} and epsilon {epsilon}: at least one step is wanted, and three weights, of "
-                         "the prior, the condition and the noise")
+        raise ValueError(f"ppgn_steps is {steps} and epsilon {epsilon}: at least one step is wanted, and three weights,"
+                         " of the prior, the condition and the noise")
     lr_end = lr if lr_end is None else lr_end
     epsilon1, epsilon2, epsilon3 = epsilon
     for i in range(steps * len(targets) + 1):
@@ -384,7 +387,8 @@ def directions(h, x, prior, condition, target, inpainting):
         d_context = to_code((inpainting.image - central(x.detach(), condition.size)) * (1 - inpainting.mask), True)
     inside = d_image if inpainting is None else d_image * inpainting.mask
     d_condition = to_code(inside, False)
-    return Step(h.detach(), x.detach(), image, probability, d_prior.detach(), d_condition, d_context, d_image, h.detach())
+    h = h.detach()
+    return Step(h, x.detach(), image, probability, d_prior, d_condition, d_context, d_image, h)
 
 
 # ---- what is trained: the encoder ----------------------------------------------------------------------------------
@@ -395,7 +399,7 @@ class Encoding(nn.Module):
     class: its gradient followed in the pixels (Deep Inside Convolutional Networks, 1312.6034), where the paper starts.
     """
 
-    options = {"ppgn_steps": 200, "step_size": 0.02, "step_end": 0.02, "exact": False, "neuron": "", "then": ""}
+    options = {"ppgn_steps": 200, "step_size": 0.02, "step_end": 0.02, "exact": True, "neuron": "", "then": ""}
 
     def __init__(self, network, shape, code, num_classes, classes=()):
         super().__init__()
@@ -474,7 +478,7 @@ class Captioner(nn.Module):
     """p(word_l | the words before it, image): an LSTM that reads the word before and the logits of a classifier (LRCN,
     1411.4389, on fc8 as in the paper). Here a word is a byte of the caption; 0 ends it."""
 
-    options = {"ppgn_steps": 200, "step_size": 0.02, "step_end": 0.02, "exact": False, "caption": ""}
+    options = {"ppgn_steps": 200, "step_size": 0.02, "step_end": 0.02, "exact": True, "caption": ""}
 
     def __init__(self, encoding, width=128, length=64):
         super().__init__()
@@ -535,10 +539,11 @@ class Captioner(nn.Module):
 # By variant: those that a run of it can draw, since they share what was trained.
 DRAWS = {"x": ["x"], "dgn-am": ["dgn-am", "joint-noiseless"], "h": ["h", "dgn-am", "joint-noiseless"],
          "joint": ["joint", "dgn-am"], "joint-noiseless": ["joint-noiseless", "dgn-am"]}
-# By variant: weights of the prior, the condition and the noise (equation 11).
-EPSILON = {"x": (1.0, 1.0, 0.0), "dgn-am": (0.0, 1.0, 0.0), "h": (1e-5, 1.0, 1e-5), "joint": (1e-5, 1.0, 1e-5),
-           "joint-noiseless": (1e-5, 1.0, 1e-17)}
-CLIP = 30.0                          # codes are clipped to this multiple of the mean code
+# By variant: weights of the prior, the condition and the noise (equation 11). The released scripts for AlexNet's codes
+# have (1e-5, 1, 1e-17) for joint-noiseless; those of a small encoder want more of the prior.
+EPSILON = {"x": (1.0, 1.0, 0.0), "dgn-am": (0.0, 1.0, 0.0), "h": (1e-2, 1.0, 1e-2), "joint": (1e-2, 1.0, 1e-2),
+           "joint-noiseless": (1e-2, 1.0, 1e-17)}
+CLIP = 5.0                           # codes are clipped to this multiple of the mean code, which few exceed
 
 
 def relative_error(guess, code):
@@ -556,8 +561,8 @@ class PlugAndPlay(nn.Module):
     variant, on the code for R of PPGN-h, on the pixels (then a share of 1) for R of PPGN-x.
     """
 
-    def __init__(self, encoding, condition, shape, generator, discriminator, autoencoder=None, variant="joint-noiseless",
-                 weights=(1.0, 1.0, 1.0, 0.01), noise=0.1):
+    def __init__(self, encoding, condition, shape, generator, discriminator, autoencoder=None,
+                 variant="joint-noiseless", weights=(1.0, 1.0, 1.0, 0.01), noise=0.1):
         super().__init__()
         self.__dict__["encoding"], self.__dict__["guide"] = encoding, condition     # frozen, and no part of the state
         self.shape, self.variant, self.weights, self.noise = shape, variant, weights, noise
@@ -574,7 +579,7 @@ class PlugAndPlay(nn.Module):
         """What may be set when drawing. step_size, step_end: mean absolute change of the code in a step, as shares of
         the mean code, from the first step to the last; epsilon: the weights of equation 11, empty for the variant's;
         context: epsilon4, of the known pixels when inpainting; then: further classes in the same chain."""
-        own = {"variant": self.variant, "ppgn_steps": 200, "step_size": 0.1, "step_end": 0.1, "epsilon": (),
+        own = {"variant": self.variant, "ppgn_steps": 200, "step_size": 0.1, "step_end": 0.01, "epsilon": (),
                "normalize": True, "context": 1.0}
         return own | {key: value for key, value in self.guide.options.items() if key not in own}
 
@@ -702,7 +707,7 @@ class PlugAndPlay(nn.Module):
         return count(self.generator, torch.empty(1, self.encoding.code, device="meta"))
 
 
-# ---- a command of evaluate.py: how samples are judged ------------------------------------------------------------------
+# ---- a command of evaluate.py: how samples are judged ----------------------------------------------------------------
 
 
 def chains_flags(p):
@@ -739,7 +744,8 @@ def chains(args):
     for opened in args.run:
         objective, own = opened.objective, opened.objective.encoding.network
         if objective.variant != "x":
-            show(f"G(E(x)) of {objective.variant}", objective.generator(own.encode(objective.seen(x))[1]).clamp(-1, 1), own)
+            again = objective.generator(own.encode(objective.seen(x))[1])
+            show(f"G(E(x)) of {objective.variant}", again.clamp(-1, 1), own)
         for variant in [args.draw["variant"]] if "variant" in args.draw else DRAWS[objective.variant]:
             options = args.draw | {"variant": variant}
             drawn = torch.cat(list(opened.images(len(y), args.seed, 100, y, **options)))
@@ -761,15 +767,15 @@ def show_holes(opened, x, y, seed, options):
 
 
 def judged(images, labels, own, judge, train, chunk=200):
-    """(accuracy by the judge, by the chain's own classifier; diversity: standard deviation of a pixel within a class; RMS
-    distance to the nearest of the training images) of samples (n, C, H, W)."""
+    """(accuracy by the judge, by the chain's own classifier; diversity: standard deviation of a pixel within a class;
+    RMS distance to the nearest of the training images) of samples (n, C, H, W)."""
     accuracy = [(network(images).argmax(1) == labels).float().mean().item() for network in (judge, own)]
     diversity = torch.stack([images[labels == k].std(0).mean() for k in labels.unique()]).mean().item()
     nearest = torch.cat([torch.cdist(part.flatten(1), train.flatten(1)).amin(1) for part in images.split(chunk)])
     return *accuracy, diversity, (nearest / images[0].numel()**0.5).mean().item()
 
 
-# ---- the registry -----------------------------------------------------------------------------------------------------
+# ---- the registry ----------------------------------------------------------------------------------------------------
 
 
 def encoding_of(run, shape):
@@ -802,8 +808,9 @@ def ppgn_nano(image_size, in_channels, num_classes, classes, encoder: Run = None
               weights: tuple = (1.0, 1.0, 1.0, 0.01), code_to_d: bool = False):
     """Plug and play generative network, small: a classifier, and in a second run, with encoder=RUN, its generator.
 
-    condition: the run of another classifier, or of a captioner, that says what to draw (None: the encoder's classifier).
-    variant, weights, noise: see PlugAndPlay; code_to_d: the discriminator is given the code too. 1612.00005.
+    condition: the run of another classifier, or of a captioner, that says what to draw (None: the encoder's
+    classifier). variant, weights, noise: see PlugAndPlay; code_to_d: the discriminator is given the code too.
+    1612.00005.
     """
     side = square(image_size, (8, 16, 32, 64, 128, 256))
     shape = (in_channels, side, side)
@@ -846,8 +853,8 @@ def plug_and_play(encoding, condition, shape, generator, reader, width, variant,
     if not hasattr(condition, "condition") or condition.shape[-1] > shape[-1]:
         raise ValueError("condition: it must be the run of a classifier or captioner for images of at most this size")
     if variant == "x":
-        return PlugAndPlay(encoding, condition, shape, None, None, ImageAutoencoder(reader, generator), variant, weights,
-                           noise)
+        autoencoder = ImageAutoencoder(reader, generator)
+        return PlugAndPlay(encoding, condition, shape, None, None, autoencoder, variant, weights, noise)
     discriminator = Discriminator(shape[0], width, encoding.code if code_to_d else 0)
     autoencoder = CodeAutoencoder(encoding.code) if variant == "h" else None
     return PlugAndPlay(encoding, condition, shape, generator, discriminator, autoencoder, variant, weights, noise)
@@ -855,8 +862,8 @@ def plug_and_play(encoding, condition, shape, generator, reader, width, variant,
 
 def captioner_nano(image_size, in_channels, encoder: Run = None, width: int = 128, text_width: int = 256,
                    text_length: int = 64):
-    """Captioner, small: an LSTM that spells an image's caption from the logits of a classifier (encoder=RUN), 1411.4389.
-    It can be the condition of a ppgn-nano."""
+    """Captioner, small: an LSTM that spells an image's caption from the logits of a classifier (encoder=RUN),
+    1411.4389. It can be the condition of a ppgn-nano."""
     side = square(image_size, (8, 16, 32, 64, 128, 256))
     return Captioner(encoding_of(encoder, (in_channels, side, side)), width, text_length)
 

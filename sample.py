@@ -51,8 +51,8 @@ def flags():
                         "sounds also FILE.wav; a name without suffix: a new folder of PNGs")
     p.add_argument("--film", metavar="FILE.gif",
                    help="also write the trajectory from noise to images as an animated .gif or .webp")
-    p.add_argument("--crop", nargs="+", metavar="PATH", help="crop photographs with a run of a cropping agent: a file or "
-                   "a folder, and optionally the folder for the crops (default: crops in the run's folder)")
+    p.add_argument("--crop", nargs="+", metavar="PATH", help="crop photographs with a run of a cropping agent: a file "
+                   "or a folder, and optionally the folder for the crops (default: crops in the run's folder)")
     p.add_argument("--weights", choices=["ema", "model"], default="ema",
                    help="averaged or last weights (default: %(default)s)")
     p.add_argument("--device", default="auto", metavar="NAME", help="cuda, mps, cpu or auto (default: %(default)s)")

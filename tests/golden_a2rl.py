@@ -43,8 +43,8 @@ def check_metrics(case):
 
 def network(case):
     config = case.config
-    net = c.VFN([config[f"c{k}"] for k in range(1, 6)], config["emb"], (config["H"], config["W"]), config.get("spp", False),
-                config.get("pooling", "max"))
+    net = c.VFN([config[f"c{k}"] for k in range(1, 6)], config["emb"], (config["H"], config["W"]),
+                config.get("spp", False), config.get("pooling", "max"))
     state = c.read_tensorflow(case.state_dict)
     part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     net.load_state_dict(part("ranker."), strict="ranker.score.weight" in state)
@@ -85,8 +85,8 @@ def check_vfn(case):
     feature = net(images)
     score = net.score(feature)
     crop, full = score.chunk(2)
-    compare({"feature": feature, "score": score, "hinge_loss": c.hinge(crop, full), "ranknet_loss": c.ranknet(crop, full),
-             "crop_minus_full": crop - full}, case)
+    compare({"feature": feature, "score": score, "hinge_loss": c.hinge(crop, full),
+             "ranknet_loss": c.ranknet(crop, full), "crop_minus_full": crop - full}, case)
 
 
 def check_a2c(case):

@@ -17,7 +17,7 @@ import cropping as c
 import evaluate
 import sample
 import train
-from objectives import ImageNoise, StepNoise
+from objectives import StepNoise
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +219,8 @@ def test_chosen_actions():
 
 
 def test_paper_returns():
-    """R_t = sum gamma^i r + gamma^k V to the end of t_max moves, by its definition; an ended episode expects nothing."""
+    """R_t = sum gamma^i r + gamma^k V to the end of t_max moves, by its definition; an ended episode expects
+    nothing."""
     T, gamma = 7, 0.9
     values, rewards, last = torch.randn(T, 2).double(), torch.randn(T, 2).double(), torch.tensor([0.0, 0.7]).double()
     mask = (torch.arange(T)[:, None] < torch.tensor([5, 7])).double()
@@ -256,7 +257,8 @@ def test_losses_without_a_reason_to_move():
 def test_replay_goes_back_through_memory():
     """What was rolled out is found again; gradients pass as many moves as the memory says. The cell is torch's."""
     agent = c.Agent(8, 8)
-    e = c.episodes(agent, lambda boxes: (boxes / 20, torch.zeros(boxes.shape[:2])), 2, (60, 60), 6, torch.rand(2, 6) * 0.9)
+    look = lambda boxes: (boxes / 20, torch.zeros(boxes.shape[:2]))
+    e = c.episodes(agent, look, 2, (60, 60), 6, torch.rand(2, 6) * 0.9)
     depth = {}
     for memory in (1, 3):
         first = e.observations.clone().requires_grad_()
@@ -303,7 +305,8 @@ def solve(updates=600, n=64, steps=30):
 
 @pytest.mark.slow
 def test_the_toy_is_solved():
-    """About a minute: IoU with the hidden box above 0.7; stopping at once, random windows; exhaustive search is the ceiling."""
+    """About a minute: IoU with the hidden box above 0.7; stopping at once, random windows; exhaustive search is the
+    ceiling."""
     found, hidden = solve()
     at_once = c.iou(c.whole(500), hidden).mean()
     every = c.all_windows(100, 100)
@@ -314,7 +317,7 @@ def test_the_toy_is_solved():
     assert found > 0.7 > 0.5 > max(at_once, at_random) + 0.1
 
 
-# ---- scenes, other ways, measures --------------------------------------------------------------------------------------
+# ---- scenes, other ways, measures ------------------------------------------------------------------------------------
 
 
 def test_scenes():
@@ -425,8 +428,9 @@ def test_from_train_to_pictures(here, capsys, monkeypatch):  # noqa: F811
     Image.new("RGB", (19, 50)).save("small.png")
     Path("broken.jpg").write_bytes(before[:300])
     Path("empty").mkdir()
-    for source, said in (("in", "is not written over"), ("small.png", "a side needs at least 20"), ("empty", "no photograph"),
-                         ("broken.jpg", "broken.jpg cannot be cropped"), ("missing.jpg", "there is no photograph")):
+    for source, said in (("in", "is not written over"), ("small.png", "a side needs at least 20"),
+                         ("empty", "no photograph"), ("broken.jpg", "broken.jpg cannot be cropped"),
+                         ("missing.jpg", "there is no photograph")):
         assert said in refused(capsys, sample.sample, "whole", "--crop", source, "out")
     assert "is for runs of a cropping agent" in refused(capsys, sample.sample, "r", "--crop", "in")
     assert "rewarded by a trained ranker" in refused(capsys, train.train, *house, "--model", "a2rl-nano", "--out", "x")

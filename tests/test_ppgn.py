@@ -57,7 +57,8 @@ def test_published_sizes():
     assert G(torch.empty(1, 4096, device="meta")).shape == (1, 3, 256, 256)
     assert sum(p.numel() for p in C.parameters()) == 60_965_224
     assert C(torch.empty(1, 3, 227, 227, device="meta")).shape == (1, 1000)
-    assert [layer.out_features for layer in ppgn.CodeAutoencoder().layers[::2]] == [4096, 2048, 1024, 500, 1024, 2048, 4096]
+    widths = [layer.out_features for layer in ppgn.CodeAutoencoder().layers[::2]]
+    assert widths == [4096, 2048, 1024, 500, 1024, 2048, 4096]
 
 
 @pytest.mark.parametrize("side", [8, 16, 32, 64, 128, 256])
@@ -81,7 +82,8 @@ def test_biases_of_transposed_convolutions_stay():
 
 @pytest.mark.parametrize("layer, place", [("fc8", None), ("fc6", None), ("conv1", (2, 5)), ("conv2", (0, 3))])
 def test_exact_gradient_of_a_unit(layer, place):
-    """It equals finite differences of log softmax, through the generator and a crop; the published one keeps one logit."""
+    """It equals finite differences of log softmax, through the generator and a crop; the published one keeps one
+    logit."""
     E, wide = networks(16)[0], networks(32)[1]
     h, units = codes(2), torch.tensor([1, 3])
     condition = ppgn.UnitCondition(E, layer, place or (0, 0), exact=True, size=16)
@@ -311,7 +313,8 @@ def batch(n=8, side=8, step=0):
 
 @pytest.mark.parametrize("variant", ppgn.DRAWS)
 def test_training_lowers_what_it_should(variant):
-    """Without the adversary the image loss (R's own, where R is all there is) falls; E does not move and is not saved."""
+    """Without the adversary the image loss (R's own, where R is all there is) falls; E does not move and is not
+    saved."""
     encoding, g = objective(variant, weights=(1.0, 0.0, 0.0, 0.0))
     before = {k: v.clone() for k, v in encoding.state_dict().items()}
     optimiser = torch.optim.Adam([p for p in g.parameters() if p.requires_grad], 3e-3)
@@ -367,7 +370,7 @@ def test_what_a_run_draws(variant):
 
 @pytest.mark.parametrize("options, said", [
     ({"neuron": "conv7:1"}, "there is no layer 'conv7', only conv1, fc6, drop6, fc8"), ({"neuron": "conv1:4"}, "4x4x4"),
-    ({"neuron": "conv1:1:9:0"}, "4x4x4"), ({"neuron": "conv1"}, "write LAYER:UNIT"), ({"neuron": "fc6:-1"}, "write LAYER"),
+    ({"neuron": "conv1:1:9:0"}, "4x4x4"), ({"neuron": "conv1"}, "write LAYER"), ({"neuron": "fc6:-1"}, "write LAYER"),
     ({"neuron": "fc6:1:0:0"}, "write LAYER:UNIT"), ({"then": "a,z"}, "no class 'z': name one of a, b, c"),
     ({"then": "9"}, "no class '9'"), ({"ppgn_steps": 0}, "ppgn_steps"), ({"epsilon": (1.0,)}, "epsilon")])
 def test_wrong_drawing_options(options, said):
