@@ -505,6 +505,8 @@ class Captioner(nn.Module):
 
     def loss(self, batch):
         """The mean of -log p(caption | image), in nats a caption."""
+        if not isinstance(batch["y"], torch.Tensor):
+            raise ValueError("a captioner spells captions byte by byte: train it with --text bytes")
         words = batch["y"][:, :self.text_length]
         if batch["step"] == 0:
             self.examples[:len(words), :words.shape[1]] = words[:8]
@@ -576,12 +578,23 @@ class PlugAndPlay(nn.Module):
 
     @property
     def options(self):
-        """What may be set when drawing. step_size, step_end: mean absolute change of the code in a step, as shares of
-        the mean code, from the first step to the last; epsilon: the weights of equation 11, empty for the variant's;
-        context: epsilon4, of the known pixels when inpainting; then: further classes in the same chain."""
         own = {"variant": self.variant, "ppgn_steps": 200, "step_size": 0.1, "step_end": 0.01, "epsilon": (),
-               "normalize": True, "context": 1.0}
+               "normalize": True, "threshold": 0.0, "context": 1.0}
         return own | {key: value for key, value in self.guide.options.items() if key not in own}
+
+    options_help = {
+        "variant": f"one that the run can draw: {', '.join(DRAWS)}",
+        "ppgn_steps": "iterations for each class",
+        "step_size": "mean absolute change of the code in the first step, as a share of the mean code",
+        "step_end": "the same in the last step",
+        "epsilon": "the weights of prior, condition and noise, such as 1e-2,1,0 (empty: the variant's own)",
+        "normalize": "rescale each step to that size; False: the paper's plain sum",
+        "threshold": "show only what the condition network gives at least this probability, else what was before",
+        "context": "the weight of the known pixels when a hole is filled",
+        "exact": "the exact gradient of log p; False: that of the published code",
+        "neuron": "draw what excites a hidden unit, LAYER:UNIT or LAYER:UNIT:ROW:COLUMN",
+        "then": "further classes of the same chain, separated by commas",
+        "caption": "what to draw, for a run with a captioner"}
 
     @property
     def scale(self):
@@ -664,13 +677,18 @@ class PlugAndPlay(nn.Module):
             start = 0.2 * noise((len(noise), *self.shape))
         else:
             start = self.scale * noise((len(noise), self.encoding.code))
+        threshold, shown = (self.options | options)["threshold"], 0.0
         for step in self.walk(start, noise, conditions, **options):
-            yield step.drawn.clamp(-1, 1)
+            passed = (step.probability >= threshold)[:, None, None, None]
+            shown = torch.where(passed, step.drawn.clamp(-1, 1), shown)
+            yield shown
 
     def fill(self, noise, x, mask, conditions, **options):
         """Inpainting, from the code of the masked image: x (n, C, H, W), mask (n, H, W) true in the hole. Yields what G
         draws, the hole and its surroundings."""
         hole = mask[:, None].to(x)
+        if self.guide.shape != self.encoding.shape:
+            raise ValueError("inpainting needs a condition network that reads images of the encoder's size")
         known = Inpainting(self.seen(x * (1 - hole)), self.seen(hole))
         start = known.image
         if (self.options | options)["variant"] != "x":
@@ -688,6 +706,7 @@ class PlugAndPlay(nn.Module):
                              + " or ".join(DRAWS[self.variant]))
         unit = 1.0 if variant == "x" else self.scale
         lr, lr_end, context = unit * rest.pop("step_size"), unit * rest.pop("step_end"), rest.pop("context")
+        del rest["threshold"]
         condition, targets = self.guide.condition(conditions, **rest)
         limits = (-1.0, 1.0) if variant == "x" else (0.0, CLIP * unit)
         generator = nn.Identity() if variant == "x" else self.generator

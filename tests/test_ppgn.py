@@ -379,6 +379,14 @@ def test_wrong_drawing_options(options, said):
         list(g.trajectory(ImageNoise(0, [0]), torch.tensor([0]), **options))
 
 
+def test_samples_below_the_threshold_are_not_shown():
+    _, g = objective()
+    draw = lambda threshold: list(g.trajectory(ImageNoise(0, [0, 1]), torch.tensor([0, 1]), ppgn_steps=5, exact=True,
+                                               threshold=threshold))
+    assert not any(frame.any() for frame in draw(0.999))
+    assert all(torch.equal(a, b) for a, b in zip(draw(0.0), draw(1e-6)))
+
+
 def test_chain_of_classes_and_of_a_neuron():
     _, g = objective()
     frames = list(g.trajectory(ImageNoise(0, [0]), torch.tensor([0]), ppgn_steps=3, then="b, 4"))
