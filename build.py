@@ -31,6 +31,7 @@ import convert
 import cropping
 import data
 import diffusion
+import guidance
 import layers
 import models
 import moe
@@ -38,6 +39,7 @@ import objectives
 import optim
 import ppgn
 import runs
+import samplers
 from runs import Run
 
 VERSION = 2                                          # of config.json; 1 had a flag for every option of every system
@@ -246,7 +248,7 @@ def unknown(what, name, choices):
 FACTS = {"image_size": "--data NAME:size=", "in_channels": "the data", "num_classes": "the data",
          "classes": "the data", "learn_sigma": "--process NAME:learned_variance=True", "codes": "--tokenizer",
          "process": "--process", "data_dir": "--data-dir", "split": "the command", "stride": "the model's patch_size",
-         "prediction": "--prediction", "weighting": "--weighting", "density": "--density", "betas": "--process"}
+         "memory": "the walk itself", "prediction": "--prediction", "weighting": "--weighting", "density": "--density"}
 # Options whose values have bounds of their own. Every other whole number lies in 0 .. 10^6, every other number is
 # finite.
 RANGES = {"hidden_size": (1, 65536), "channels": (1, 65536), "depth": (1, 1024), "num_heads": (1, 1024),
@@ -260,7 +262,6 @@ RANGES = {"hidden_size": (1, 65536), "channels": (1, 65536), "depth": (1, 1024),
 
 def parameters(entry):
     """{option: inspect.Parameter} of an entry of a registry."""
-    entry = entry[0] if isinstance(entry, tuple) else entry  # INTERIM
     if isinstance(entry, str):
         return {}
     found = inspect.signature(entry).parameters.values()
@@ -335,8 +336,6 @@ def bound(flag, text, registry):
 
 def line(entry):
     """The first sentence of an entry's docstring."""
-    if isinstance(entry, tuple):  # INTERIM
-        return entry[-1]
     text = (entry.func if isinstance(entry, functools.partial) else entry).__doc__ or ""
     text = " ".join(text.split("\n\n")[0].split())
     return re.split(r"(?<!\beq)(?<!\bet al)(?<!\bi\.e)(?<!\be\.g)(?<!\bsec)(?<!\bfig)\. (?=[A-Z])", text)[0].rstrip(".")
@@ -350,15 +349,15 @@ KINDS = {"backbones": models.MODELS, "plug and play generative networks": ppgn.G
          "cropping": cropping.AGENTS}
 data.DATASETS["scenes"] = cropping.scenes            # drawn in the room that needs them
 # What `--draw` and sample.py's flags of these names may name.
-DRAWING = {"sampler": diffusion.SAMPLERS, "grid": diffusion.GRIDS, "guidance_rule": diffusion.GUIDANCE}
+DRAWING = {"sampler": samplers.SAMPLERS, "grid": samplers.GRIDS, "guidance_rule": guidance.RULES}
 
 
 def registries():
     """Everything that is chosen by name: {heading: registry}."""
     return {"data sets": data.DATASETS, **KINDS, "processes": diffusion.PROCESSES,
             "predictions": diffusion.PREDICTIONS, "weightings": diffusion.WEIGHTINGS,
-            "densities of the training times": diffusion.DENSITIES, "samplers": diffusion.SAMPLERS,
-            "grids of sampling times": diffusion.GRIDS, "guidance rules": diffusion.GUIDANCE,
+            "densities of the training times": diffusion.DENSITIES, "samplers": samplers.SAMPLERS,
+            "grids of sampling times": samplers.GRIDS, "guidance rules": guidance.RULES,
             "optimisers": optim.OPTIMISERS, "ways to begin": WAYS}
 
 
@@ -493,8 +492,9 @@ def build_model(config):
     """The backbone that a config describes, with freshly initialised weights. Raises ValueError, whatever its
     constructor makes of a combination of options that cannot be."""
     name, options = choose_model(config["network"])
-    if build_process(config).learned_variance:
-        options["learn_sigma"] = True
+    with torch.device("cpu"):                        # the model may be wanted on the meta device
+        if build_process(config).learned_variance:
+            options["learn_sigma"] = True
     with sentence(f"{config['network']} cannot be built"):
         return models.create_model(name, config["image_size"], config["in_channels"], config["num_classes"], **options)
 
@@ -559,7 +559,8 @@ def check_settings(config):
 def build_optimiser(objective, config):
     """The optimiser that a config describes, over the parameters that learn."""
     name, options = choose("optimiser", config["optimiser"], optim.OPTIMISERS)
-    return optim.OPTIMISERS[name](objective, config["lr"], config["weight_decay"], **options)
+    with sentence(f"--optimiser {config['optimiser']} cannot be built"):
+        return optim.OPTIMISERS[name](objective, config["lr"], config["weight_decay"], **options)
 
 
 def checked_cost(objective, config):

@@ -27,11 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import GUIDANCE, SAMPLERS, Discrete, choose, clipped, ddim_inversion, guided
+from diffusion import Discrete
+from guidance import check_fractions, compose, stitch_by_steps, stitch_by_time, stitched
 from layers import Text, canvas
-from models import check_fractions, cost, stitch_by_steps, stitch_by_time, stitched
+from models import cost
 from moe import balanced
 from runs import Run
+from samplers import draw, times_of
 
 
 def seeded(*numbers, device="cpu"):
@@ -84,43 +86,6 @@ class StepNoise:
     def __call__(self, shape):
         """Standard normal numbers of a shape (b, ...)."""
         return self.normal(*shape[1:])
-
-
-def power_cosine(scale, share, power):
-    """Guidance that falls from `scale` at pure noise (share = 1) to 1 at the data (share = 0): 1 + (scale - 1)
-    (1 - cos(pi share^power))/2. Masked Diffusion Transformer, 2303.14389; FiTv2, 2410.13925."""
-    return 1 + (scale - 1) * (1 - math.cos(math.pi * share**power)) / 2
-
-
-def generate(process, denoiser, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
-             clip=True, noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
-             weak=None, power=None, **options) -> Iterator[torch.Tensor]:
-    """Sample: yields the images after each step, starting from standard normal x (B, C, H, W), without gradients.
-
-    denoiser: of a condition, as `Diffusion.denoiser`. y, null: the condition and the null condition that guidance moves
-    away from (both as the model takes them); rule: how, a name in `GUIDANCE`; interval: only at those times; power:
-    falling by `power_cosine`; weak: another objective to move away from instead of the null condition (autoguidance,
-    2406.02507). grid, last: see `Process.times`. clip: keep x0 in [-1, 1] (pixels), quantile: by dynamic thresholding.
-    options go to the sampler.
-    """
-    draw = sampler if callable(sampler) else choose(SAMPLERS, sampler, "sampler")
-    make = rule if callable(rule) else choose(GUIDANCE, rule, "guidance")
-    denoise = cond = denoiser(y)
-    if guidance != 1 and (weak or null is not None):
-        other = weak.denoiser(y) if weak else denoiser(null)
-        scaled = lambda scale: guided(cond, other, scale, guide_channels, process, None if rule == "cfg" else make,
-                                      interval)
-        share = lambda t: (float(torch.as_tensor(t).max()) - process.t_clean) / (process.t_noisy - process.t_clean)
-        denoise = scaled(guidance)
-        if power is not None:
-            denoise = lambda xt, t: scaled(power_cosine(guidance, share(t), power))(xt, t)
-    if clip:
-        denoise = clipped(denoise, process, quantile=quantile)
-    times = process.times(steps, grid, last)
-    if process.exploding and draw is not ddim_inversion:
-        x = x * process.sigma(times[:1]).item()
-    with torch.no_grad():
-        yield from draw(denoise, x, times, process, noise, **options)
 
 
 class Diffusion(nn.Module):
@@ -221,12 +186,16 @@ class Diffusion(nn.Module):
         return self.process.denoiser(self.model, y)
 
     def generated(self, x, y, null, noise, **options):
-        """`generate` with this objective's names of its options."""
+        """Images after each step from standard normal x: the denoiser composed as the options say, then a sampler."""
         options = {key: value for key, value in (self.options | options).items() if key not in EXTRAPOLATE}
-        power, quantile = options.pop("guidance_power"), options.pop("threshold")
-        rule, weak = options.pop("guidance_rule"), options.pop("weak") or None
-        yield from generate(self.process, self.denoiser, x, y, null, noise=noise, rule=rule, weak=weak, power=power,
-                            quantile=quantile, **options)
+        scale, weak, other = options.pop("guidance"), options.pop("weak"), None
+        if scale != 1 and (weak or null is not None):
+            other = weak.denoiser(y) if weak else self.denoiser(null)
+        denoise = compose(self.process, self.denoiser(y), other, guidance=scale, rule=options.pop("guidance_rule"),
+                          interval=options.pop("interval"), power=options.pop("guidance_power"),
+                          channels=options.pop("guide_channels"), clip=options.pop("clip"),
+                          quantile=options.pop("threshold"))
+        yield from draw(self.process, denoise, x, noise=noise, **options)
 
     @torch.no_grad()
     def told(self, conditions):
@@ -326,7 +295,8 @@ class Stitch(Diffusion):
         if options.get("weak"):
             raise ValueError("stitched models cannot be guided by a weak one: leave out --weak or --stitch")
         if self.rule == "steps":
-            times = self.process.times(options.get("steps", self.options["steps"]), options.get("grid"))
+            steps, sampler = (options.get(key, self.options[key]) for key in ("steps", "sampler"))
+            times = times_of(self.process, steps, sampler, options.get("grid"))
             self.chosen = stitch_by_steps(times, self.fractions)
         else:
             self.chosen = stitch_by_time(self.fractions, self.process.t_noisy - self.process.t_clean)

@@ -20,9 +20,11 @@ import data
 import diffusion
 import evaluate
 import figures
+import guidance
 import objectives
 import runs
 import sample
+import samplers
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +122,16 @@ def test_micro_batches_and_seed(here):
     call(train.train, *TINY, "--out", "other", "--seed", "1")
     assert losses("four") == pytest.approx(losses("one"), rel=1e-5)
     assert losses("other") != pytest.approx(losses("one"), rel=1e-3)
+
+
+def test_the_best_checkpoint_is_kept(here, monkeypatch):
+    """Scores come at their steps, and ckpt.best.pt is the checkpoint of the least distance."""
+    monkeypatch.setattr(train.scores, "Scorer", lambda *args: lambda *args: {"frechet": next(distances)})
+    distances = iter([3.0, 1.0, 2.0])
+    call(train.train, *TINY, "--score-every", "2", "--out", "r")
+    scored = {e["step"]: e["frechet"] for e in runs.history(Path("r")) if "frechet" in e}
+    assert scored == {2: 3.0, 4: 1.0, 6: 2.0} and runs.load_checkpoint("r/ckpt.best.pt")["step"] == 4
+    call(sample.sample, "r/ckpt.best.pt", "--n", "2")
 
 
 def test_label_drop_rate():
@@ -257,7 +269,8 @@ def test_one_writer(here, capsys):
     (["--steps", "0"], "argument --steps: '0' is not a whole number of at least 1"),
     (["--batch", "-4"], "argument --batch: '-4' is not a whole number"),
     (["--ema", "nan"], "argument --ema: 'nan' is not a number"),
-    (["--betas=0.9"], "argument --betas: '0.9': 2 numbers are wanted"),
+    (["--optimiser", "adamw:betas=(0.9,)"], "adamw:betas=.* cannot be built"),
+    (["--optimiser", "adam"], "unknown --optimiser 'adam': did you mean adamw"),
     (["--data", "shapes:size=10"], "10x10 is not divisible by the patch size 4: try 8x8"),
     (["--data", "shapes:size=0"], "size is 0, and must lie between 1 and"),
     (["--accum", "3"], "--batch 8 does not divide into 1 processes x 3 micro-batches"),
@@ -400,13 +413,13 @@ def test_what_sample_writes(run, capsys):
     assert "ends in .png or .npz" in refused(capsys, sample.sample, "r", "--out", "x.jpg")
 
 
-@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_every_sampler_draws(run, sampler):
     x = torch.cat(list(build.open_run("r").images(4, sampler=sampler, steps=6)))
     assert x.shape == (4, 3, 8, 8) and x.isfinite().all()
 
 
-@pytest.mark.parametrize("rule", diffusion.GUIDANCE)
+@pytest.mark.parametrize("rule", guidance.RULES)
 def test_every_guidance_rule_draws(run, rule):
     argv = ["--guidance", "3", "--guidance-rule", rule, "--interval", "0.1,0.9", "--grid", "karras:rho=5"]
     call(sample.sample, "r", "--n", "4", *argv)
@@ -486,7 +499,7 @@ def test_score_and_speed(run, capsys):
     result = json.load(open("r/score.json"))
     assert 0 <= result["class_accuracy"] <= 1 and result["frechet_classifier"] > result["frechet_classifier_real"] >= 0
     clock = time.perf_counter()
-    call(evaluate.evaluate, "score", "r", "--n", "16")
+    call(evaluate.evaluate, "score", "r", "--n", "16", "--classifier-steps", "3")
     assert "training a classifier" not in capsys.readouterr().err and time.perf_counter() - clock < 20
     call(evaluate.evaluate, "samplers", "r", "--n", "8", "--counts", "2,4", "--samplers", "ddim,heun")
     assert "heun" in capsys.readouterr().out and Image.open("r/samplers.png").size == (800, 460)
@@ -511,7 +524,7 @@ def test_list_and_help_and_recipes(here, capsys):
                         (["--help"], ["--model", "torchrun", "default: flow", "--draw"]),
                         (["--help", "all"], ["--label-drop", "--inherit"]),
                         (["--help", "edm"], ["processes", "samplers", "s_churn"]),
-                        (["--help", "dit-nano"], ["hidden_size=128", "moe=", "Diffusion transformer"])):
+                        (["--help", "dit-nano"], ["hidden_size=128", "moe=", "adaLN-Zero"])):
         with pytest.raises(SystemExit):
             call(train.train, *argv)
         said = capsys.readouterr().out
