@@ -64,9 +64,12 @@ def act(boxes, done, actions):
 
 
 def pixels(boxes, height, width):
-    """Boxes in units (..., 4) -> in pixels, int64, rounded down as published: int(x / 20 * width)."""
-    sides = torch.tensor([width, height, width, height], device=boxes.device)
-    return (boxes.double() / GRID * sides).long()
+    """Boxes in units (..., 4) -> in pixels, int64, as published: int(x / 20 * width), whose rounding is at times below
+    that of x * width / 20 (7 / 20 * 180 is 62.99...)."""
+    across, down = (torch.tensor([int(k / GRID * side) for k in range(GRID + 1)], device=boxes.device)
+                    for side in (width, height))
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    return torch.stack([across[x0], down[y0], across[x1], down[y1]], -1)
 
 
 def crop_resize(images, boxes, size, border="edge", dense=1):
@@ -115,6 +118,7 @@ class VFN(nn.Module):
     """
 
     input_scale, border, dense = 0.5, "zero", 1      # of images in [-1, 1]; see `crop_resize`
+    full_resolution = True                           # windows are cut from photographs as they are
 
     def __init__(self, widths=(96, 256, 384, 384, 256), embedding=1000, size=227, spp=False, pooling="max", channels=3):
         super().__init__()
@@ -156,6 +160,7 @@ class SmallVFN(nn.Module):
     border."""
 
     input_scale, border, dense = 1.0, "edge", 2
+    full_resolution = False                          # but from what training saw, squares of the data's size
 
     def __init__(self, width=24, embedding=128, size=64, channels=3):
         super().__init__()
@@ -223,7 +228,9 @@ class Ranking(nn.Module):
     def __init__(self, network, shape, pairs=4, smallest=0.05, objective="hinge"):
         super().__init__()
         self.ranker, self.shape, self.pairs, self.smallest = network, shape, pairs, smallest
-        self.objective = {"hinge": hinge, "ranknet": ranknet}[objective]
+        if objective not in ("hinge", "ranknet"):
+            raise ValueError(f"objective {objective!r}: choose hinge or ranknet")
+        self.objective = hinge if objective == "hinge" else ranknet
 
     def look(self, images, boxes):
         """Images (B, C, H, W) in [-1, 1], windows in pixels (B, K, 4) -> features (B, K, D), scores (B, K)."""
@@ -249,6 +256,7 @@ class Ranking(nn.Module):
                 "accuracy": (scores[:, 1:] < scores[:, :1]).float().mean()}
 
     forward = loss
+
     def conditions(self, n):
         return torch.arange(n)                       # of held-out scenes
 
@@ -379,7 +387,7 @@ def chosen(logits, uniform=None):
     """Actions (B,): the likeliest, or those that numbers in [0, 1) (B,) pick from the probabilities."""
     if uniform is None:
         return logits.argmax(1)
-    below = logits.double().softmax(1).cumsum(1) <= uniform.double()[:, None]
+    below = logits.softmax(1).cumsum(1) <= uniform[:, None]
     return below.sum(1).clamp(max=logits.shape[1] - 1)
 
 
@@ -693,10 +701,11 @@ def open_photograph(path):
     return picture
 
 
-def squeezed(picture, side):
-    """A picture as the agent sees it whole: (3, side, side) in [-1, 1], its ratio not kept."""
-    small = picture.resize((side, side), Image.BOX if min(picture.size) >= side else Image.BICUBIC)
-    return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 127.5 - 1
+def pixels_of(picture, side=None):
+    """A picture as (3, H, W) in [-1, 1]; or as a square of that side, its ratio not kept."""
+    if side is not None:
+        picture = picture.resize((side, side), Image.BOX if min(picture.size) >= side else Image.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -707,8 +716,9 @@ def cropped(objective, picture, steps=None, seed=None):
     if seed is not None:
         uniform = torch.rand(1, steps or objective.steps, generator=torch.Generator().manual_seed(seed))
     device = next(objective.parameters()).device
-    path = objective.path(squeezed(picture, objective.shape[-1])[None].to(device), steps,
-                          None if uniform is None else uniform.to(device))
+    side = None if objective.ranking.ranker.full_resolution else objective.shape[-1]
+    image = pixels_of(picture, side)[None].to(device)
+    path = objective.path(image, steps, None if uniform is None else uniform.to(device))
     return [tuple(box) for box in pixels(path[:, 0], picture.height, picture.width).tolist()]
 
 
@@ -834,7 +844,7 @@ def known_crops(args):
         images, truth = [], []
         for path, box, _ in read_fcdb(args.fcdb, args.photos)[:args.n]:
             picture = open_photograph(path)
-            images.append(squeezed(picture, side))
+            images.append(pixels_of(picture, side))
             truth.append([GRID * value / length for value, length in zip(box, 2 * picture.size)])
         images, truth = torch.stack(images), torch.tensor(truth)
     return images, truth.double()
@@ -931,13 +941,13 @@ def other_windows(frames, generator, k=8):
 # ---- the registry ----------------------------------------------------------------------------------------------------
 
 
-def side_of(image_size, least):
-    """The side of square images of at least so many pixels; ValueError for others."""
+def shape_of(image_size, in_channels):
+    """(3, S, S) of square colour images of at least 32 pixels a side; ValueError for others."""
     H, W = pair(image_size)
-    if H != W or H < least:
-        raise ValueError(f"image_size is {image_size}: cropping learns from squares (photographs are squeezed) of at "
-                         f"least {least} pixels, such as --data folder:size=128")
-    return H
+    if H != W or H < 32 or in_channels != 3:
+        raise ValueError(f"image_size is {image_size}, of {in_channels} channels: cropping learns from squares of at "
+                         "least 32 pixels in colour, such as --data folder:size=128")
+    return 3, H, W
 
 
 def vfn_nano(image_size, in_channels, window: int = 64, width: int = 24, embedding: int = 128, pairs: int = 4,
@@ -947,7 +957,7 @@ def vfn_nano(image_size, in_channels, window: int = 64, width: int = 24, embeddi
     window: the side at which a window is seen; images of twice that keep small crops as sharp as large ones. pairs,
     smallest, objective: see Ranking.
     """
-    shape = (in_channels, *2 * [side_of(image_size, 32)])
+    shape = shape_of(image_size, in_channels)
     if window % 16:
         raise ValueError(f"window is {window}, and must be a multiple of 16")
     return Ranking(SmallVFN(width, embedding, window, in_channels), shape, pairs, smallest, objective)
@@ -959,7 +969,7 @@ def vfn(image_size, in_channels, spp: bool = False, pooling: str = "max", pairs:
 
     spp, pooling: see VFN; pairs, smallest, objective: see Ranking.
     """
-    shape = (in_channels, *2 * [side_of(image_size, 32)])
+    shape = shape_of(image_size, in_channels)
     return Ranking(VFN(spp=spp, pooling=pooling, channels=in_channels), shape, pairs, smallest, objective)
 
 
@@ -974,7 +984,7 @@ def a2rl(image_size, in_channels, ranker: Run = None, hidden: int = 1024, steps:
                          "vfn-nano or vfn")
     if form not in ("paper", "code"):
         raise ValueError(f"form {form!r}: choose paper or code")
-    shape = (in_channels, *2 * [side_of(image_size, 32)])
+    shape = shape_of(image_size, in_channels)
     return Cropping(ranker, Agent(2 * ranker.ranker.embedding, hidden, recurrent), shape, steps, form, t_max, gamma,
                     aspect, context)
 

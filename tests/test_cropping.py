@@ -72,6 +72,7 @@ def test_moves_that_undo_each_other(there, back):
 @pytest.mark.parametrize("height, width", [(20, 20), (37, 501), (1000, 23)])
 def test_pixel_boxes(height, width):
     assert c.pixels(c.whole(1), height, width).tolist() == [[0, 0, width, height]]
+    assert c.pixels(torch.tensor([[7, 0, 20, 7]]), 180, 180).tolist() == [[62, 0, 180, 62]], "rounded as published"
     boxes = c.pixels(c.all_windows(100, 100), height, width)
     assert (boxes[:, 2:] > boxes[:, :2]).all() and (boxes >= 0).all()
     assert (boxes <= torch.tensor([width, height, width, height])).all()
