@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import autoencoders
 import convert
+import cropping
 import data
 import diffusion
 import guidance
@@ -39,6 +40,7 @@ import models
 import moe
 import objectives
 import optim
+import ppgn
 import runs
 import samplers
 from runs import Run
@@ -347,7 +349,8 @@ def line(entry):
 # What `--model` may name, by kind. A backbone is a network model(x, t, y), which `objectives.Diffusion` trains; an
 # entry of any other kind makes an objective itself.
 KINDS = {"backbones": models.MODELS, "tokenizers": autoencoders.TOKENIZERS, "generators": masked.GENERATORS,
-         "guides": guides.GUIDES}
+         "guides": guides.GUIDES, "plug and play generative networks": ppgn.GENERATORS, "cropping": cropping.AGENTS}
+data.DATASETS["scenes"] = cropping.scenes            # drawn in the room that needs them
 # What `--draw` and sample.py's flags of these names may name.
 DRAWING = {"sampler": samplers.SAMPLERS, "grid": samplers.GRIDS, "guidance_rule": guidance.RULES}
 
@@ -438,6 +441,8 @@ def load_data(config, split, device="cpu", **changes):
         able = [other for other in models.MODELS if models.backbone(other).mixed_sizes]
         raise ValueError(f"--data {config['data']}: {model} draws images of one size; choose one of {', '.join(able)}")
     stride = model_option(config, "patch_size") or 1
+    options = {key: open_run(value, device).objective if isinstance(value, Run) else value
+               for key, value in options.items()}
     return data.load(name, config["data_dir"], split, device, stride, **options | changes)
 
 
@@ -466,8 +471,10 @@ def describe(config, dataset):
         raise ValueError(f"--data {config['data']} holds {dataset.kind}, which {name} cannot draw: choose one of "
                          f"{', '.join(able)}")
     if text:
-        with torch.device("meta"):
-            length = build_model(config).text_length
+        length = model_option(config, "text_length")
+        if name in models.MODELS:
+            with torch.device("meta"):
+                length = build_model(config).text_length
         dataset.with_text(config["text"], length)
         if config["text"] == "npz":
             width = dataset.condition(torch.arange(1)).tokens.shape[-1]

@@ -38,6 +38,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from layers import Text, pair
+from runs import Run
 
 # ---- Dataset -----------------------------------------------------------------------------------------------
 
@@ -970,22 +971,29 @@ def _list_folder(root, split):
     return files, np.array(labels), classes
 
 
-def folder(data_dir, split, stride=1, *, size=64, flip=True, aspect="square", bad_images="error"):
+def folder(data_dir, split, stride=1, *, size=64, flip=True, aspect="square", bad_images="error",
+           crop_with: Run = None):
     """Your own PNG, JPEG, WebP, BMP images; sub-folders are classes, x.txt (or x.npz) is the text of x.jpg.
 
     aspect: "square": short side fitted, centre crop; "keep" or "mixed": images keep their ratios, without those of
     fewer than 16 patches of the stride; "mixed": each a second time as a square, if both its sides exceed the size
     (FiTv2, 2410.13925, section 3.3); "crop": each cut to one of the four sizes of as many patches that lose least of it
-    (Lumina-T2X). bad_images: "error", or "skip" to leave out files that cannot be read, with a warning. A tenth is held
-    out as the test split, unless there are folders train and test.
+    (Lumina-T2X). bad_images: "error", or "skip" to leave out files that cannot be read, with a warning. crop_with: the
+    run of a cropping agent (a2rl-nano), which crops every picture first. A tenth is held out as the test split, unless
+    there are folders train and test.
     """
     _check("aspect", aspect, ("square", "keep", "mixed", "crop"))
     _check("bad_images", bad_images, ("error", "skip"))
+    if crop_with is not None and not hasattr(crop_with, "crop"):
+        raise ValueError("crop_with must name the run of a cropping agent, such as a2rl-nano")
     files, labels, classes = _list_folder(data_dir, split)
     images, again, good, bad = [], [], [], []
     for i, path in enumerate(tqdm(files, desc=f"reading {data_dir}", unit=" images", delay=2, leave=False)):
         try:
-            pixels, square = _fitted(open_image(path), size, stride, aspect, i)
+            picture = open_image(path)
+            if crop_with is not None:
+                picture = crop_with.crop(picture)
+            pixels, square = _fitted(picture, size, stride, aspect, i)
         except Exception as error:                   # decoders raise nearly every type there is
             reason = "not a PNG, JPEG, WebP or BMP" if isinstance(error, UnidentifiedImageError) else error
             bad.append(f"{path.relative_to(data_dir)} ({reason})")

@@ -18,12 +18,14 @@ import torch
 
 import autoencoders
 import build
+import cropping
 import diffusion
 import distance
 import masked
 import diffusion_classifier
 import guides
 import moe
+import ppgn
 import scores
 import speed
 from runs import Run
@@ -44,6 +46,9 @@ COMMANDS = {
     "classify": (diffusion_classifier.classify_flags, diffusion_classifier.classify),
     "swaps": (diffusion_classifier.swaps_flags, diffusion_classifier.swaps),
     "guides": (guides.guides_flags, guides.guides),
+    "chains": (ppgn.chains_flags, ppgn.chains),
+    "crop": (cropping.crop_flags, cropping.crop),
+    "ranker": (cropping.ranker_flags, cropping.ranker),
     "speed": (speed.speed_flags, speed.speed),
     "pack": (speed.pack_flags, speed.pack),
 }

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import build
 import convert
+import cropping
 import data
 import figures
 import runs
@@ -51,6 +52,8 @@ def flags():
                         "sounds also FILE.wav; a name without suffix: a new folder of PNGs")
     p.add_argument("--film", metavar="FILE.gif",
                    help="also write the trajectory from noise to images as an animated .gif or .webp")
+    p.add_argument("--crop", nargs="+", metavar="PATH", help="crop photographs with a run of a cropping agent: a file "
+                   "or a folder, and optionally the folder for the crops (default: crops in the run's folder)")
     p.add_argument("--weights", choices=["ema", "model"], default="ema",
                    help="averaged or last weights (default: %(default)s)")
     p.add_argument("--device", default="auto", metavar="NAME", help="cuda, mps, cpu or auto (default: %(default)s)")
@@ -118,7 +121,7 @@ def choose_labels(text, classes, num_classes, n):
 
 def choose_prompts(prompts, opened, n):
     """--prompt as n conditions: byte tokens (n, L), or a Text of precomputed embeddings."""
-    length = opened.objective.model.text_length
+    length = getattr(opened.objective, "model", opened.objective).text_length
     if opened.config["text"] == "npz":
         chosen = data.read_embeddings([Path(prompt) for prompt in prompts], length)
     else:
@@ -251,9 +254,22 @@ def decoded(x, path, device):
         return torch.cat([decoder(z[None].to(device)).cpu() for z in tqdm(x, desc="decoding", unit=" images", delay=2)])
 
 
+def crops(args, opened, options):
+    """--crop: the files written."""
+    if not hasattr(opened.objective, "path") or len(args.crop) > 2:
+        raise ValueError("--crop PATH [FOLDER] is for runs of a cropping agent, such as a2rl-nano")
+    options = build.drawing_options(opened.objective, opened.config["draw"] | options, opened.device)
+    source, out = args.crop[0], args.crop[1] if len(args.crop) == 2 else opened.folder / "crops"
+    return cropping.crop_files(opened.objective, source, out, args.film, args.seed if options.get("sampled") else None,
+                               options.get("steps"))
+
+
 def sample():
     args, opened = parse(sys.argv[1:])
     objective, options = opened.objective, build.given_drawing(args)
+    if args.crop:
+        print("\n".join(map(str, crops(args, opened, options))))
+        return
     if args.official and (size := options.get("size")):              # eight pixels a latent
         size = (size,) if isinstance(size, int) else size
         if any(side % 16 for side in size):
