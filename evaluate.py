@@ -20,10 +20,10 @@ import autoencoders
 import build
 import cropping
 import diffusion
-import distance
-import masked
 import diffusion_classifier
+import distance
 import guides
+import masked
 import moe
 import ppgn
 import scores
