@@ -223,28 +223,30 @@ def respaced(T, spec):
 class Denoised:
     """What a denoiser says of x_t = alpha x0 + sigma eps: the image `x0` and the noise `eps`, (B, C, H, W), in float32 at
     least. Each is a tensor, or a function that is called when it is first asked for: most samplers want only one.
-    variance: None, or the learned v of improved DDPM, eq. 15: the place of a reverse step's log-variance between
-    log beta~ (v = 0) and log beta (v = 1), whatever that step is."""
 
-    def __init__(self, x0, eps, variance=None):
-        self.known, self.variance = {"x0": x0, "eps": eps}, variance
+    variance: None, or the learned v of improved DDPM, eq. 15: the place of a reverse step's log-variance between log beta~
+    (v = 0) and log beta (v = 1), whatever that step is. flow: eps - x0 where the network of a straight path gives just
+    that, else None."""
 
-    def ask(self, name):
-        if callable(self.known[name]):
-            self.known[name] = self.known[name]()
-        return self.known[name]
+    def __init__(self, x0, eps, variance=None, flow=None):
+        self.parts, self.variance, self.flow = {"x0": x0, "eps": eps}, variance, flow
+
+    def part(self, name):
+        if callable(self.parts[name]):
+            self.parts[name] = self.parts[name]()
+        return self.parts[name]
 
     @property
     def x0(self):
-        return self.ask("x0")
+        return self.part("x0")
 
     @property
     def eps(self):
-        return self.ask("eps")
+        return self.part("eps")
 
     def replace(self, **parts):
         """The same with another x0, eps or variance."""
-        return Denoised(**{**self.known, "variance": self.variance, **parts})
+        return Denoised(**{**self.parts, "variance": self.variance, **parts})
 
 
 def eps_prediction(process, t, alpha, sigma):
@@ -434,17 +436,15 @@ def v_diffusion(process, u, *, sigma_data=0.5, low=1e-3, high=1e3):
 
 
 def cosine_interpolated(process, u, *, image=64, noise_low=32, noise_high=64, sigma_data=0.5, low=1e-3, high=1e3):
-    """The cosine schedule's log SNR, shifted from an image of noise_low pixels to one of noise_high as the noise falls
-    (simple diffusion, 2301.11093, eq. 7; k-diffusion)."""
-    ends = 2 * torch.log(sigma_data / double(high, low))                    # of log SNR, from the noisiest
+    """The cosine schedule, log s moved from an image of noise_low pixels to one of noise_high as the noise falls (simple
+    diffusion, 2301.11093, eq. 7; k-diffusion)."""
 
-    def log_snr(share, size):                                               # of the cosine schedule, for this image size
-        shift = 2 * math.log(size / image)
-        places = torch.atan(torch.exp((shift - ends) / 2)).to(share)
-        return -2 * torch.log(torch.tan(places[1] + share * (places[0] - places[1]))) + shift
+    def log_s(size):                                 # even angles of v, for noise as an image of this size shows it
+        scale = size / image / sigma_data
+        ends = torch.atan(scale * double(high, low)).to(u)
+        return torch.log(torch.tan(torch.lerp(ends[0], ends[1], u)) / scale)
 
-    between = torch.lerp(log_snr(u, noise_low), log_snr(u, noise_high), u)
-    return process.time(sigma_data * torch.exp(-between / 2))
+    return process.time(torch.exp(torch.lerp(log_s(noise_low), log_s(noise_high), u)))
 
 
 DENSITIES: dict[str, Callable] = {
@@ -554,7 +554,9 @@ class Process:
 
     def slope(self, denoised):
         """dy/dp of the probability-flow ODE, see `ode_scale`."""
-        return denoised.eps - denoised.x0 if self.straight else denoised.eps
+        if not self.straight:
+            return denoised.eps
+        return denoised.eps - denoised.x0 if denoised.flow is None else denoised.flow
 
     def velocity(self, denoised, t):
         """dx/dt of the probability-flow ODE at time t, alpha' x0 + sigma' eps."""
@@ -623,16 +625,19 @@ class Process:
         alpha, sigma, p, q = self.coefficients(t)
         d = alpha * q - sigma * p
         return Denoised(m if self.prediction == "x0" else lambda: mix(q / d, xt, -sigma / d, m),
-                        m if self.prediction == "eps" else lambda: mix(-p / d, xt, alpha / d, m), variance)
+                        m if self.prediction == "eps" else lambda: mix(-p / d, xt, alpha / d, m), variance,
+                        m if self.straight and self.prediction in ("flow", "velocity") else None)
 
     def denoiser(self, model, y=None):
         """model(x, t, y) as `denoise(xt, t) -> Denoised`, with y bound; t a number or (B,). r: the time to go to, for
-        networks of two times (flow maps): model(x, t, y, r=r)."""
+        networks of two times (flow maps), which are called as model(x, t, y, r=r)."""
 
         def denoise(xt, t, r=None):
             xt = single(xt)
-            told = model if r is None else partial(model, r=self.network_time(batch_time(r, xt)))
-            return self.denoised(self.network(told, xt, t, y), xt, t)
+            network = model
+            if r is not None and getattr(model, "two_times", False):
+                network = partial(model, r=self.network_time(batch_time(r, xt)))
+            return self.denoised(self.network(network, xt, t, y), xt, t)
 
         return denoise
 
@@ -697,20 +702,20 @@ class Discrete(Process):
             self.tables[device] = self.alpha_bar.to(device, kind)
         return self.tables[device]
 
-    def alpha(self, t):
-        table, low = self.table(t.device), t.floor().long().clamp(-1, self.T - 1)
-        part = (t - low).clamp(0, 1)
-        if not part.any():
-            return table[low + 1].sqrt()
-        below, above = ((1 / table[(low + k).clamp(max=self.T)] - 1).sqrt() for k in (1, 2))
-        s = torch.lerp(below, above, part.to(table.dtype))
-        return 1 / (1 + s * s).sqrt()
-
     def path(self, t):
         if not isinstance(t, torch.Tensor):
             return super().path(t)
-        alpha = self.alpha(t)
-        return alpha, (1 - alpha * alpha).clamp(min=0).sqrt()
+        table, low = self.table(t.device), t.floor().long().clamp(-1, self.T - 1)
+        part = (t - low).clamp(0, 1)
+        if not part.any():
+            alpha_bar = table[low + 1]
+            return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        below, above = ((1 / table[(low + k).clamp(max=self.T)] - 1).sqrt() for k in (1, 2))
+        s = torch.lerp(below, above, part.to(table.dtype))
+        return 1 / (1 + s * s).sqrt(), s / (1 + s * s).sqrt()
+
+    def alpha(self, t):
+        return self.path(t)[0]
 
     def sigma(self, t):
         return self.path(t)[1]

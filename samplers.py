@@ -216,7 +216,7 @@ def steps(process, times):
     grid = levels(process, times)
     require(all(i.sigma > 0 for i in grid[:-1]), "no step can begin at the clean image: it may only be the last of the times")
     require(all(i.lam <= j.lam + 1e-9 for i, j in pairwise(grid)), "the times of a walk fall, from noise to the image")
-    return [(i, j._replace(lam=max(i.lam, j.lam))) for i, j in pairwise(grid)]
+    return [(i, j if j.lam - i.lam > 1e-9 else j._replace(lam=i.lam)) for i, j in pairwise(grid)]
 
 
 def at(process, t=None, lam=None, p=None):
@@ -234,10 +234,10 @@ def below(process, i, j, eta):
     return level(process, j.t, j.alpha, j.sigma * math.sqrt(1 - up**2))
 
 
-def raised(x, i, j, z):
-    """From level i up to the noisier j by the forward process, with fresh noise z."""
+def raised(x, i, j, z, s_noise=1.0):
+    """From level i up to the noisier j by the forward process, with fresh noise z (times s_noise)."""
     r = j.alpha / i.alpha
-    return r * x + math.sqrt(max(0.0, j.sigma**2 - (r * i.sigma) ** 2)) * z
+    return mix(r, x, s_noise * math.sqrt(max(0.0, j.sigma**2 - (r * i.sigma) ** 2)), z)
 
 
 def fresh(noise, x, i, j):
@@ -272,19 +272,22 @@ def with_churn(sampler):
     noise takes x up to 1 + gamma times its noise level, gamma = min(s_churn/n, sqrt(2) - 1) between the levels s_min and
     s_max. The sampler then takes one step from there, with what it remembers."""
 
+    has_noise = {"s_noise"} & set(inspect.signature(sampler).parameters)
+
     @functools.wraps(sampler)
     def churned(denoise, x, times, process, noise, memory=None, *, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0,
                 **options):
-        memory = {} if memory is None else memory
+        memory, options = {} if memory is None else memory, options | dict.fromkeys(has_noise, s_noise)
         if not s_churn:
             yield from sampler(denoise, x, times, process, noise, memory, **options)
             return
+        times = torch.as_tensor(times, dtype=torch.float64)
         for n, (i, j) in enumerate(steps(process, times)):
             gamma = min(s_churn / (len(times) - 1), math.sqrt(2) - 1) if s_min <= i.sigma / i.alpha <= s_max else 0.0
             rest = times[n:].clone()
             if not i.noise and not memory.get("block"):                    # a block of singlestep solvers is one step
-                hat, z = at(process, lam=i.lam - math.log(1 + gamma)) if gamma else i, s_noise * noise(x.shape)
-                x, rest[0] = raised(x, i, hat, z) if gamma else x, hat.t
+                hat, z = at(process, lam=i.lam - math.log(1 + gamma)) if gamma else i, noise(x.shape)
+                x, rest[0] = raised(x, i, hat, z, s_noise) if gamma else x, hat.t
                 # an output that the noise has jumped back over says nothing of where x goes
                 outputs = outputs_of(memory)
                 outputs[:] = [m for m in outputs if m[0].lam < hat.lam - (j.lam - hat.lam) / 4]
@@ -314,7 +317,7 @@ def ddpm(denoise, x, times, process, noise, memory=None, *, variance="small", s_
                 std = math.sqrt({"small": small, "large": beta}[variance])
             else:                                                                         # 2102.09672, eq. 15
                 std = torch.exp(0.5 * (d.variance * math.log(beta) + (1 - d.variance) * math.log(small)))
-            x = x + std * (s_noise * fresh(noise, x, i, j))
+            x = x + (s_noise * std) * fresh(noise, x, i, j)
         yield x
 
 
@@ -325,7 +328,7 @@ def ddim(denoise, x, times, process, noise, memory=None, *, eta=0.0, s_noise=1.0
         sigma = min(1.0, eta * math.sqrt(-math.expm1(-2 * h))) * j.sigma                  # eq. 16
         x = mix(j.alpha, d.x0, math.sqrt(j.sigma**2 - sigma**2), d.eps)       # "predicted x0", "direction pointing to x_t"
         if sigma:
-            x = x + (s_noise * sigma) * fresh(noise, x, i, j)                             # "random noise"
+            x = mix(1, x, s_noise * sigma, fresh(noise, x, i, j))                         # "random noise"
         yield x
 
 
@@ -343,8 +346,8 @@ def euler(denoise, x, times, process, noise, memory=None):
     """Euler's method for the ODE, 2206.00364: x + (sigma_j - sigma_i) (x - x0)/sigma_i for x/alpha and sigma/alpha. On a
     straight path that is x + (t_j - t_i) (eps - x0), 2209.03003."""
     for i, j in steps(process, times):
-        r = j.sigma / i.sigma
-        x = mix(r, x, j.alpha - r * i.alpha, denoise(x, i.t).x0)
+        d, r = denoise(x, i.t), j.sigma / i.sigma
+        x = mix(r, x, j.alpha - r * i.alpha, d.x0) if d.flow is None else mix(1, x, j.t - i.t, d.flow)
         yield x
 
 
@@ -357,7 +360,7 @@ def euler_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.0, 
         r = sigma_down / i.sigma
         x = mix(r, x, j.alpha - r * i.alpha, x0)
         if sigma_up:
-            x = x + (s_noise * sigma_up) * fresh(noise, x, i, j)
+            x = mix(1, x, s_noise * sigma_up, fresh(noise, x, i, j))
         yield x
 
 
@@ -367,7 +370,7 @@ def flow_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.0, s
         d = denoise(x, i.t)
         if eta and j.sigma:
             down = at(process, p=j.p * (1 + (j.p / i.p - 1) * eta))
-            x = raised(ddim_step(d, down), down, j, s_noise * fresh(noise, x, i, j))
+            x = raised(ddim_step(d, down), down, j, fresh(noise, x, i, j), s_noise)
         else:
             x = ddim_step(d, j)
         yield x
@@ -395,10 +398,10 @@ def edm(denoise, x, times, process, noise, memory=None, *, s_churn=40.0, s_min=0
     x and t for sigma(t) = t.)"""
     for i, j in steps(process, times):
         gamma = min(s_churn / (len(times) - 1), math.sqrt(2) - 1) if s_min <= i.sigma / i.alpha <= s_max else 0.0
-        hat, eps = i, s_noise * noise(x.shape) if s_churn and not i.noise else None       # line 5
+        hat, eps = i, noise(x.shape) if s_churn and not i.noise else None                 # line 5
         if gamma and not i.noise:
             hat = at(process, lam=i.lam - math.log(1 + gamma))                            # t^ = t + gamma t, line 4
-            x = raised(x, i, hat, eps)                                                    # x^, line 6
+            x = raised(x, i, hat, eps, s_noise)                                           # x^, line 6
         d = denoise(x, hat.t)
         if not j.sigma or not hat.c > NO_IMAGE:
             x = ddim_step(d, j)                                                           # line 8 alone
@@ -498,8 +501,8 @@ def dpm2(denoise, x, times, process, noise, memory=None):
             x = ddim_step(d, j)
         else:
             s = at(process, lam=i.lam + h / 2)
-            u = s.alpha / i.alpha * x - s.sigma * math.expm1(h / 2) * d.eps
-            x = j.alpha / i.alpha * x - j.sigma * math.expm1(h) * denoise(u, s.t).eps
+            u = mix(s.alpha / i.alpha, x, -s.sigma * math.expm1(h / 2), d.eps)
+            x = mix(j.alpha / i.alpha, x, -j.sigma * math.expm1(h), denoise(u, s.t).eps)
         yield x
 
 
@@ -510,13 +513,13 @@ def dpm2_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.0, s
         if not j.sigma:
             x = ddim_step(d, j)
         elif i.noise or not down.sigma:
-            x = raised(ddim_step(d, down), down, j, s_noise * fresh(noise, x, i, j))
+            x = raised(ddim_step(d, down), down, j, fresh(noise, x, i, j), s_noise)
         else:
             h = down.lam - i.lam
             s = at(process, lam=i.lam + h / 2)
-            u = s.alpha / i.alpha * x - s.sigma * math.expm1(h / 2) * d.eps
-            x = down.alpha / i.alpha * x - down.sigma * math.expm1(h) * denoise(u, s.t).eps
-            x = raised(x, down, j, s_noise * fresh(noise, x, i, j)) if eta else x
+            u = mix(s.alpha / i.alpha, x, -s.sigma * math.expm1(h / 2), d.eps)
+            x = mix(down.alpha / i.alpha, x, -down.sigma * math.expm1(h), denoise(u, s.t).eps)
+            x = raised(x, down, j, fresh(noise, x, i, j), s_noise) if eta else x
         yield x
 
 
@@ -529,8 +532,8 @@ def dpmpp_2s(denoise, x, times, process, noise, memory=None):
             x = ddim_step(d, j)
         else:
             s = at(process, lam=i.lam + h / 2)
-            u = s.sigma / i.sigma * x - s.alpha * math.expm1(-h / 2) * d.x0
-            x = j.sigma / i.sigma * x - j.alpha * math.expm1(-h) * denoise(u, s.t).x0
+            u = mix(s.sigma / i.sigma, x, -s.alpha * math.expm1(-h / 2), d.x0)
+            x = mix(j.sigma / i.sigma, x, -j.alpha * math.expm1(-h), denoise(u, s.t).x0)
         yield x
 
 
@@ -541,13 +544,13 @@ def dpmpp_2s_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.
         if not j.sigma:
             x = ddim_step(d, j)
         elif i.noise or not down.sigma:
-            x = raised(ddim_step(d, down), down, j, s_noise * fresh(noise, x, i, j))
+            x = raised(ddim_step(d, down), down, j, fresh(noise, x, i, j), s_noise)
         else:
             h = down.lam - i.lam
             s = at(process, lam=i.lam + h / 2)
-            u = s.sigma / i.sigma * x - s.alpha * math.expm1(-h / 2) * d.x0
-            x = down.sigma / i.sigma * x - down.alpha * math.expm1(-h) * denoise(u, s.t).x0
-            x = raised(x, down, j, s_noise * fresh(noise, x, i, j)) if eta else x
+            u = mix(s.sigma / i.sigma, x, -s.alpha * math.expm1(-h / 2), d.x0)
+            x = mix(down.sigma / i.sigma, x, -down.alpha * math.expm1(-h), denoise(u, s.t).x0)
+            x = raised(x, down, j, fresh(noise, x, i, j), s_noise) if eta else x
         yield x
 
 
@@ -558,13 +561,13 @@ def dpmpp_sde(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_nois
         if j.sigma and not i.noise:
             s = at(process, lam=(i.lam + j.lam) / 2)
             down = below(process, i, s, eta)
-            u = down.sigma / i.sigma * x - down.alpha * math.expm1(i.lam - down.lam) * x0
-            u = raised(u, down, s, s_noise * fresh(noise, x, i, s)) if eta else u
+            u = mix(down.sigma / i.sigma, x, -down.alpha * math.expm1(i.lam - down.lam), x0)
+            u = raised(u, down, s, fresh(noise, x, i, s), s_noise) if eta else u
             x0 = denoise(u, s.t).x0
         down = below(process, i, j, eta)
-        x = down.sigma / i.sigma * x - down.alpha * math.expm1(i.lam - down.lam) * x0
+        x = mix(down.sigma / i.sigma, x, -down.alpha * math.expm1(i.lam - down.lam), x0)
         if eta and j.sigma:
-            x = raised(x, down, j, s_noise * fresh(noise, x, i, j))
+            x = raised(x, down, j, fresh(noise, x, i, j), s_noise)
         yield x
 
 
@@ -575,29 +578,31 @@ def phi(k, h):
     return (math.exp(h) - sum(h**n / math.factorial(n) for n in range(k))) / h**k
 
 
-def taylor_step(x, i, j, form, m, slope=0.0, curvature=0.0, solver="heun", eta=0.0):
-    """The step i -> j that is exact but for the output (form: "x0" or "eps"), a Taylor polynomial in lambda: m and its two
-    derivatives at i. 2206.00927, eq. 3.6; 2211.01095, eq. 9; of the SDE with eta 1, section 5 there, without its noise.
-    solver: the slope's integral exactly ("heun"), or by the midpoint rule."""
+def taylor_step(x, i, j, form, outputs, D=((1,),), solver="heun", eta=0.0):
+    """The step i -> j that is exact but for the output (form: "x0" or "eps"), a Taylor polynomial in lambda: 2206.00927,
+    eq. 3.6; 2211.01095, eq. 9; of the SDE with eta 1, section 5 there, without its noise. D: value, slope and curvature at
+    i, each as weights of the outputs. solver: the slope's integral exactly ("heun"), or by the midpoint rule."""
     h = j.lam - i.lam
     if form == "x0":
         keep, scale, hh = j.sigma / i.sigma * math.exp(-eta * h), (1 + eta) * j.alpha, -(1 + eta) * h
     else:
         keep, scale, hh = j.alpha / i.alpha, -(1 + eta) * j.sigma, h
-    first, second = h * phi(1, hh), h**2 * (phi(2, hh) if solver == "heun" else phi(1, hh) / 2)
-    return keep * x + scale * (first * m + second * slope + h**3 * phi(3, hh) * curvature)
+    c = h * phi(1, hh), h**2 * (phi(2, hh) if solver == "heun" else phi(1, hh) / 2), h**3 * phi(3, hh)
+    C = scale * sum(c_k * np.array(D_k) for c_k, D_k in zip(c, D))
+    return weighted_sum((keep, *C.tolist()), (x, *outputs))
 
 
 def dpm_solver_3_step(denoise, x, i, j, d, process):
     """One step of DPM-Solver-3, 2206.00927, algorithm 2, r_1 = 1/3, r_2 = 2/3, and that of order 2 with the first two of
     its three outputs; d = denoise(x, i.t) is known."""
-    h = j.lam - i.lam
+    h, value = j.lam - i.lam, (1, 0)
     s1, s2 = at(process, lam=i.lam + h / 3), at(process, lam=i.lam + 2 * h / 3)
-    u1 = taylor_step(x, i, s1, "eps", d.eps)
-    D1 = (denoise(u1, s1.t).eps - d.eps) / (h / 3)
-    u2 = taylor_step(x, i, s2, "eps", d.eps, D1)
-    D2 = (denoise(u2, s2.t).eps - d.eps) / (2 * h / 3)
-    return taylor_step(x, i, j, "eps", d.eps, D2), taylor_step(x, i, j, "eps", d.eps, D1, solver="midpoint")
+    u1 = taylor_step(x, i, s1, "eps", [d.eps])
+    first, D1 = [d.eps, denoise(u1, s1.t).eps], (-3 / h, 3 / h)                           # (eps_1 - eps)/(h/3)
+    u2 = taylor_step(x, i, s2, "eps", first, [value, D1])
+    last, D2 = [d.eps, denoise(u2, s2.t).eps], (-3 / (2 * h), 3 / (2 * h))                # (eps_2 - eps)/(2 h/3)
+    return (taylor_step(x, i, j, "eps", last, [value, D2]),
+            taylor_step(x, i, j, "eps", first, [value, D1], solver="midpoint"))
 
 
 @with_churn
@@ -612,11 +617,9 @@ def dpm3(denoise, x, times, process, noise, memory=None):
         yield x
 
 
-@with_churn
-def singlestep(denoise, x, times, process, noise, memory=None, *, order=2, form="x0", solver="paper", eta=0.0):
-    """DPM-Solver(++) in blocks of `order` grid points, each reached from the block's start with all outputs since:
-    2206.00927, algorithms 1-2; 2211.01095, algorithm 1. One network call a point. solver: "paper", or diffusers'
-    "midpoint" and "heun", says how the second and third point of a block use their slopes."""
+def singlestep(denoise, x, times, process, noise, memory, order, form, solver, eta=0.0, s_noise=1.0):
+    """DPM-Solver(++) in blocks of `order` grid points, each reached from the block's start with all outputs since. solver:
+    "paper", or diffusers' "midpoint" and "heun", says how the second and third point of a block use their slopes."""
     memory = {} if memory is None else memory
     block, grid = memory.setdefault("block", []), steps(process, times)
     for n, (i, j) in enumerate(grid):
@@ -626,20 +629,33 @@ def singlestep(denoise, x, times, process, noise, memory=None, *, order=2, form=
             memory["size"] = 1 if i.noise else size
         block.append((i, x, d.x0 if form == "x0" else d.eps))
         (start, x, m), *others = block
-        slopes = [(m_k - m) / (k.lam - start.lam) for k, _, m_k in others if k.lam > start.lam]
+        others = [(k, m_k) for k, _, m_k in others if k.lam > start.lam]
         if not j.sigma or start.noise:
             x = ddim_step(d, j)
-        elif len(slopes) == 2 and solver == "heun":
-            curvature = 2 * (slopes[1] - slopes[0]) / (others[1][0].lam - others[0][0].lam)
-            slope = slopes[0] - curvature * (others[0][0].lam - start.lam) / 2
-            x = taylor_step(x, start, j, form, m, slope, curvature, eta=eta)
-        else:
-            half = len(slopes) == 1 and (solver == "midpoint" or solver == "paper" and memory["size"] == 2)
-            x = taylor_step(x, start, j, form, m, *slopes[-1:], solver="midpoint" if half else "heun", eta=eta)
-        if eta and j.sigma:
-            x = x + noise_of(form, eta, start, j) * fresh(noise, x, start, j)
+        elif len(others) == 2 and solver == "heun":                            # a parabola through all three
+            x = taylor_step(x, start, j, form, [m, *(m_k for _, m_k in others)], derivatives(start, others), eta=eta)
+        else:                                                                  # a line through the first and the newest
+            half = len(others) == 1 and (solver == "midpoint" or solver == "paper" and memory["size"] == 2)
+            slope = [d_k[:len(others[-1:]) + 1] for d_k in derivatives(start, others[-1:])]
+            x = taylor_step(x, start, j, form, [m, *(m_k for _, m_k in others[-1:])], slope[:2],
+                            "midpoint" if half else "heun", eta)
+        if eta and j.sigma and not start.noise:
+            x = mix(1, x, s_noise * noise_of(form, eta, start, j), fresh(noise, x, start, j))
         block[:] = [] if len(block) >= memory["size"] else block
         yield x
+
+
+@with_churn
+def dpm_solver(denoise, x, times, process, noise, memory=None, *, order=3, solver="paper"):
+    """DPM-Solver-3 in blocks of 3 grid points, on eps, 2206.00927, algorithm 2: one network call a point."""
+    yield from singlestep(denoise, x, times, process, noise, memory, order, "eps", solver)
+
+
+@with_churn
+def dpmpp_singlestep(denoise, x, times, process, noise, memory=None, *, order=2, solver="paper", eta=0.0, s_noise=1.0):
+    """DPM-Solver++ in blocks of 2 grid points, on x0, 2211.01095, algorithm 1: one network call a point (eta 1: its
+    SDE)."""
+    yield from singlestep(denoise, x, times, process, noise, memory, order, "x0", solver, eta, s_noise)
 
 
 def noise_of(form, eta, i, j):
@@ -756,7 +772,7 @@ def dpm_solver_2m(denoise, x, times, process, noise, memory=None, *, solver="mid
                 s, before = outputs[0]
                 c = (0.5 if solver == "midpoint" else phi(2, h) / phi(1, h)) * h / (i.lam - s.lam)
                 D = mix(1 + c, d.eps, -c, before)
-            x = j.alpha / i.alpha * x - j.sigma * math.expm1(h) * D
+            x = mix(j.alpha / i.alpha, x, -j.sigma * math.expm1(h), D)
             remember(outputs, i, j, d.eps, 1)
         yield x
 
@@ -772,23 +788,23 @@ def dpmpp_2m(denoise, x, times, process, noise, memory=None, *, solver="midpoint
             s, before = outputs[0]
             c = (0.5 if solver == "midpoint" else phi(2, -h) / phi(1, -h)) * h / (i.lam - s.lam)       # 1/(2 r_i)
             D = mix(1 + c, x0, -c, before)                                                # D_i, line 8
-        x = j.sigma / i.sigma * x - j.alpha * math.expm1(-h) * D                          # line 9
+        x = mix(j.sigma / i.sigma, x, -j.alpha * math.expm1(-h), D)                       # line 9
         remember(outputs, i, j, x0, 1)
         yield x
 
 
-def derivatives(i, m, outputs):
-    """Slope and curvature in lambda, at level i, of the polynomial through its output m and those of at most two earlier
-    levels, by divided differences; 0 where there are too few."""
-    if not outputs:
-        return 0.0, 0.0
-    (s1, m1), *more = outputs
-    slope, curvature = (m - m1) / (i.lam - s1.lam), 0.0                                   # D_0
-    if more:
-        s2, m2 = more[0]
-        curvature = 2 * (slope - (m1 - m2) / (s1.lam - s2.lam)) / (i.lam - s2.lam)
-        slope = slope + (i.lam - s1.lam) / 2 * curvature                                  # D_1
-    return slope, curvature
+def derivatives(i, outputs):
+    """Of the polynomial in lambda through the outputs at level i and at most two earlier levels, [(level, output), ...]:
+    value, slope and curvature at i, each as weights of the outputs, by divided differences."""
+    D0, D1, D2 = np.eye(3)[0], np.zeros(3), np.zeros(3)
+    if outputs:
+        s1 = outputs[0][0].lam
+        D1 = np.array([1, -1, 0]) / (i.lam - s1)
+    if len(outputs) > 1:
+        s2 = outputs[1][0].lam
+        D2 = 2 * (D1 - np.array([0, 1, -1]) / (s1 - s2)) / (i.lam - s2)
+        D1 = D1 + (i.lam - s1) / 2 * D2
+    return D0, D1, D2
 
 
 @with_churn
@@ -801,11 +817,11 @@ def dpmpp_3m(denoise, x, times, process, noise, memory=None, *, published=False,
         if not j.sigma:
             x = ddim_step(d, j)
         else:
-            order = min(3, len(grid) - n) if lower_final else 3
-            D1, D2 = derivatives(i, d.x0, outputs[:order - 1])
+            past = outputs[:min(2, len(grid) - n - 1) if lower_final else 2]
+            D0, D1, D2 = derivatives(i, past)
             D2 = D2 / 2 if published else D2
-            x = j.sigma / i.sigma * x - j.alpha * math.expm1(-h) * d.x0
-            x = x + j.alpha * (h**2 * phi(2, -h) * D1 + h**3 * phi(3, -h) * D2)
+            C = j.alpha * (h * phi(1, -h) * D0 + h**2 * phi(2, -h) * D1 + h**3 * phi(3, -h) * D2)
+            x = weighted_sum((j.sigma / i.sigma, *C.tolist()), (x, d.x0, *(x0 for _, x0 in past)))
         remember(outputs, i, j, d.x0, 2)
         yield x
 
@@ -819,11 +835,11 @@ def dpm_solver_3m(denoise, x, times, process, noise, memory=None, *, published=F
         if not j.sigma or i.noise:
             x = ddim_step(d, j)
         else:
-            order = min(3, len(grid) - n) if lower_final else 3
-            D1, D2 = derivatives(i, d.eps, outputs[:order - 1])
+            past = outputs[:min(2, len(grid) - n - 1) if lower_final else 2]
+            D0, D1, D2 = derivatives(i, past)
             D2 = D2 / 2 if published else D2
-            x = j.alpha / i.alpha * x - j.sigma * math.expm1(h) * d.eps
-            x = x - j.sigma * (h**2 * phi(2, h) * D1 + h**3 * phi(3, h) * D2)
+            C = -j.sigma * (h * phi(1, h) * D0 + h**2 * phi(2, h) * D1 + h**3 * phi(3, h) * D2)
+            x = weighted_sum((j.alpha / i.alpha, *C.tolist()), (x, d.eps, *(eps for _, eps in past)))
             remember(outputs, i, j, d.eps, 2)
         yield x
 
@@ -839,10 +855,10 @@ def dpmpp_2m_sde(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_n
             s, before = outputs[0]
             c = (0.5 if solver == "midpoint" else phi(2, -H) / phi(1, -H)) * h / (i.lam - s.lam)
             D = mix(1 + c, x0, -c, before)
-        x = j.sigma / i.sigma * math.exp(-eta * h) * x - j.alpha * math.expm1(-H) * D
+        x = mix(j.sigma / i.sigma * math.exp(-eta * h), x, -j.alpha * math.expm1(-H), D)
         if eta and j.sigma:
             sigma = j.sigma * math.sqrt(-math.expm1(-2 * eta * h))
-            x = x + (s_noise * sigma) * fresh(noise, x, i, j)
+            x = mix(1, x, s_noise * sigma, fresh(noise, x, i, j))
         remember(outputs, i, j, x0, 1)
         yield x
 
@@ -857,20 +873,23 @@ def dpmpp_3m_sde(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_n
         if not j.sigma:
             x = ddim_step(d, j)
         else:
-            H, order = (1 + eta) * h, min(3, len(grid) - n) if lower_final else 3
-            D1, D2 = derivatives(i, d.x0, outputs[:order - 1])
+            H, past = (1 + eta) * h, outputs[:min(2, len(grid) - n - 1) if lower_final else 2]
+            D0, D1, D2 = derivatives(i, past)
             D2 = D2 / 2 if published else D2
-            x = j.sigma / i.sigma * math.exp(-eta * h) * x - j.alpha * math.expm1(-H) * d.x0
-            x = x + j.alpha * H * (h * phi(2, -H) * D1 + h**2 * phi(3, -H) * D2)
+            C = j.alpha * H * (phi(1, -H) * D0 + h * phi(2, -H) * D1 + h**2 * phi(3, -H) * D2)
+            keep = j.sigma / i.sigma * math.exp(-eta * h)
+            x = weighted_sum((keep, *C.tolist()), (x, d.x0, *(x0 for _, x0 in past)))
         if eta and j.sigma:
-            x = x + (s_noise * j.sigma * math.sqrt(-math.expm1(-2 * eta * h))) * fresh(noise, x, i, j)
+            sigma = j.sigma * math.sqrt(-math.expm1(-2 * eta * h))
+            x = mix(1, x, s_noise * sigma, fresh(noise, x, i, j))
         remember(outputs, i, j, d.x0, 2)
         yield x
 
 
 def dpm_solver_2m_sde(denoise, x, times, process, noise, memory=None, *, s_noise=1.0, solver="midpoint",
                       lower_final=True):
-    """SDE-DPM-Solver(2M), 2211.01095, section 5: the SDE with eps, not x0, extrapolated from two points."""
+    """SDE-DPM-Solver(2M), 2211.01095, section 5: the SDE with eps, not x0, extrapolated from two points. Not among the
+    names: its noise grows as e^h, so that it diverges in the 20 steps for which one takes a solver."""
     outputs, grid = outputs_of(memory), steps(process, times)
     for n, (i, j) in enumerate(grid, 1):
         d, h = denoise(x, i.t), j.lam - i.lam
@@ -883,10 +902,12 @@ def dpm_solver_2m_sde(denoise, x, times, process, noise, memory=None, *, s_noise
                 s, before = outputs[0]
                 c = (0.5 if solver == "midpoint" else phi(2, h) / phi(1, h)) * h / (i.lam - s.lam)
                 D = mix(1 + c, d.eps, -c, before)
-            x = j.alpha / i.alpha * x - 2 * j.sigma * math.expm1(h) * D
+            x = mix(j.alpha / i.alpha, x, -2 * j.sigma * math.expm1(h), D)
             sigma = j.sigma * math.sqrt(math.expm1(2 * h))
             remember(outputs, i, j, d.eps, 1)
-        yield (x := x + (s_noise * sigma) * fresh(noise, x, i, j) if sigma else x)
+        if sigma:
+            x = mix(1, x, s_noise * sigma, fresh(noise, x, i, j))
+        yield x
 
 
 @with_churn
@@ -915,7 +936,7 @@ def unified_step(x, i, j, nodes, form, bh):
         hh, keep, scale = -h, j.sigma / i.sigma, j.alpha
     else:
         hh, keep, scale = h, j.alpha / i.alpha, j.sigma
-    x = keep * x - scale * math.expm1(hh) * m
+    weights = [-scale * math.expm1(hh)]
     if differences and h:
         r = [(s.lam - i.lam) / h for s, _ in differences]
         B = {"bh1": hh, "bh2": math.expm1(hh)}[bh]
@@ -923,8 +944,9 @@ def unified_step(x, i, j, nodes, form, bh):
         R = np.array(r)[None] ** (k[:, None] - 1)                                         # R_p(h)
         b = [hh * math.factorial(n) * phi(n + 1, hh) / B for n in k]                      # phi_n(h)/B(h)
         a = [0.5] if len(r) == 1 else np.linalg.solve(R, b)           # with one difference the paper takes 1/2, for any h
-        x = x - (scale * B) * sum(float(a_n) / r_n * (m_n - m) for a_n, r_n, (_, m_n) in zip(a, r, differences))
-    return x
+        C = [-scale * B * float(a_n) / r_n for a_n, r_n in zip(a, r)]              # of D_n/r_n, D_n = m_n - m
+        weights = [weights[0] - sum(C), *C]
+    return weighted_sum((keep, *weights), (x, m, *(m_n for _, m_n in differences[:len(weights) - 1])))
 
 
 @with_churn
@@ -969,7 +991,7 @@ def adams_step(x, i, j, nodes, form, tau, z):
         slope = scale * h / (2 * u[1])
         b = [sum(b) - slope, slope]
     x = weighted_sum((keep, *b), (x, *(m for _, m in nodes)))
-    return x + noise_of(form, tau**2, i, j) * z if tau else x
+    return x.add_(z, alpha=noise_of(form, tau**2, i, j)) if tau else x
 
 
 def sa_solver(denoise, x, times, process, noise, memory=None, *, order=2, corrector=2, tau=1.0, form="x0",
@@ -1009,9 +1031,9 @@ def diffusion_coefficient(process, i, form, norm):
 
 
 def sit_sde(denoise, x, times, process, noise, memory=None, *, diffusion="sigma", norm=1.0, method="euler",
-            last="mean", s_noise=1.0):
-    """SiT's SDE sampler, 2401.08740: drift velocity - w score, noise sqrt(2 w dt), any diffusion w(t) >= 0. last: into
-    the clean image by "mean" (the drift alone), "tweedie" (x0) or "ode" (the velocity alone)."""
+            last_step="tweedie", s_noise=1.0):
+    """SiT's SDE sampler, 2401.08740: drift velocity - w score, noise sqrt(2 w dt), any diffusion w(t) >= 0. last_step:
+    into the clean image by "mean" (the drift alone), "tweedie" (x0), "ode" (the velocity alone) or "none" (as any)."""
 
     def drift(x, i, score=1.0):                                                           # towards the data
         d = denoise(x, i.t)
@@ -1020,9 +1042,9 @@ def sit_sde(denoise, x, times, process, noise, memory=None, *, diffusion="sigma"
 
     for i, j in steps(process, times):
         dt = i.t - j.t
-        if j.t == times[-1]:
-            x0, k = drift(x, i, score=float(last != "ode"))
-            x = x0 if last == "tweedie" else x + dt * k
+        if j.t == times[-1] and last_step != "none":
+            x0, k = drift(x, i, score=float(last_step != "ode"))
+            x = x0 if last_step == "tweedie" else x + dt * k
         else:
             w = diffusion_coefficient(process, i, diffusion, norm)
             x_hat = x + math.sqrt(2 * w * dt) * s_noise * fresh(noise, x, i, j)
@@ -1072,8 +1094,8 @@ def lcm(denoise, x, times, process, noise, memory=None, *, scaling=10.0, s_noise
     scaling: of the time in c_skip and c_out."""
     for i, j in steps(process, times):
         x0, t = denoise(x, i.t).x0, scaling * process.network_time(double(i.t)).item()
-        x0 = t / math.sqrt(t**2 + 0.25) * x0 + 0.25 / (t**2 + 0.25) * x                   # c_out x0 + c_skip x
-        x = j.alpha * x0 + j.sigma * s_noise * fresh(noise, x, i, j) if j.sigma else x0
+        x0 = mix(t / math.sqrt(t**2 + 0.25), x0, 0.25 / (t**2 + 0.25), x)                 # c_out x0 + c_skip x
+        x = mix(j.alpha, x0, s_noise * j.sigma, fresh(noise, x, i, j)) if j.sigma else x0
         yield x
 
 
@@ -1082,7 +1104,7 @@ def consistency(denoise, x, times, process, noise, memory=None, *, sigma_min=0.0
     for i, j in steps(process, times):
         x0 = denoise(x, i.t).x0
         sigma = math.sqrt(max(0.0, j.sigma**2 - (j.alpha * sigma_min) ** 2))
-        x = j.alpha * x0 + sigma * s_noise * fresh(noise, x, i, j) if sigma else j.alpha * x0
+        x = mix(j.alpha, x0, s_noise * sigma, fresh(noise, x, i, j)) if sigma else j.alpha * x0
         yield x
 
 
@@ -1092,15 +1114,15 @@ def tcd(denoise, x, times, process, noise, memory=None, *, eta=0.3, s_noise=1.0)
         d = denoise(x, i.t)
         if eta and j.sigma:
             s = at(process, t=process.known_time((1 - eta) * j.t))
-            x = raised(ddim_step(d, s), s, j, s_noise * fresh(noise, x, i, j))
+            x = raised(ddim_step(d, s), s, j, fresh(noise, x, i, j), s_noise)
         else:
             x = ddim_step(d, j)
         yield x
 
 
 def flow_map(denoise, x, times, process, noise, memory=None):
-    """Flow maps, AnyFlow, 2605.13724: a network of two times gives the mean velocity from t to r; x_r = x_t + (r - t) u.
-    It is told r too: model(x, t, y, r=r)."""
+    """Flow maps, AnyFlow, 2605.13724: a network of two times gives the mean velocity u from t to r, x_r = x_t + (r - t) u.
+    It is called as model(x, t, y, r=r) and says so by an attribute two_times; any other gives Euler's step."""
     for i, j in steps(process, times):
         x = along(x, i, j, process.slope(denoise(x, i.t, j.t)))
         yield x
@@ -1128,7 +1150,7 @@ def dpm_adaptive(denoise, x, times, process, noise, memory=None, *, order=3, rto
         factor = 1 + math.atan((error + 1e-8) ** -(1 / (1.5 if eta else order)) - 1)
         h *= factor
         if factor >= 0.81:
-            before, x = low, raised(high, down, j, s_noise * fresh(noise, x, i, j)) if eta else high
+            before, x = low, raised(high, down, j, fresh(noise, x, i, j), s_noise) if eta else high
             i = j
             yield x
     if not grid[-1].sigma:
@@ -1142,8 +1164,8 @@ def adaptive_step(denoise, x, i, j, d, process, order):
     if order == 3:
         return dpm_solver_3_step(denoise, x, i, j, d, process)
     s = at(process, lam=(i.lam + j.lam) / 2)
-    eps = denoise(taylor_step(x, i, s, "eps", d.eps), s.t).eps
-    return taylor_step(x, i, j, "eps", eps), taylor_step(x, i, j, "eps", d.eps)
+    eps = denoise(taylor_step(x, i, s, "eps", [d.eps]), s.t).eps
+    return taylor_step(x, i, j, "eps", [eps]), taylor_step(x, i, j, "eps", [d.eps])
 
 
 # ----------------------------------------------------------------------------------------------------------- inpainting
@@ -1239,13 +1261,6 @@ class Brownian:
 # -------------------------------------------------------------------------------------------------------------- drawing
 
 
-def instance(sampler, line, **fixed):
-    """A sampler with other defaults; line: what it is."""
-    sampler = functools.partial(sampler, **fixed)
-    sampler.__doc__ = line
-    return sampler
-
-
 SAMPLERS: dict[str, Callable] = {
     "ddpm": ddpm,
     "ddim": ddim,
@@ -1264,14 +1279,13 @@ SAMPLERS: dict[str, Callable] = {
     "dpm2-ancestral": dpm2_ancestral,
     "dpm3": dpm3,
     "dpm-adaptive": dpm_adaptive,
-    "dpm-solver": instance(singlestep, "DPM-Solver-3, 2206.00927, in blocks of 3 grid points, on eps", order=3, form="eps"),
+    "dpm-solver": dpm_solver,
     "dpm-solver-2m": dpm_solver_2m,
-    "dpm-solver-2m-sde": dpm_solver_2m_sde,
     "dpm-solver-3m": dpm_solver_3m,
     "dpmpp-2s": dpmpp_2s,
     "dpmpp-2s-ancestral": dpmpp_2s_ancestral,
     "dpmpp-sde": dpmpp_sde,
-    "dpmpp-singlestep": instance(singlestep, "DPM-Solver++ singlestep, 2211.01095: blocks of 2 grid points, on x0"),
+    "dpmpp-singlestep": dpmpp_singlestep,
     "dpmpp-2m": dpmpp_2m,
     "dpmpp-2m-sde": dpmpp_2m_sde,
     "dpmpp-3m": dpmpp_3m,
@@ -1326,8 +1340,17 @@ def draw(process, denoise, x, *, sampler="dpmpp-2m", steps=30, grid=None, times=
         yield from walk(denoise, x, times, process, noise, **options)
 
 
+# On a chain these walk the process's own grid, improved DDPM's, which ends with a long step in lambda from t = T/n to 0.
+# Over that no solver can extrapolate: the others begin at the noisiest step and end at T/n (trailing), and leave out the
+# steps of the cosine table above sigma/alpha = e^5.1, as DPM-Solver does. docs/samplers.md has the experiment.
+FIRST_ORDER = (ddpm, ddim, ddim_inversion, euler, euler_ancestral, flow_ancestral, repaint)
+
+
 def times_of(process, steps, sampler="dpmpp-2m", grid=None, last="clean", lambda_min=None):
-    """`grid_times` with the grid that suits the sampler where none is asked for."""
+    """`grid_times`, with what suits the sampler where no grid is asked for."""
+    walk = choose(SAMPLERS, sampler, "sampler")
+    if grid is None and isinstance(process, Discrete) and getattr(walk, "func", walk) not in FIRST_ORDER:
+        grid, lambda_min = "trailing", -5.1 if lambda_min is None else lambda_min
     return grid_times(process, steps, grid, last, lambda_min)
 
 
