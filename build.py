@@ -27,12 +27,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import autoencoders
 import convert
 import cropping
 import data
 import diffusion
 import guidance
+import guides
 import layers
+import masked
 import models
 import moe
 import objectives
@@ -345,8 +348,8 @@ def line(entry):
 
 # What `--model` may name, by kind. A backbone is a network model(x, t, y), which `objectives.Diffusion` trains; an
 # entry of any other kind makes an objective itself.
-KINDS = {"backbones": models.MODELS, "plug and play generative networks": ppgn.GENERATORS,
-         "cropping": cropping.AGENTS}
+KINDS = {"backbones": models.MODELS, "tokenizers": autoencoders.TOKENIZERS, "generators": masked.GENERATORS,
+         "guides": guides.GUIDES, "plug and play generative networks": ppgn.GENERATORS, "cropping": cropping.AGENTS}
 data.DATASETS["scenes"] = cropping.scenes            # drawn in the room that needs them
 # What `--draw` and sample.py's flags of these names may name.
 DRAWING = {"sampler": samplers.SAMPLERS, "grid": samplers.GRIDS, "guidance_rule": guidance.RULES}
@@ -459,6 +462,10 @@ def describe(config, dataset):
     config |= {"image_size": sides[0] if sides == 2 * sides[:1] else sides, "in_channels": channels, "classes": classes,
                "num_classes": len(classes), "data_size": len(dataset), "data_checksum": dataset.checksum()}
     name, options = choose_model(config["network"])
+    config["codes"] = getattr(dataset, "codes", None)
+    if name in models.MODELS and config["codes"]:
+        raise ValueError(f"--model {name} denoises latents, and --tokenizer {config['tokenizer']} makes codes: choose "
+                         f"one of {', '.join(masked.GENERATORS)}, or a tokenizer of latents")
     if name in models.MODELS and len(sides) not in models.backbone(name).sides:
         able = [other for other in models.MODELS if len(sides) in models.backbone(other).sides]
         raise ValueError(f"--data {config['data']} holds {dataset.kind}, which {name} cannot draw: choose one of "
@@ -474,6 +481,47 @@ def describe(config, dataset):
             config["network"] = join_name(name, options | {"text_width": width})
         else:
             config["prompts"] = list(dict.fromkeys(dataset.captions))[:8]
+
+
+def open_tokenizer(path, device="cpu"):
+    """A frozen tokenizer, with encode, decode and `codes`: a run of one, or a published autoencoder's file."""
+    place = Path(path).expanduser()
+    if place.is_file() and not place.name.startswith("ckpt"):
+        tokenizer = convert.load_tokenizer(place)
+    else:
+        tokenizer = open_run(path, device).objective
+    if not hasattr(tokenizer, "decode"):
+        raise ValueError(f"--tokenizer {path}: that is the run of no tokenizer; train one of "
+                         f"{', '.join(autoencoders.TOKENIZERS)} first")
+    return tokenizer.to(device).eval().requires_grad_(False)
+
+
+def tokenized(config, dataset):
+    """The data set as the config's tokenizer sees it, encoded once beside it; writes into the config the scale of its
+    latents, and that pictures of latents are not clipped. ValueError for a tokenizer of other images."""
+    path, name = config["tokenizer"], config["data"].partition(":")[0]
+    tokenizer = open_tokenizer(path, dataset.device)
+    if dataset.budget or len(dataset.shape) != 3:
+        raise ValueError(f"--tokenizer: {config['data']} holds {dataset.kind} of mixed sizes or none that are images")
+    fits = getattr(tokenizer, "image_shape", dataset.shape)
+    if tuple(fits) != tuple(dataset.shape):
+        raise ValueError(f"--tokenizer {path} was trained on images of {'x'.join(map(str, fits))}, those of "
+                         f"{config['data']} are {'x'.join(map(str, dataset.shape))}: train another, or choose --data "
+                         "NAME:size=")
+    if (place := Path(path).expanduser()).is_dir() and (other := open_config(place)["data"].partition(":")[0]) != name:
+        raise ValueError(f"--tokenizer {path} was trained on {other}, and --data is {name}: train one on that")
+    with torch.no_grad(), sentence(f"--tokenizer {path} cannot read {config['data']}"):
+        x, _ = dataset.gather(torch.arange(1))
+        if tokenizer.decode(tokenizer.encode(x)).shape != x.shape:
+            raise ValueError(f"--tokenizer {path} gives back images of another size than {config['data']} holds: it "
+                             "halves their sides several times, so they must be multiples of a power of two")
+    root = Path(config["data_dir"]).expanduser().resolve()
+    folder = root.with_name(f"{root.name}-latents")
+    latents = autoencoders.latents_of(dataset, tokenizer, folder, name, config.get("latent_scale"))
+    config["latent_scale"] = latents.scale
+    if choose_model(config.get("network", config["model"]))[0] in models.MODELS:
+        config["draw"] = {"clip": False} | config["draw"]
+    return latents
 
 
 def build_process(config):
@@ -514,7 +562,16 @@ def sentence(what):
 def build(config, device="cpu"):
     """The training objective that a config describes, with freshly initialised weights. A backbone gets a diffusion
     objective around it, and one that reads text a TextEncoder of byte tokens, unless its text is precomputed
-    (config["text"] is "npz")."""
+    (config["text"] is "npz"). Of a run with a tokenizer, it draws through that."""
+    objective = build_objective(config, device)
+    if config.get("tokenizer"):
+        tokenizer = open_tokenizer(config["tokenizer"], device)
+        objective.__dict__["decoder"] = autoencoders.Decoder(tokenizer, config["latent_scale"])
+    return objective
+
+
+def build_objective(config, device):
+    """The objective without what draws it."""
     name, options = choose_model(config["network"])
     if name not in models.MODELS:
         return build_other(name, options, config, device)
@@ -596,7 +653,7 @@ def drawing_options(objective, given, device="cpu"):
         elif key in DRAWING and isinstance(value, str):
             ready[key] = bound(key, value, DRAWING[key])
         elif isinstance(default, Run):
-            ready[key] = open_run(value, device).objective
+            ready[key] = open_run(value, device).objective if isinstance(value, str) else value
         else:
             ready[key] = fitting(key, value, () if default is None else (type(default),))
     return ready
@@ -654,7 +711,7 @@ class StartFrom(Way):
             config["network"] = join_name(name, options | {"pe_interpolation": stretch})
 
     def fill(self, objective, config, run):
-        copy_weights(objective, run)
+        copy_weights(objective, run, getattr(objective, "starts_fresh", ()))
 
 
 class Inherit(Way):
@@ -708,7 +765,20 @@ class Distill(Way):
         return objectives.Distilled(objective, opened.objective, shares, log_variance)
 
 
-WAYS = {"start-from": StartFrom, "inherit": Inherit, "upcycle": Upcycle, "post-train": PostTrain, "distill": Distill}
+class Published(Way):
+    """Begin with the weights of a published file under their own names: torchvision's ResNets, timm's DeiT, ADM's
+    classifiers (--lr 0 --steps 1 keeps them as they are)."""
+
+    def fill(self, objective, config, run):
+        if not hasattr(objective, "load_published"):
+            raise ValueError(f"--published {run}: {config['model']} is no guide; published denoisers are drawn from by "
+                             "sample.py --official")
+        if fresh := objective.load_published(convert.read_weights(run), run):
+            print(f"{run}: all but {', '.join(fresh)}, which are fresh")
+
+
+WAYS = {"start-from": StartFrom, "inherit": Inherit, "upcycle": Upcycle, "post-train": PostTrain, "distill": Distill,
+        "published": Published}
 
 
 def ways(config):
@@ -768,7 +838,7 @@ class Opened:
         conditions: of these n (None: those of a preview, of which image i takes number i). frames: a list, to collect
         the first batch's trajectory. options: drawing options; they overrule those of the run."""
         options = drawing_options(self.objective, self.config["draw"] | options, self.device)
-        if conditions is None and (conditions := self.objective.conditions(first + n)) is not None:
+        if conditions is None and (conditions := preview_conditions(self.objective, options, first + n)) is not None:
             conditions = conditions[torch.arange(first, first + n)]
         yield from draw(self.objective, n, seed, batch, conditions, self.device, frames, first=first, **options)
 
@@ -776,12 +846,36 @@ class Opened:
         """The generator of what images `indices` of a seed look like after each step."""
         options = drawing_options(self.objective, self.config["draw"] | options, self.device)
         noise = objectives.ImageNoise(seed, indices, self.device)
-        return self.objective.trajectory(noise, conditions.to(self.device), **options)
+        for x in self.objective.trajectory(noise, conditions.to(self.device), **options):
+            yield as_images(self.objective, x)
+
+    def filled(self, image, hole, n, seed=0, conditions=None, **options):
+        """n times an image (C, H, W) in [-1, 1] whose pixels are drawn anew where hole (H, W) is true: a generator of
+        (n, C, H, W) after each step. ValueError if the objective fills no holes, or the sizes differ."""
+        if not hasattr(self.objective, "fill"):
+            raise ValueError(f"{self.path} is a run of {self.config['network']}, which fills no holes: masked models "
+                             f"do ({', '.join(masked.GENERATORS)})")
+        if not hole.any():
+            raise ValueError("the mask has no hole: white pixels are those to draw anew")
+        options = drawing_options(self.objective, self.config["draw"] | options, self.device)
+        noise = objectives.ImageNoise(seed, range(n), self.device)
+        x, hole = image.to(self.device).expand(n, -1, -1, -1), hole.to(self.device).expand(n, -1, -1)
+        y = conditions.to(self.device) if conditions is not None else None
+        decoder = self.objective.__dict__.get("decoder")
+        known, cells = (x, hole) if decoder is None else decoder.encoded(x, hole)
+        for step in self.objective.fill(noise, known, cells, y, **options):
+            yield torch.where(hole[:, None], as_images(self.objective, step), x)
 
     def data(self, split="test"):
         """The run's data set, no flips."""
         dataset = load_data(self.config, split, self.device, flip=False)
         return dataset.subset(self.config["subset"]) if self.config["subset"] else dataset
+
+
+def as_images(objective, x):
+    """What a trajectory yields as images: through the tokenizer, where the objective has latents or codes."""
+    decoder = objective.__dict__.get("decoder")
+    return x if decoder is None else decoder(x)
 
 
 def draw(objective, n, seed, batch, conditions, device, frames=None, stop=None, first=0, **options):
@@ -794,20 +888,28 @@ def draw(objective, n, seed, batch, conditions, device, frames=None, stop=None, 
                      unit=" steps", leave=False, delay=2, disable=n > batch)
         for x in steps:
             if frames is not None and begin == 0:
-                frames.append(x.cpu())
+                frames.append(as_images(objective, x).cpu())
             if stop:
                 return
+        x = as_images(objective, x)
         if not x.isfinite().all():
             raise ValueError("what was drawn holds numbers that are not finite: the run's weights or the drawing "
                              "options are at fault (try --guidance 1, --weights model, or an earlier checkpoint)")
         yield x
 
 
+def preview_conditions(objective, options, n):
+    """The conditions of a preview of n, drawn with these (ready) options: those of a guide where the objective has
+    none."""
+    conditions, guide = objective.conditions(n), options.get("guide")
+    return guide.conditions(n) if conditions is None and guide else conditions
+
+
 def rehearse(objective, options, device):
     """Raise what drawing with these options would raise at its start: the first step of one image is drawn."""
     was_training = objective.training
     objective.eval()
-    conditions = objective.conditions(1)
+    conditions = preview_conditions(objective, options, 1)
     y = conditions.to(device) if conditions is not None else None
     with sentence("a picture cannot be drawn"):
         for _ in objective.trajectory(objectives.ImageNoise(0, [0], device), y, **options):
@@ -857,11 +959,17 @@ def open_stitched(paths, fractions, rule="steps", device="cpu", weights="ema"):
     return last
 
 
+MASKED = ("maskgit", "maskgit-r", "mage", "mar")       # published generators of tokens
+
+
 def open_published(arch, path, device="cpu"):
     """The `Opened` published checkpoint of an architecture, with its published way of drawing."""
     state = convert.read_weights(path)
     config = convert.infer_config(arch, state)
     model = convert.load_official(arch, config, state)
+    if arch in MASKED:
+        objective = masked.published(arch, model).to(device).eval()
+        return Opened(str(path), Path("."), {"draw": {}, "classes": [], "network": arch}, objective, device)
     if arch == "drwkv":
         config |= {"input_size": config["img_size"], "in_channels": config["channels"],
                    "num_classes": max(0, config["num_classes"])}

@@ -50,7 +50,8 @@ class Dataset:
     images: torch.Tensor | np.memmap | list     # uint8 (N, C, sides); a tensor on `device`, a memory-mapped file, or a
     #                                             list of (C, H_i, W_i); if twice as many as labels, each image a second
     #                                             time as a square, and every draw takes either
-    labels: torch.Tensor                 # int64 (N,), in [0, len(classes)); all 0 where there are no classes
+    labels: torch.Tensor                 # int64 (N,), in [0, len(classes)); all 0 where there are no classes; or maps,
+    #                                      a class (N, H, W) or a number (N, 1, H, W) of each pixel
     classes: list[str]                   # class names; [] for a folder without classes
     captions: list[str] | None = None    # one per image
     flip: bool = False                   # mirror half of the images in training batches
@@ -333,12 +334,13 @@ def _uniform(index, channel):
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
-def render(indices, size):
+def render(indices, size, distances=False):
     """Draw images of an endless collection: image i depends on i alone, and is the same picture at any size.
 
     size: int, or (height, width): the shape is as large as in a square of the shorter side, anywhere in the image.
     Returns (images uint8 (n, 3, H, W), labels int64 (n,) into SHAPES, attributes int64 (n, 3) into
     SIZES, COLOURS and GROUNDS). Edges are one pixel soft: a pixel shows how much of it the shape covers.
+    distances: also of each pixel's centre from the outline, negative inside, float32 (n, H, W); the shorter side is 2.
     """
     index = np.asarray(indices, np.uint64)
     u = _uniform(index[:, None], np.arange(16, dtype=np.uint64))                # (n, 16)
@@ -361,6 +363,7 @@ def render(indices, size):
     across, down = ((np.arange(side, dtype=np.float32) + 0.5) * (2 / short) - side / short for side in (W, H))
 
     images = np.empty((len(index), 3, H, W), np.uint8)
+    signed = np.empty((len(index), H, W), np.float32) if distances else None
     chunk = max(1, 2**15 // (H * W))                    # so few that they stay in the processor's cache
     with tqdm(total=len(index), desc=f"drawing {H}x{W} shapes", delay=2, leave=False) as bar:
         for k, shape in enumerate(SHAPES):
@@ -371,8 +374,10 @@ def render(indices, size):
                 cover = np.clip(0.5 - d * (short / 2), 0, 1)[:, None]                   # (n, 1, H, W)
                 back = paper[i] + (gx[i] * across + gy[i] * down[:, None])[:, None]     # (n, 3, H, W)
                 images[i] = np.clip(back + cover * (ink[i] - back), 0, 1) * 255 + 0.5
+                if distances:
+                    signed[i] = d
                 bar.update(len(i))
-    return images, label, np.stack([word, colour, ground], 1)
+    return images, label, np.stack([word, colour, ground], 1), *([signed] if distances else [])
 
 
 def caption(label, attributes):
@@ -381,13 +386,25 @@ def caption(label, attributes):
     return f"a {SIZES[size]} {list(COLOURS)[colour]} {SHAPES[label]} on {list(GROUNDS)[ground]}"
 
 
-def shapes(data_dir, split, stride=1, *, size: int | tuple = 16, flip=False, aspect="square"):
+def shapes(data_dir, split, stride=1, *, size: int | tuple = 16, flip=False, aspect="square", labels="class"):
     """Drawn here, no download: 8 shapes with captions, any size, 20,000 train + 5,000 test.
 
     size: a side, or (H, W). aspect: "square"; "keep": images of all ratios, of at most size x size pixels, sides
-    multiples of the stride (FiT); "mixed": half of the draws of large images are squares (FiTv2).
+    multiples of the stride (FiT); "mixed": half of the draws of large images are squares (FiTv2). labels: the "class";
+    "segments", the class of each pixel, 0 for the ground, uint8 (H, W); "distance" of each pixel from the outline,
+    negative inside, the shorter side being 2, float32 (1, H, W).
     """
     _check("aspect", aspect, ("square", "keep", "mixed"))
+    _check("labels", labels, ("class", "segments", "distance"))
+    if labels != "class":
+        if aspect != "square" or flip:
+            raise ValueError(f"labels={labels} is for images of one size, without flip")
+        images, y, words, signed = render(SPLITS[split], size, distances=True)
+        captions = [caption(*row) for row in zip(y, words, strict=True)]
+        if labels == "distance":
+            return Dataset(torch.from_numpy(images), torch.from_numpy(signed[:, None]), [], captions)
+        segments = ((y[:, None, None] + 1) * (signed < 0)).astype(np.uint8)
+        return Dataset(torch.from_numpy(images), segments, ["ground", *SHAPES], captions)
     if aspect == "square":
         images, labels, captions = _shapes(split, size)
         return Dataset(torch.from_numpy(images), labels, list(SHAPES), captions, flip)

@@ -10,6 +10,7 @@ where it was, and processes need nothing from each other but to wait.
 Contents: sides; features of many images; the command; its metrics; statistics files.
 """
 
+import ast
 import contextlib
 import dataclasses
 import datetime
@@ -37,6 +38,7 @@ import runs
 # ------------------------------------------------------------------- sides: runs, folders, files and data sets
 
 BLOCK = 1000                                    # images whose features lie in one file
+SAMPLES = 10_000                                # images that go with statistics, as ADM's reference files have them
 
 
 @dataclasses.dataclass
@@ -130,10 +132,13 @@ def side_of_data(text, args):
     name, _, rest = text.partition(":")
     options = {"data_dir": args.data_dir, "split": "train"}
     for piece in filter(None, rest.split(",")):
-        option, equals, value = piece.partition("=")
+        option, equals, value = (part.strip() for part in piece.partition("="))
         if not equals:
             raise ValueError(f"{text}: {piece!r} is not of the form option=value, such as split=test")
-        options[option.strip()] = int(value) if value.strip().isdigit() else value.strip()
+        try:
+            options[option] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[option] = value                  # a bare word
     options["flip"] = False
     dataset = data.load(name, **options)
     if isinstance(dataset.images, list):
@@ -204,17 +209,18 @@ def side_of_npz(path):
             samples = Samples(path)
             side.n, side.images, side.sides = samples.shape[0], samples.read, samples.shape[1:3]
         if "features" in names:
-            side.features["features"] = numbers(archive, "features", 2, 2**33).float()
+            side.features["features"] = numbers(archive, "features", 2, 2**33, shrinks=100).float()
             side.n = len(side.features["features"])
         for end in ("", "_s"):
             if f"mu{end}" in names:
-                mu, sigma = numbers(archive, f"mu{end}", 1), numbers(archive, f"sigma{end}", 2)
+                mu = numbers(archive, f"mu{end}", 1, 2**15 + 128)
+                sigma = numbers(archive, f"sigma{end}", 2, 8 * len(mu) ** 2 + 128)
                 if sigma.shape != (len(mu), len(mu)):
                     raise ValueError(f"`mu{end}` has {len(mu)} numbers, and `sigma{end}` is {tuple(sigma.shape)}")
                 level = next((level for level, width in metrics.LEVELS.items() if width == len(mu)), "classifier")
                 side.statistics["spatial" if end else level] = mu, sigma
         if "n" in names:
-            side.statistics_n = int(numbers(archive, "n", 0))
+            side.statistics_n = int(numbers(archive, "n", 0, 256))
         if "network" in names and archive.getinfo("network.npy").file_size < 2**12:
             with archive.open("network.npy") as file:
                 side.network = str(np.lib.format.read_array(file, allow_pickle=False))
@@ -231,11 +237,15 @@ def unreadable(path):
         raise ValueError(f"{path} cannot be used: {reason}") from None
 
 
-def numbers(archive, name, dimensions, most=2**28):
-    """An array of finite numbers in an .npz as a float64 tensor, of at most so many bytes."""
-    if f"{name}.npy" not in archive.namelist() or archive.getinfo(f"{name}.npy").file_size > most:
-        raise ValueError(f"`{name}` is missing or larger than {most / 2**20:,.0f} MB")
-    with archive.open(f"{name}.npy") as file:
+def numbers(archive, name, dimensions, most, shrinks=math.inf):
+    """An array of finite numbers in an .npz as a float64 tensor, of at most so many bytes, and of at most `shrinks`
+    times what it takes in the file."""
+    if f"{name}.npy" not in archive.namelist():
+        raise ValueError(f"`{name}` is missing")
+    info = archive.getinfo(f"{name}.npy")
+    if info.file_size > min(most, shrinks * info.compress_size):
+        raise ValueError(f"`{name}` would take {info.file_size:,} bytes, more than belong to it")
+    with archive.open(info) as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
     if array.ndim != dimensions or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
         raise ValueError(f"`{name}` is {array.dtype} {array.shape}, not finite real numbers in {dimensions} dimensions")
@@ -249,8 +259,10 @@ class Samples:
         self.path = path
         self.stream, self.shape, self.dtype = data.open_array(zipfile.ZipFile(path), "arr_0")
         self.start, self.row = self.stream.tell(), math.prod(self.shape[1:]) * self.dtype.itemsize
-        if len(self.shape) != 4 or self.shape[3] not in (1, 3) or not self.shape[0]:
+        if len(self.shape) != 4 or self.shape[3] not in (1, 3) or not all(self.shape):
             raise ValueError(f"`arr_0` is {self.shape}, not (N, H, W, 3) or (N, H, W, 1)")
+        if self.shape[1] * self.shape[2] > data.MAX_PIXELS:
+            raise ValueError(f"`arr_0` holds images of more than {data.MAX_PIXELS // 10**6} million pixels")
         if self.dtype != np.uint8 and self.dtype.kind != "f":
             raise ValueError(f"`arr_0` is {self.dtype}, not bytes, nor floats in [0, 1]")
 
@@ -264,7 +276,7 @@ class Samples:
                     raise ValueError(f"`arr_0` holds floats from {x.min():.3g} to {x.max():.3g}: save bytes, or floats "
                                      "in [0, 1]")
                 x = (x * 255).round().astype(np.uint8)
-        return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+        return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
 
 
 # ---------------------------------------------------------------------------------------------- features of many images
@@ -297,8 +309,8 @@ class Rows:
 @torch.no_grad()
 def extract(side, network, levels, batch=64, kept=0):
     """The features of all images of a side: {level: Rows}. They are computed block by block into files in its folder,
-    so that a killed measurement goes on where it was; block k is the work of process k modulo their number. kept: also the
-    bytes of every kept-th image, as level "images", a list of arrays (n, H, W, C)."""
+    so that a killed measurement goes on where it was; block k is the work of process k modulo their number. kept: also
+    the bytes of every kept-th image, as level "images", a list of arrays (n, H, W, C)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, folder = next(network.parameters()).device, side.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -349,6 +361,16 @@ def together():
         dist.barrier()
 
 
+@contextlib.contextmanager
+def first_alone():
+    """With several processes: the first passes alone, then the others, who find what it downloaded or trained."""
+    if not first_process():
+        together()
+    yield
+    if first_process():
+        together()
+
+
 def leave():
     """With several processes: wait for all, and take leave of each other."""
     together()
@@ -370,7 +392,7 @@ def place(text):
 def distance_flags(p):
     add, own = p.add_argument, [level for level in metrics.LEVELS if level != "spatial"]
     add("a", metavar="A", type=place, help="what is judged: the folder of a run (drawn now), a folder of images, an "
-        ".npz of samples (arr_0), of statistics (mu, sigma) or of features, or a data set: NAME, NAME:split=test,size=16")
+        ".npz of samples (arr_0), of statistics (mu, sigma) or of features, or a data set, NAME or NAME:split=test")
     add("b", metavar="B", type=place, nargs="?", help="the reference, likewise; may be left out with --stats or "
         "--metrics is")
     add("--metrics", default="fid", metavar="NAME,...", help="default: fid; "
@@ -400,16 +422,20 @@ def distance_flags(p):
 def distance(args):
     """FID and its relatives between two sets of images: runs, folders, files or data sets."""
     names = wanted(args)
-    a, b = (side_of(what, args) if what is not None else None for what in (args.a, args.b))
-    sides = [side for side in (a, b) if side is not None]
-    written = sides[-1] if args.stats else None
-    network, level = network_of(sides, names, args)
+    with first_alone():
+        a, b = (side_of(what, args) if what is not None else None for what in (args.a, args.b))
+        sides = [side for side in (a, b) if side is not None]
+        network, level = network_of(sides, names, args)
+    written, locks = sides[-1] if args.stats else None, {}
     for side in sides:
-        check_side(side, network, side is written)
+        check_side(side, names, level, network, side is written)
+    for side in sides:
         if network is not None and side.images is not None:
             levels = needed(side, names, level, network, side is a, side is written)
             side.folder = Path(args.work).expanduser() / f"{side.key}-{network.key}"
-            side.features |= extract(side, network, levels, args.batch, -(-side.n // 10_000) if side is written else 0)
+            if first_process() and side.folder not in locks:
+                locks[side.folder] = runs.lock(side.folder)
+            side.features |= extract(side, network, levels, args.batch, -(-side.n // SAMPLES) if side is written else 0)
     figures = {}
     if first_process():
         describe(a, b, network)
@@ -462,25 +488,29 @@ def network_of(sides, names, args):
         return metrics.load_inception(args.inception, args.device, args.camp), args.level
     for side in reversed(sides):
         if (labelled := side.labelled()) is not None:
-            if not first_process():
-                together()                           # the first process trains it, the others find it
             network = metrics.judge(*labelled, args.classifier_steps, args.device)
-            if first_process():
-                together()
             return network, network.level
     raise ValueError("neither side has classes that a classifier could learn: give Inception's weights by "
                      "--inception FILE")
 
 
-def check_side(side, network, written):
-    """ValueError for a side that cannot be measured, or was measured in another way."""
+def check_side(side, names, level, network, written):
+    """ValueError for a side that cannot be measured, or was measured in another way: before any time is spent."""
     if side.n == 1:
         raise ValueError(f"{side.name} holds 1 image: distances need at least 2 on each side")
+    if written and side.images is None:
+        raise ValueError(f"--stats: {side.name} holds statistics already, and no images")
     if side.network and network is not None and side.network != network.key:
         raise ValueError(f"the statistics of {side.name} are those of {side.network}, and here {network.key} looks: "
                          "choose the same --inception and --camp, or other statistics")
-    if written and side.images is None:
-        raise ValueError(f"--stats: {side.name} holds statistics already, and no images")
+    if side.images is not None or network is None:
+        return
+    if {"fid", "fid-infinity"} & set(names):
+        side.at(level)
+    if "sfid" in names:
+        side.at("spatial")
+    for name in {"kid", "prdc", "cmmd"} & set(names):
+        side.rows(level, name)
 
 
 def needed(side, names, level, network, is_a, is_written):
@@ -618,9 +648,9 @@ def remarks(a, b, level, network):
     found = [remark for side in sides for remark in side.remarks]
     for side in sides:
         n = side.counted(level) or side.n
-        if network is not None and 0 < n < 2048:
-            found.append(f"{side.name} has N = {n:,} < 2,048: Inception's covariance is then singular, and a Frechet "
-                         "distance far too high; compare only with figures of the same N")
+        if level and 0 < n < 2048:
+            found.append(f"{side.name} has N = {n:,} < 2,048: a Frechet distance of few images is far too high (the "
+                         "covariance of 2,048 features is singular then); compare only with figures of the same N")
         if side.statistics and not side.network:
             found.append(f"{side.name} does not tell its convention: figures against it are right only if it was made "
                          "by the one used here")

@@ -2,6 +2,7 @@
 
     python evaluate.py score runs/shapes-unet-pico      how good a run's samples are, beside real images
     python evaluate.py samplers runs/shapes-unet-pico   what each sampler makes of 5, 10, 20, 50 steps
+    python evaluate.py distance runs/my-run cifar10     FID and its relatives, between runs, folders, files, data sets
     python evaluate.py speed dit-s/2 unet-cifar         parameters, MACs, time and memory of models, as a table
     python evaluate.py COMMAND --help                   what a command takes
 
@@ -10,11 +11,19 @@ are, `python sample.py RUN --help` says.
 """
 
 import argparse
+import os
 import sys
 
+import torch
+
+import autoencoders
 import build
 import cropping
 import diffusion
+import diffusion_classifier
+import distance
+import guides
+import masked
 import moe
 import ppgn
 import scores
@@ -25,11 +34,18 @@ from runs import Run
 COMMANDS = {
     "score": (scores.score_flags, scores.score),
     "samplers": (scores.samplers_flags, scores.samplers),
+    "distance": (distance.distance_flags, distance.distance),
     "prompts": (scores.prompts_flags, scores.prompts),
     "sizes": (scores.sizes_flags, scores.sizes),
     "stitch": (scores.stitch_flags, scores.stitch),
     "likelihood": (diffusion.likelihood_flags, diffusion.likelihood),
     "experts": (moe.experts_flags, moe.experts),
+    "reconstruct": (autoencoders.reconstruct_flags, autoencoders.reconstruct),
+    "probe": (masked.probe_flags, masked.probe),
+    "reuse": (masked.reuse_flags, masked.reuse),
+    "classify": (diffusion_classifier.classify_flags, diffusion_classifier.classify),
+    "swaps": (diffusion_classifier.swaps_flags, diffusion_classifier.swaps),
+    "guides": (guides.guides_flags, guides.guides),
     "chains": (ppgn.chains_flags, ppgn.chains),
     "crop": (cropping.crop_flags, cropping.crop),
     "ranker": (cropping.ranker_flags, cropping.ranker),
@@ -61,6 +77,8 @@ def evaluate():
     args, rest = flags().parse_known_args(sys.argv[1:])
     if hasattr(args, "device"):
         args.device = build.device(args.device)
+        if args.device.type == "cuda" and "LOCAL_RANK" in os.environ:              # torchrun: each process its own GPU
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     for key, value in vars(args).items():
         setattr(args, key, opened(value, args))
     first = next((v for value in vars(args).values() for v in (value if isinstance(value, list) else [value])

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def pair(size):
@@ -792,18 +792,28 @@ def detached(module, *inputs):
 
 class Multiplications(TorchDispatchMode):
     """While it is on, `total` grows by the multiply-accumulates of every matrix product and convolution that is called
-    with a tensor of the meta device, and nothing of that is computed: of real weights only the shapes are used."""
+    with a tensor of the meta device, and nothing of that is computed: of real weights only the shapes are used. What an
+    operation gives is remembered, since a network repeats its blocks."""
 
     def __init__(self):
         super().__init__()
-        self.total = 0
+        self.total, self.known = 0, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if any(isinstance(v, torch.Tensor) and v.is_meta for v in tree_leaves((args, kwargs))):
-            args, kwargs = tree_map_only(torch.Tensor, lambda v: v.to("meta"), (args, kwargs))
-        out = function(*args, **kwargs)
-        self.total += self.products(function.overloadpacket, args, out)
+        leaves, form = tree_flatten((args, kwargs or {}))
+        if not any(isinstance(v, torch.Tensor) and v.is_meta for v in leaves):
+            return function(*args, **kwargs or {})
+        looks = tuple((v.shape, v.stride(), v.dtype) if isinstance(v, torch.Tensor) else v for v in leaves)
+        key = function, looks, form
+        if key in self.known:
+            out, products = self.known[key]
+        else:
+            args, kwargs = tree_unflatten([v.to("meta") if isinstance(v, torch.Tensor) else v for v in leaves], form)
+            out = function(*args, **kwargs)
+            products = self.products(function.overloadpacket, args, out)
+            if all(argument.alias_info is None for argument in function._schema.returns):      # no view, not in place
+                self.known[key] = out, products
+        self.total += products
         return out
 
     @staticmethod

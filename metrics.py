@@ -246,11 +246,12 @@ class Inception(FeatureNetwork):
         "spatial", of the sFID, is flattened in the order (H, W, C), as in ADM's statistics files. Goes no deeper than
         the levels need."""
         found = {}
-        for level, x in self.stages(self.prepare(images)):
-            if level in levels:
-                found[level] = x.permute(0, 2, 3, 1).flatten(1) if level == "spatial" else x.mean((2, 3))
-            if len(found) == len(levels):
-                break
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):               # TF32 would keep 3 digits
+            for level, x in self.stages(self.prepare(images)):
+                if level in levels:
+                    found[level] = x.permute(0, 2, 3, 1).flatten(1) if level == "spatial" else x.mean((2, 3))
+                if len(found) == len(levels):
+                    break
         return found
 
     def prepare(self, images):
@@ -445,6 +446,13 @@ def _check_features(x, y, least=2):
         raise ValueError(f"this distance needs at least {least} images on each side, not {len(x)} and {len(y)}")
 
 
+def _finite(x):
+    """x itself; ValueError if it holds numbers that are not finite."""
+    if not x.isfinite().all():
+        raise ValueError("the features hold numbers that are not finite: the network or its weights are at fault")
+    return x
+
+
 class Statistics:
     """Mean (D,) and covariance (D, D) with N - 1, float64, of any number of features, added batch by batch.
 
@@ -477,11 +485,11 @@ class Statistics:
         return self.scatter / (self.n - 1)
 
 
-def statistics(x, chunk=1000):
-    """The `Statistics` of features x (N, D), which may lie on disk."""
-    result = Statistics(x.shape[1])
-    for begin in range(0, len(x), chunk):
-        result.add(_whole(x, slice(begin, begin + chunk)))
+def statistics(x, chunk=1000, rows=None):
+    """The `Statistics` of features x (N, D), which may lie on disk, or of some of their rows (integers)."""
+    result, rows = Statistics(x.shape[1]), np.arange(len(x)) if rows is None else rows
+    for begin in range(0, len(rows), chunk):
+        result.add(_whole(x, rows[begin:begin + chunk]))
     return result
 
 
@@ -491,7 +499,7 @@ def root(sigma):
     Cholesky's factor where all pivots stand clear of rounding, which at D = 2048 costs a fortieth of the eigenvalues;
     else by eigenvalues, without those that rounding leaves in the place of zeros.
     """
-    small = len(sigma) * torch.finfo(sigma.dtype).eps * sigma.diagonal().max()
+    small = len(sigma) * torch.finfo(sigma.dtype).eps * _finite(sigma).diagonal().max()
     factor, failed = torch.linalg.cholesky_ex(sigma)
     if not failed and factor.diagonal().square().min() > small:
         return factor.T
@@ -522,7 +530,7 @@ class Gaussian(NamedTuple):
                              f"{tuple(x.shape)}")
         if len(x) > x.shape[1]:
             return cls.of(statistics(x))
-        x = _whole(x)
+        x = _finite(_whole(x))
         return cls(x.mean(0), (x - x.mean(0)) / (len(x) - 1) ** 0.5)
 
 
@@ -530,9 +538,9 @@ def frechet_distance(x, y):
     """|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), covariances with N - 1, in float64 -> float.
 
     Each side is features (N, D), `Statistics`, (mu (D,), sigma (D, D)), or a `Gaussian`. With Inception's features it
-    is called FID, with its "spatial" ones sFID. GANs Trained by a Two Time-Scale Update Rule, 1706.08500, eq. 6; Generating Images
-    with Sparse Representations, 2103.03841, for sFID. With C = R^T R the trace of the root is the sum of the singular
-    values of R_x R_y^T: nothing complex and nothing singular can come up.
+    is called FID, with its "spatial" ones sFID. GANs Trained by a Two Time-Scale Update Rule, 1706.08500, eq. 6;
+    Generating Images with Sparse Representations, 2103.03841, for sFID. With C = R^T R the trace of the root is the sum
+    of the singular values of R_x R_y^T: nothing complex and nothing singular can come up.
     """
     x, y = Gaussian.of(x), Gaussian.of(y)
     if len(x.mu) != len(y.mu):
@@ -555,7 +563,8 @@ def frechet_infinity(x, y, points=15, seed=0):
     sizes = np.linspace(min(5000, max(len(x) // 10, 2)), len(x), points).astype(int)
     for size in tqdm(sizes, desc="distances of subsets", delay=2, leave=False):
         rows = np.sort(rng.choice(len(x), size, replace=False))
-        line.append((int(size), frechet_distance(x[rows], reference)))
+        subset = statistics(x, rows=rows) if size > x.shape[1] else x[rows]
+        line.append((int(size), frechet_distance(subset, reference)))
     slope, at_zero = np.polyfit([1 / size for size, _ in line], [value for _, value in line], 1)
     return float(at_zero), line
 
@@ -581,7 +590,8 @@ def inception_score(x, splits=10, chunk=None, seed=None, head=None):
         rows = torch.as_tensor(x[order[begin:end]])
         log_p = (head(rows) if head else rows).double().cpu().log_softmax(1)           # (n, K)
         p = log_p.exp()
-        scores.append((p * (log_p - p.mean(0).log())).sum(1).mean().exp().item())
+        divergence = torch.where(p > 0, p * (log_p - p.mean(0).log()), 0.0)            # 0 log 0 = 0
+        scores.append(divergence.sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
 

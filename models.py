@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from guidance import check_fractions, stitch_by_time
 from layers import (
@@ -1702,5 +1703,6 @@ def costs(names):
 
 
 if __name__ == "__main__":
-    lines = [f"  {json.dumps(name)}: {json.dumps(counted(name))}" for name in MODELS]
+    lines = [f"  {json.dumps(name)}: {json.dumps(counted(name))}" for name in tqdm(MODELS, desc="counting", delay=2)]
     COSTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"{COSTS}: {len(lines)} models")

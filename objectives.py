@@ -29,6 +29,7 @@ from torch import nn
 
 from diffusion import Discrete
 from guidance import check_fractions, compose, stitch_by_steps, stitch_by_time, stitched
+from guides import asked, with_gradient
 from layers import Text, canvas
 from models import cost
 from moe import balanced
@@ -102,7 +103,8 @@ class Diffusion(nn.Module):
 
     options = {"sampler": "dpmpp-2m", "steps": 20, "grid": None, "guidance": 1.0, "guidance_rule": "cfg",
                "guidance_power": None, "guide_channels": None, "interval": None, "weak": Run(""), "clip": True,
-               "threshold": None, "size": None, "rope": None, "shift": None}
+               "threshold": None, "guide": Run(""), "guide_scale": 7.5, "guide_image": "", "size": None, "rope": None,
+               "shift": None}
     options_help = {
         "steps": "sampling steps", "grid": "of sampling times (none: the process's own)",
         "guidance": "classifier-free guidance, 1 for none", "guidance_rule": "how it is applied",
@@ -112,6 +114,8 @@ class Diffusion(nn.Module):
         "weak": "a run (smaller, or less trained) to guide away from instead of the null condition (autoguidance)",
         "clip": "keep the clean image in [-1, 1]",
         "threshold": "dynamic thresholding: clip at this quantile of |x0|, for example 0.995, and rescale",
+        "guide": "a run of a classifier, or of ppap, whose gradients guide (2105.05233); --classes are then its",
+        "guide_scale": "of its gradients", "guide_image": "a picture: draw what the guide sees in it",
         "size": "HxW (clips: FxHxW, sounds: T): another size than that of training, if the model can",
         "rope": "rotary frequencies for sizes beyond training: FiT: see layers.ROPE; Flag-DiT: FlagDiT.ropes",
         "shift": "multiplies sigma/alpha of every time: above 1 for larger images, which need more steps at noise"}
@@ -176,10 +180,16 @@ class Diffusion(nn.Module):
         return torch.arange(n) % self.num_classes if self.num_classes else None
 
     def trajectory(self, noise, conditions, size=None, rope=None, shift=None, **options) -> Iterator[torch.Tensor]:
-        """Images (n, C, H, W) after each sampling step, from an `ImageNoise` and conditions; see `options`."""
+        """Images (n, C, H, W) after each sampling step, from an `ImageNoise` and conditions; see `options`. With a
+        guide, conditions are the guide's too; a model that knows none is told none."""
         extrapolate(self, size, rope, shift)
-        y, null = self.told(conditions)
+        options = self.asking(conditions, **options)
+        y, null = self.told(conditions if self.conditional else None)
         yield from self.generated(noise((len(noise), *self.shape)), y, null, noise, **options)
+
+    def asking(self, conditions, guide=None, guide_image="", **options):
+        """The options with a guide's log p(y | x_t) in the place of the guide."""
+        return options | {"guide": asked(guide, self, conditions, guide_image)} if guide else options
 
     def denoiser(self, y):
         """denoise(xt, t) under the condition y, as the model takes it."""
@@ -187,7 +197,8 @@ class Diffusion(nn.Module):
 
     def generated(self, x, y, null, noise, **options):
         """Images after each step from standard normal x: the denoiser composed as the options say, then a sampler."""
-        options = {key: value for key, value in (self.options | options).items() if key not in EXTRAPOLATE}
+        options = {key: value for key, value in (self.options | {"guide": None} | options).items()
+                   if key not in ("guide_image", *EXTRAPOLATE)}
         scale, weak, other = options.pop("guidance"), options.pop("weak"), None
         if scale != 1 and (weak or null is not None):
             other = weak.denoiser(y) if weak else self.denoiser(null)
@@ -195,6 +206,9 @@ class Diffusion(nn.Module):
                           interval=options.pop("interval"), power=options.pop("guidance_power"),
                           channels=options.pop("guide_channels"), clip=options.pop("clip"),
                           quantile=options.pop("threshold"))
+        guide, scale = options.pop("guide"), options.pop("guide_scale")
+        if guide is not None and scale != 0:         # after clipping, as published
+            denoise, options["sampler"] = with_gradient(denoise, options["sampler"], guide, scale, self.process)
         yield from draw(self.process, denoise, x, noise=noise, **options)
 
     @torch.no_grad()
@@ -300,8 +314,9 @@ class Stitch(Diffusion):
             self.chosen = stitch_by_steps(times, self.fractions)
         else:
             self.chosen = stitch_by_time(self.fractions, self.process.t_noisy - self.process.t_clean)
+        options = self.asking(conditions, **options)
         y, null = [None] * len(self.runs), None
-        if conditions is not None:                     # each model's own null label or captions
+        if conditions is not None and self.conditional:          # each model's own null label or captions
             y, null = zip(*(run.told(conditions) for run in self.runs))
         yield from self.generated(noise((len(noise), *self.shape)), y, null, noise, **options)
 

