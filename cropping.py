@@ -223,7 +223,7 @@ class Ranking(nn.Module):
     a crop; one that saw only large crops is fooled by windows without a subject. objective: "hinge" or "ranknet".
     """
 
-    num_classes, options = 0, {"steps": 50}
+    num_classes, options = 0, {"steps": 20}
 
     def __init__(self, network, shape, pairs=4, smallest=0.05, objective="hinge"):
         super().__init__()
@@ -261,7 +261,7 @@ class Ranking(nn.Module):
         return torch.arange(n)                       # of held-out scenes
 
     @torch.no_grad()
-    def trajectory(self, noise, conditions, steps=50):
+    def trajectory(self, noise, conditions, steps=20):
         """What it prefers in wide scenes: from the whole image, move by move, to a window that no move improves."""
         images = wide_scenes(conditions.tolist(), self.shape[-1])[0].to(conditions.device)
         for boxes in climb(self.look_at(images), len(images), steps, images.device):
