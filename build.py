@@ -854,7 +854,7 @@ class Opened:
         (n, C, H, W) after each step. ValueError if the objective fills no holes, or the sizes differ."""
         if not hasattr(self.objective, "fill"):
             raise ValueError(f"{self.path} is a run of {self.config['network']}, which fills no holes: masked models "
-                             f"do ({', '.join(masked.GENERATORS)})")
+                             f"do ({', '.join(masked.GENERATORS)}), and ppgn-nano with encoder=")
         if not hole.any():
             raise ValueError("the mask has no hole: white pixels are those to draw anew")
         options = drawing_options(self.objective, self.config["draw"] | options, self.device)
@@ -964,6 +964,9 @@ MASKED = ("maskgit", "maskgit-r", "mage", "mar")       # published generators of
 
 def open_published(arch, path, device="cpu"):
     """The `Opened` published checkpoint of an architecture, with its published way of drawing."""
+    if arch == "a2rl":
+        return Opened(str(path), Path("."), {"draw": {}, "classes": [], "network": arch},
+                      cropping.published(path, device), device)
     state = convert.read_weights(path)
     config = convert.infer_config(arch, state)
     model = convert.load_official(arch, config, state)

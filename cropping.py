@@ -765,7 +765,7 @@ def moves_film(jobs, side=256):
     return frames
 
 
-def published(path, steps=50):
+def published(path, device="cpu", steps=50):
     """The published agent and ranker from their pickle of arrays (TF-A2RL's vfn_rl.pkl), as a Cropping. The file is
     read by a reader that knows numpy arrays only. ValueError if it holds something else."""
     with data._blame(path, "it must be the published pickle of named arrays"):
@@ -778,7 +778,7 @@ def published(path, steps=50):
         missing = agent.load_state_dict({k[6:]: v for k, v in state.items() if k[:6] == "agent."}, strict=False)
     if missing.unexpected_keys or not all(key.startswith("critic") for key in missing.missing_keys):
         raise ValueError(f"{path}: unknown arrays {missing.unexpected_keys} or missing ones {missing.missing_keys}")
-    return Cropping(ranking, agent, (3, 227, 227), steps)
+    return Cropping(ranking.to(device).eval(), agent, (3, 227, 227), steps).to(device).eval()
 
 
 def read_fcdb(path, folder):

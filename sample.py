@@ -29,7 +29,7 @@ import figures
 import runs
 
 ARCHITECTURES = ["dit", "dit-moe", "terdit", "dico", "dimr", "uvit", "drwkv", "lit", "fit", "fitv2", "flag-dit",
-                 *build.MASKED]
+                 "a2rl", *build.MASKED]
 
 
 def flags():
@@ -67,7 +67,7 @@ def flags():
     p.add_argument("--help", action="store_true", help="print this, and how RUN may draw, and leave")
     g = p.add_argument_group("published checkpoints")
     g.add_argument("--official", choices=ARCHITECTURES, help="architecture of the published checkpoint")
-    g.add_argument("--checkpoint", metavar="FILE", help="its file (.pt, .bin or .safetensors)")
+    g.add_argument("--checkpoint", metavar="FILE", help="its file (.pt, .bin or .safetensors; of a2rl .pkl)")
     g.add_argument("--decoder", metavar="FILE", help="Stable Diffusion's autoencoder, to turn latents into images")
     return p
 

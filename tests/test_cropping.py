@@ -416,6 +416,9 @@ def test_from_train_to_pictures(here, capsys, monkeypatch):  # noqa: F811
     boxes = [c.cropped(agent, c.open_photograph(f"in/{name}"))[-1] for name in ("a.jpg", "sub/a.png")]
     assert [m.size for m in made] == [(b[2] - b[0], b[3] - b[1]) for b in boxes] and made[0].format == "JPEG"
     assert Path("moves.gif").exists() and Path("in/a.jpg").read_bytes() == before
+    write_published("vfn_rl.pkl")
+    call(sample.sample, "--official", "a2rl", "--checkpoint", "vfn_rl.pkl", "--crop", "in/a.jpg", "published")
+    assert Path("published/a.jpg").exists()
     call(sample.sample, "whole", "--n", "2", "--steps", "3", "--sampled", "True", "--out", "s.png")
     capsys.readouterr()
     for on in ("scenes", "photographs"):

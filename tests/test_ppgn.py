@@ -4,8 +4,10 @@ from train.py to pictures."""
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_train import call, here, losses, refused, weights  # noqa: F401 (a fixture among them)
 from torch import nn
 
@@ -417,6 +419,19 @@ def test_two_runs(here, capsys):  # noqa: F811
     call(sample.sample, "c", "--prompt", "a red star", "--n", "2", "--out", "b.png")
     call(train.train, *house, "--model", "ppgn-nano:encoder=e,condition=c,width=4", "--out", "g")
     call(sample.sample, "g", "--caption", "a red star", "--n", "2", "--out", "c.png")
+    picture = torch.randint(256, (8, 8, 3), dtype=torch.uint8)
+    Image.fromarray(picture.numpy()).save("known.png")
+    for name, side in (("hole", 8), ("other", 9)):
+        mask = torch.zeros(side, side, dtype=torch.uint8)
+        mask[2:6, 2:6] = 255
+        Image.fromarray(mask.numpy()).save(f"{name}.png")
+    call(sample.sample, "whole", "--inpaint", "known.png", "--mask", "hole.png", "--n", "2", "--out", "filled.npz")
+    filled = torch.from_numpy(np.load("filled.npz")["arr_0"])
+    outside = torch.ones(8, 8, dtype=torch.bool)
+    outside[2:6, 2:6] = False
+    assert (filled[:, outside].int() - picture[outside].int()).abs().max() <= 1
+    assert (filled[0] != picture).any()
+    assert "9 pixels" in refused(capsys, sample.sample, "whole", "--inpaint", "known.png", "--mask", "other.png")
     assert "there is no layer" in refused(capsys, sample.sample, "whole", "--neuron", "conv9:1", "--out", "d.png")
     assert "must name the first of the two runs" in refused(capsys, train.train, *house, "--out", "x", "--model",
                                                             "ppgn-nano:encoder=whole")
