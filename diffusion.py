@@ -1,8 +1,9 @@
 """The diffusion core: noise schedules, processes, what a network predicts, losses, bounds. It knows no architecture.
 
-A `Process` is a path from data to noise, x_t = alpha(t) x0 + sigma(t) eps, what the network predicts on it and how it is
-trained: `process.loss(model, x0, y, t, noise)` trains, `process.denoiser(model, y)` reads the network as a function
-`denoise(x_t, t) -> Denoised`. `guidance.py` turns denoisers into a denoiser, `samplers.py` walks from noise to an image.
+A `Process` is a path from data to noise, x_t = alpha(t) x0 + sigma(t) eps, what the network predicts on it and how it
+is trained: `process.loss(model, x0, y, t, noise)` trains, `process.denoiser(model, y)` reads the network as a
+function `denoise(x_t, t) -> Denoised`. `guidance.py` turns denoisers into a denoiser, `samplers.py` walks from noise
+to an image.
 
     symbol            here            meaning
     x_0, x_t          x0, xt          clean image, noisy image at time t, (B, C, H, W)
@@ -11,8 +12,7 @@ trained: `process.loss(model, x0, y, t, noise)` trains, `process.denoiser(model,
     alpha_bar         alpha_bar       alpha^2 of a discrete chain, whose sigma^2 is 1 - alpha_bar
     s                 s               noise level sigma/alpha: the standard deviation of the noise in x_t / alpha_t
     lambda            lam             log(alpha/sigma) = -log s, half the log signal-to-noise ratio
-    SNR               snr             (alpha/sigma)^2
-"""
+    SNR               snr             (alpha/sigma)^2"""
 
 import inspect
 import math
@@ -101,7 +101,8 @@ def linspace(T, start, end):
 
 
 def linear_betas(T=1000, start=1e-4, end=0.02):
-    """beta_t even from 1e-4 to 0.02: DDPM, 2006.11239, section 4; times 1000/T, so that any T ends in the same noise."""
+    """beta_t even from 1e-4 to 0.02: DDPM, 2006.11239, section 4; times 1000/T, so that any T ends in the same noise.
+    """
     return linspace(T, start * 1000 / T, end * 1000 / T)
 
 
@@ -221,12 +222,13 @@ def respaced(T, spec):
 
 
 class Denoised:
-    """What a denoiser says of x_t = alpha x0 + sigma eps: the image `x0` and the noise `eps`, (B, C, H, W), in float32 at
-    least. Each is a tensor, or a function that is called when it is first asked for: most samplers want only one.
+    """What a denoiser says of x_t = alpha x0 + sigma eps: the image `x0` and the noise `eps`, (B, C, H, W), in
+    float32 at least. Each is a tensor, or a function that is called when it is first asked for: most samplers want
+    only one.
 
-    variance: None, or the learned v of improved DDPM, eq. 15: the place of a reverse step's log-variance between log beta~
-    (v = 0) and log beta (v = 1), whatever that step is. flow: eps - x0 where the network of a straight path gives just
-    that, else None."""
+    variance: None, or the learned v of improved DDPM, eq. 15: the place of a reverse step's log-variance between log
+    beta~ (v = 0) and log beta (v = 1), whatever that step is. flow: eps - x0 where the network of a straight path
+    gives just that, else None."""
 
     def __init__(self, x0, eps, variance=None, flow=None):
         self.parts, self.variance, self.flow = {"x0": x0, "eps": eps}, variance, flow
@@ -388,9 +390,9 @@ WEIGHTINGS: dict[str, Callable] = {
 }
 
 
-# ------------------------------------------------------------------------------------------- densities of training times
-# density(process, u) -> times (B,) for uniform numbers u (B,) in [0, 1): `process.at_share` turns a share of the range of
-# times into a time, `process.time` a noise level s = sigma/alpha.
+# ------------------------------------------------------------------------------------------ densities of training times
+# density(process, u) -> times (B,) for uniform numbers u (B,) in [0, 1): `process.at_share` turns a share of the
+# range of times into a time, `process.time` a noise level s = sigma/alpha.
 
 
 def normal_quantile(u):
@@ -436,8 +438,8 @@ def v_diffusion(process, u, *, sigma_data=0.5, low=1e-3, high=1e3):
 
 
 def cosine_interpolated(process, u, *, image=64, noise_low=32, noise_high=64, sigma_data=0.5, low=1e-3, high=1e3):
-    """The cosine schedule, log s moved from an image of noise_low pixels to one of noise_high as the noise falls (simple
-    diffusion, 2301.11093, eq. 7; k-diffusion)."""
+    """The cosine schedule, log s moved from an image of noise_low pixels to one of noise_high as the noise falls
+    (simple diffusion, 2301.11093, eq. 7; k-diffusion)."""
 
     def log_s(size):                                 # even angles of v, for noise as an image of this size shows it
         scale = size / image / sigma_data
@@ -463,8 +465,8 @@ DENSITIES: dict[str, Callable] = {
 
 
 def joined(*lists):
-    """The signature with the parameters of several lists, a name as it first appears; *args and **options stand for those
-    that follow."""
+    """The signature with the parameters of several lists, a name as it first appears; *args and **options stand for
+    those that follow."""
     parameters = {}
     for p in (p for parameters in lists for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)):
         parameters.setdefault(p.name, p)
@@ -475,11 +477,11 @@ class Process:
     """A path x_t = alpha(t) x0 + sigma(t) eps, what the network predicts on it, and how it is trained.
 
     prediction: a name in `PREDICTIONS` (None: the process's own). weighting: None (the plain squared error of the
-    prediction), or an entry of `WEIGHTINGS`; density: of the training times, an entry of `DENSITIES` (None: the process's
-    own); each by its name or as a function with its options bound. shift: multiplies sigma/alpha of every time, in
-    training and sampling (2403.03206, eq. 23). sigma_data: the standard deviation of the data, for EDM's scalings.
-    A subclass gives alpha, sigma, `time_of` (the inverse of sigma/alpha) and its times: t_clean, the clean image; from
-    t_first it is trained, to t_least sampled; t_noisy is noise. Raises ValueError for what cannot be."""
+    prediction), or an entry of `WEIGHTINGS`; density: of the training times, an entry of `DENSITIES` (None: the
+    process's own); each by its name or as a function with its options bound. shift: multiplies sigma/alpha of every
+    time, in training and sampling (2403.03206, eq. 23). sigma_data: the standard deviation of the data, for EDM's
+    scalings. A subclass gives alpha, sigma, `time_of` (the inverse of sigma/alpha) and its times: t_clean, the clean
+    image; from t_first it is trained, to t_least sampled; t_noisy is noise. Raises ValueError for what cannot be."""
 
     t_clean, t_first, t_least, t_noisy = 0.0, 0.0, 1e-3, 1.0
     grid, density, own_prediction = "uniform", "uniform", "eps"
@@ -705,8 +707,9 @@ class Discrete(Process):
     def path(self, t):
         if not isinstance(t, torch.Tensor):
             return super().path(t)
-        table, low = self.table(t.device), t.floor().long().clamp(-1, self.T - 1)
-        part = (t - low).clamp(0, 1)
+        t = t.clamp(-1, self.T - 1)
+        table, low = self.table(t.device), t.floor().long()
+        part = t - low
         if not part.any():
             alpha_bar = table[low + 1]
             return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -815,7 +818,7 @@ def discretised_log_likelihood(x0, mean, log_std):
 
 
 class RectifiedFlow(Process):
-    """The straight path x_t = (1 - t) x0 + t eps, t in [0, 1], t = 1 is noise (Flow Straight and Fast, 2209.03003)."""
+    """Rectified flow, 2209.03003: the straight path x_t = (1 - t) x0 + t eps, t in [0, 1], t = 1 is noise."""
 
     straight, density, own_prediction = True, "logit-normal", "flow"
 
@@ -853,13 +856,13 @@ class GVP(RectifiedFlow):
 
 
 class VP(Process):
-    """The variance-preserving SDE, 2011.13456, eq. 11, continuous time: beta(t) even from beta_min to beta_max."""
+    """The variance-preserving SDE of score-based models, 2011.13456, eq. 11: beta(t) even from beta_min to beta_max."""
 
     t_first = 1e-5
 
     def __init__(self, prediction=None, *, beta_min=0.1, beta_max=20.0, **options):
         super().__init__(prediction, **options)
-        require(0 < beta_min < beta_max < math.inf, f"betas from {beta_min} to {beta_max}: they must rise, from above 0")
+        require(0 < beta_min < beta_max < math.inf, f"betas from {beta_min} to {beta_max}: they must rise, above 0")
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def network_time(self, t):
@@ -883,7 +886,7 @@ class VP(Process):
 
 
 class SubVP(VP):
-    """The sub-VP SDE, 2011.13456, eq. 29: VP's alpha, and 1 - alpha^2 as the standard deviation; better likelihoods."""
+    """The sub-VP SDE, 2011.13456, eq. 29: VP's drift with less noise, better likelihoods. Sigma = 1 - alpha^2."""
 
     def sigma(self, t):
         return -torch.expm1(2 * self.log_alpha(t))
@@ -893,8 +896,8 @@ class SubVP(VP):
 
 
 class ContinuousCosine(Process):
-    """The cosine chain in continuous time, alpha = cos(pi/2 (t + offset)/(1 + offset)), as in Wuerstchen, 2306.00637.
-    power: of the time that it is read at, 1 - (1 - t)^power above 1, t^power below."""
+    """The cosine chain in continuous time, as in Wuerstchen, 2306.00637. Alpha = cos(pi/2 (t + offset)/(1 + offset)),
+    read at 1 - (1 - t)^power if power is above 1, at t^power if it is below."""
 
     t_first, t_noisy = 1e-3, 1 - 1e-3
 
@@ -918,8 +921,8 @@ class ContinuousCosine(Process):
 
 
 class VE(Process):
-    """The variance-exploding SDE, 2011.13456, eq. 30: alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t; noise is
-    added, nothing is scaled. t = 0 is the clean image."""
+    """The variance-exploding SDE, 2011.13456, eq. 30: noise is added, nothing is scaled. Alpha = 1, sigma = sigma_min
+    (sigma_max/sigma_min)^t; t = 0 is the clean image."""
 
     t_first, t_least, exploding = 1e-5, 1e-5, True
 
@@ -940,9 +943,9 @@ class VE(Process):
 
 
 class EDM(VE):
-    """Elucidating the Design Space, 2206.00364: alpha = 1, and sigma itself is the time, from sigma_min to sigma_max; a
-    preconditioned network, log-normal noise levels. The network is told log t (the paper's c_noise = log(t)/4) moved and
-    scaled to 0 .. 1000, the range that our backbones embed."""
+    """EDM, 2206.00364: sigma itself is the time, preconditioned network, log-normal noise levels. Alpha = 1; sigma lies
+    between sigma_min and sigma_max. The network is told log t (the paper's c_noise = log(t)/4) moved and scaled to
+    0 .. 1000, the range that our backbones embed."""
 
     grid, density, own_prediction = "karras", "log-normal", "edm"
 
@@ -956,7 +959,7 @@ class EDM(VE):
     def time_of(self, s):
         return s
 
-    def network_time(self, t):                       # of the paper's own range, so that a network may be moved to another
+    def network_time(self, t):                       # by the paper's range: a network may be moved to another
         return 1000 * torch.log(t.clamp(min=1e-8) / 0.002) / math.log(80 / 0.002)
 
 
@@ -1032,7 +1035,7 @@ def weighted_sum(weights, tensors):
 def dormand_prince(f, y, t, end, rtol=1e-5, atol=1e-5):
     """dy/dt = f(t, y) from t to end by the adaptive Runge-Kutta method of order 5(4) (RK45, dopri5). Raises ValueError
     if no step, however short, meets the tolerances: they are too small, or f is not finite."""
-    require(rtol >= 0 and atol >= 0 and rtol + atol > 0, f"tolerances {rtol} and {atol}: one must be above 0, none below")
+    require(rtol >= 0 and atol >= 0 and rtol + atol > 0, f"tolerances {rtol} and {atol}: both 0, or one below 0")
     h, slopes, (places, rows, difference) = (end - t) / 100, [f(t, y)], DORMAND_PRINCE
     shortest = 1e-13 * max(abs(t), abs(end))
     while abs(end - t) > shortest:
@@ -1042,10 +1045,11 @@ def dormand_prince(f, y, t, end, rtol=1e-5, atol=1e-5):
             slopes.append(f(t + place * h, new))
         scale = atol + rtol * torch.maximum(y.abs(), new.abs())
         error = (h * weighted_sum(difference, slopes) / scale).pow(2).mean().sqrt().item()
-        require(math.isfinite(error), "the ODE's slope is not finite (the network gives NaN or infinity): it has no solution")
+        require(math.isfinite(error), "the network gives NaN or infinity: the ODE has no solution")
         t, y, slopes = (t + h, new, slopes[-1:]) if error < 1 else (t, y, slopes[:1])
         h *= min(10.0, max(0.2, 0.9 * max(error, 1e-10) ** -0.2))
-        require(error < 1 or abs(h) > shortest, f"the ODE's steps shrink to nothing at t = {t:.6g}: no tolerance of {rtol:g} can be met")
+        require(error < 1 or abs(h) > shortest,
+                f"the ODE's steps shrink to nothing at t = {t:.6g}: no tolerance of {rtol:g} can be met")
     return y
 
 

@@ -73,7 +73,7 @@ def power_cosine(scale, share, power):
     return 1 + (scale - 1) * (1 - math.cos(math.pi * share**power)) / 2
 
 
-# ------------------------------------------------------------------------------------------------ denoisers of denoisers
+# ----------------------------------------------------------------------------------------------- denoisers of denoisers
 
 
 def latest(t):
@@ -112,8 +112,8 @@ def guided(cond, uncond, scale, channels=None, process=None, rule=None, interval
 
 def clipped(denoise, process, limit=1.0, quantile=None, largest=math.inf):
     """x0 clipped to [-limit, limit], and the noise that this x0 implies (for pixels; latents have no such range).
-    quantile: dynamic thresholding, 2205.11487, instead: x0 is clipped at this quantile of |x0|, which is at least `limit`
-    and at most `largest`, and scaled back to `limit`."""
+    quantile: dynamic thresholding, 2205.11487, instead: x0 is clipped at this quantile of |x0|, which is at least
+    `limit` and at most `largest`, and scaled back to `limit`."""
     require(limit > 0, f"the range of x0 is [-{limit}, {limit}]: it must be above 0")
     require(quantile is None or 0 < quantile <= 1, f"quantile {quantile}: choose it above 0 and at most 1")
 
@@ -181,8 +181,8 @@ def stitch_by_steps(times, fractions):
 
 
 def stitch_by_time(fractions, t_noisy=1000.0):
-    """choose_model of `stitched`: the published code's, the first model j with 1 - t/t_noisy at most fractions[0] + ... +
-    fractions[j], in float32, where it decides a tie."""
+    """choose_model of `stitched`: the published code's, the first model j with 1 - t/t_noisy at most fractions[0] +
+    ... + fractions[j], in float32, where it decides a tie."""
     cumulative = torch.tensor(fractions).cumsum(0)
     cumulative[cumulative == 0] = -math.inf                                # no share, no step
 
@@ -193,8 +193,8 @@ def stitch_by_time(fractions, t_noisy=1000.0):
     return choose_model
 
 
-def compose(process, denoise, other=None, *, guidance=1.0, rule="cfg", interval=None, power=None, channels=None, clip=1.0,
-            quantile=None, largest=math.inf):
+def compose(process, denoise, other=None, *, guidance=1.0, rule="cfg", interval=None, power=None, channels=None,
+            clip=1.0, quantile=None, largest=math.inf):
     """The denoiser that a user asks for: `denoise` guided away from `other` (None: not at all), and clipped.
 
     guidance: the scale; power: it falls by `power_cosine` from pure noise to the data; rule, interval, channels: see

@@ -2,11 +2,12 @@
 
     for x in sampler(denoise, x, times, process, noise, memory, **options): ...
 
-yields x after each step, len(times) - 1 of them. denoise(x, t) -> Denoised (`diffusion.py`, `guidance.py`). x starts as
-noise of the first level, (B, C, H, W), float32 at least, and keeps its dtype. times fall from noise to the clean image
-(`grid_times`). noise(shape) gives standard normal numbers. Options are keyword-only. A sampler that remembers outputs takes
-a dict `memory` and fills it, so that a walk may be cut in two. A step into the clean image, which no network has seen, and
-a step out of pure noise, where eps says nothing of x0, are DDIM's in every sampler: x_j = alpha_j x0 + sigma_j eps.
+yields x after each step, len(times) - 1 of them. denoise(x, t) -> Denoised (`diffusion.py`, `guidance.py`). x starts
+as noise of the first level, (B, C, H, W), float32 at least, and keeps its dtype. times fall from noise to the clean
+image (`grid_times`). noise(shape) gives standard normal numbers. Options are keyword-only. A sampler that remembers
+outputs takes a dict `memory` and fills it, so that a walk may be cut in two. A step into the clean image, which no
+network has seen, and a step out of pure noise, where eps says nothing of x0, are DDIM's in every sampler: x_j =
+alpha_j x0 + sigma_j eps.
 
     here             papers                                 meaning
     i, j             t_{i-1}, t_i; s, t; t, t-1             a step goes from level i to the cleaner level j
@@ -17,8 +18,7 @@ a step out of pure noise, where eps says nothing of x0, are DDIM's in every samp
     r                r_0, r_1                               lengths of earlier steps in units of h
     z                z, epsilon                             fresh noise
 
-`docs/samplers.md` has the names in other libraries, and shows which samplers are one family.
-"""
+`docs/samplers.md` has the names in other libraries, and shows which samplers are one family."""
 
 import copy
 import functools
@@ -90,8 +90,8 @@ def noise_levels(process, n, ramp, sigma_min, sigma_max):
     def end(given, t):
         alpha, sigma = process.path(t)
         c = process.ode_scale(alpha, sigma)
-        require(given or c > NO_IMAGE, "this process begins at infinite sigma/alpha, where such a grid has no end: choose "
-                "its sigma_max, or a linspace, trailing or uniform grid")
+        require(given or c > NO_IMAGE, "this process begins at infinite sigma/alpha, where such a grid has no end: "
+                "choose its sigma_max, or a linspace, trailing or uniform grid")
         return float(given) if given else sigma / c
 
     high, low = end(sigma_max, process.t_noisy), end(sigma_min, process.t_least)
@@ -149,9 +149,8 @@ GRIDS: dict[str, Callable] = {
 
 def grid_times(process, steps, grid=None, last="clean", lambda_min=None):
     """The times that a sampler walks, float64: `steps` times from t_noisy down, by an entry of `GRIDS` (None: the
-    process's own), then the end: last = "clean", or "least" (t_least: DDIM's set_alpha_to_one=False).
-    lambda_min: begin no noisier than this (DPM-Solver's lambda_min_clipped, -5.1 for the cosine chain); pure noise stays.
-    """
+    process's own), then the end: last = "clean", or "least" (t_least: DDIM's set_alpha_to_one=False). lambda_min:
+    begin no noisier than this (DPM-Solver's lambda_min_clipped, -5.1 for the cosine chain); pure noise stays."""
     require(steps >= 1, f"{steps} sampling steps: choose at least 1")
     require(last in ("clean", "least"), f"unknown last level {last!r}: choose clean or least")
     grid, walked = choose(GRIDS, grid or process.grid, "grid"), process
@@ -174,7 +173,7 @@ def listed_times(process, times=None, sigmas=None):
     return double(*times, *([process.t_clean] if times[-1] > process.t_clean else []))
 
 
-# --------------------------------------------------------------------------------------------------------- levels, steps
+# -------------------------------------------------------------------------------------------------------- levels, steps
 
 NO_IMAGE = 1e-12                                      # an alpha below this is a rounding error: pure noise
 
@@ -214,7 +213,7 @@ def levels(process, times):
 def steps(process, times):
     """The steps of a walk, (i, j): from Level i to the cleaner Level j. One of no length is a step too."""
     grid = levels(process, times)
-    require(all(i.sigma > 0 for i in grid[:-1]), "no step can begin at the clean image: it may only be the last of the times")
+    require(all(i.sigma > 0 for i in grid[:-1]), "no step begins at the clean image: it may only be the last time")
     require(all(i.lam <= j.lam + 1e-9 for i, j in pairwise(grid)), "the times of a walk fall, from noise to the image")
     return [(i, j if j.lam - i.lam > 1e-9 else j._replace(lam=i.lam)) for i, j in pairwise(grid)]
 
@@ -261,16 +260,17 @@ def outputs_of(memory):
 
 
 def remember(outputs, i, j, output, most, of_noise=False):
-    """Keeps `output` of level i as the newest of at most so many. Not if the step i -> j has no length, since the next
-    begins at the same level; nor that of pure noise, which is infinitely far away in lambda (a slope may be: of_noise)."""
+    """Keeps `output` of level i as the newest of at most so many. Not if the step i -> j has no length, since the
+    next begins at the same level; nor that of pure noise, which is infinitely far away in lambda (a slope may be:
+    of_noise)."""
     if j.lam > i.lam and (of_noise or not i.noise):
         outputs[:] = [(i, output), *outputs][:most]
 
 
 def with_churn(sampler):
-    """A sampler of the ODE with EDM's stochasticity, 2206.00364, algorithm 2, lines 4-6: before each of the n steps new
-    noise takes x up to 1 + gamma times its noise level, gamma = min(s_churn/n, sqrt(2) - 1) between the levels s_min and
-    s_max. The sampler then takes one step from there, with what it remembers."""
+    """A sampler of the ODE with EDM's stochasticity, 2206.00364, algorithm 2, lines 4-6: before each of the n steps
+    new noise takes x up to 1 + gamma times its noise level, gamma = min(s_churn/n, sqrt(2) - 1) between the levels
+    s_min and s_max. The sampler then takes one step from there, with what it remembers."""
 
     has_noise = {"s_noise"} & set(inspect.signature(sampler).parameters)
 
@@ -299,12 +299,12 @@ def with_churn(sampler):
     return churned
 
 
-# ------------------------------------------------------------------------------------------------ one call a step: order 1
+# --------------------------------------------------------------------------------------------- one call a step: order 1
 
 
 def ddpm(denoise, x, times, process, noise, memory=None, *, variance="small", s_noise=1.0):
-    """Denoising Diffusion Probabilistic Models, 2006.11239, algorithm 2, on any grid of times. variance: "small" = beta~,
-    "large" = beta; a denoiser with learned variances overrules it."""
+    """Denoising Diffusion Probabilistic Models, 2006.11239, algorithm 2, on any grid of times. Options: variance:
+    "small" = beta~, "large" = beta; a denoiser with learned variances overrules it."""
     require(variance in ("small", "large"), f"unknown variance {variance!r}: choose small or large")
     for i, j in steps(process, times):
         d = denoise(x, i.t)
@@ -326,7 +326,7 @@ def ddim(denoise, x, times, process, noise, memory=None, *, eta=0.0, s_noise=1.0
     for i, j in steps(process, times):
         d, h = denoise(x, i.t), j.lam - i.lam
         sigma = min(1.0, eta * math.sqrt(-math.expm1(-2 * h))) * j.sigma                  # eq. 16
-        x = mix(j.alpha, d.x0, math.sqrt(j.sigma**2 - sigma**2), d.eps)       # "predicted x0", "direction pointing to x_t"
+        x = mix(j.alpha, d.x0, math.sqrt(j.sigma**2 - sigma**2), d.eps)         # "predicted x0", "direction to x_t"
         if sigma:
             x = mix(1, x, s_noise * sigma, fresh(noise, x, i, j))                         # "random noise"
         yield x
@@ -343,8 +343,8 @@ def ddim_inversion(denoise, x, times, process, noise, memory=None):
 
 @with_churn
 def euler(denoise, x, times, process, noise, memory=None):
-    """Euler's method for the ODE, 2206.00364: x + (sigma_j - sigma_i) (x - x0)/sigma_i for x/alpha and sigma/alpha. On a
-    straight path that is x + (t_j - t_i) (eps - x0), 2209.03003."""
+    """Euler's method for the ODE, 2206.00364: x + (sigma_j - sigma_i) (x - x0)/sigma_i of x/alpha and sigma/alpha.
+    On a straight path that is x + (t_j - t_i) (eps - x0), 2209.03003."""
     for i, j in steps(process, times):
         d, r = denoise(x, i.t), j.sigma / i.sigma
         x = mix(r, x, j.alpha - r * i.alpha, d.x0) if d.flow is None else mix(1, x, j.t - i.t, d.flow)
@@ -352,7 +352,7 @@ def euler(denoise, x, times, process, noise, memory=None):
 
 
 def euler_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_noise=1.0):
-    """Euler with renewed noise, k-diffusion: down to sigma_down by the ODE, then up to sigma_j by noise; DDIM with eta 1."""
+    """Euler with renewed noise, k-diffusion: down to sigma_down by the ODE, then up to sigma_j by noise."""
     for i, j in steps(process, times):
         x0, h = denoise(x, i.t).x0, j.lam - i.lam
         sigma_up = min(1.0, eta * math.sqrt(-math.expm1(-2 * h))) * j.sigma
@@ -365,7 +365,8 @@ def euler_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.0, 
 
 
 def flow_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_noise=1.0):
-    """Euler ancestral for flows, LTX-Video, 2501.00103: down to p_j (1 + eta (p_j/p_i - 1)), then up to p_j by noise."""
+    """Euler ancestral for flows, LTX-Video, 2501.00103: down to p_j (1 + eta (p_j/p_i - 1)), then up to p_j by noise.
+    """
     for i, j in steps(process, times):
         d = denoise(x, i.t)
         if eta and j.sigma:
@@ -376,7 +377,7 @@ def flow_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.0, s
         yield x
 
 
-# --------------------------------------------------------------------------------------- several calls a step: Runge-Kutta
+# ------------------------------------------------------------------------------------ several calls a step: Runge-Kutta
 
 
 @with_churn
@@ -394,8 +395,8 @@ def heun(denoise, x, times, process, noise, memory=None):
 
 
 def edm(denoise, x, times, process, noise, memory=None, *, s_churn=40.0, s_min=0.05, s_max=50.0, s_noise=1.003):
-    """EDM's stochastic sampler, 2206.00364, algorithm 2: new noise before each Heun step. (y = x/c, p = sigma/c are its
-    x and t for sigma(t) = t.)"""
+    """EDM's stochastic sampler, 2206.00364, algorithm 2: new noise before each Heun step. Its x and t are y = x/c
+    and p = sigma/c, see `Process.ode_scale`."""
     for i, j in steps(process, times):
         gamma = min(s_churn / (len(times) - 1), math.sqrt(2) - 1) if s_min <= i.sigma / i.alpha <= s_max else 0.0
         hat, eps = i, noise(x.shape) if s_churn and not i.noise else None                 # line 5
@@ -453,8 +454,8 @@ TABLEAUX = {                                          # places of the further ca
 
 @with_churn
 def sit_ode(denoise, x, times, process, noise, memory=None, *, method="heun"):
-    """SiT's ODE sampler, 2401.08740: a Runge-Kutta method in time itself, dx/dt = velocity (method: euler, heun,
-    midpoint, heun3, rk4, 3/8)."""
+    """SiT's ODE sampler, 2401.08740: a Runge-Kutta method in time itself, dx/dt = velocity. Options: method: euler,
+    heun, midpoint, heun3, rk4, 3/8."""
     places, rows, weights = choose(TABLEAUX, method, "Runge-Kutta method") if isinstance(method, str) else method
     for i, j in steps(process, times):
         d, dt = denoise(x, i.t), j.t - i.t
@@ -487,7 +488,7 @@ def rk45(denoise, x, times, process, noise, memory=None, *, rtol=1e-5, atol=1e-5
         yield x
 
 
-# ------------------------------------------------------------------------------------- several calls a step: exponential
+# ------------------------------------------------------------------------------------ several calls a step: exponential
 # The probability-flow ODE is solved exactly but for the output, whose integral over lambda is approximated: eps in
 # DPM-Solver (2206.00927, eq. 3.4), x0 in DPM-Solver++ (2211.01095, eq. 8).
 
@@ -579,9 +580,10 @@ def phi(k, h):
 
 
 def taylor_step(x, i, j, form, outputs, D=((1,),), solver="heun", eta=0.0):
-    """The step i -> j that is exact but for the output (form: "x0" or "eps"), a Taylor polynomial in lambda: 2206.00927,
-    eq. 3.6; 2211.01095, eq. 9; of the SDE with eta 1, section 5 there, without its noise. D: value, slope and curvature at
-    i, each as weights of the outputs. solver: the slope's integral exactly ("heun"), or by the midpoint rule."""
+    """The step i -> j that is exact but for the output (form: "x0" or "eps"), a Taylor polynomial in lambda:
+    2206.00927, eq. 3.6; 2211.01095, eq. 9; of the SDE with eta 1, section 5 there, without its noise. D: value, slope
+    and curvature at i, each as weights of the outputs. solver: the slope's integral exactly ("heun"), or by the
+    midpoint rule."""
     h = j.lam - i.lam
     if form == "x0":
         keep, scale, hh = j.sigma / i.sigma * math.exp(-eta * h), (1 + eta) * j.alpha, -(1 + eta) * h
@@ -593,8 +595,8 @@ def taylor_step(x, i, j, form, outputs, D=((1,),), solver="heun", eta=0.0):
 
 
 def dpm_solver_3_step(denoise, x, i, j, d, process):
-    """One step of DPM-Solver-3, 2206.00927, algorithm 2, r_1 = 1/3, r_2 = 2/3, and that of order 2 with the first two of
-    its three outputs; d = denoise(x, i.t) is known."""
+    """One step of DPM-Solver-3, 2206.00927, algorithm 2, r_1 = 1/3, r_2 = 2/3, and that of order 2 with the first two
+    of its three outputs; d = denoise(x, i.t) is known."""
     h, value = j.lam - i.lam, (1, 0)
     s1, s2 = at(process, lam=i.lam + h / 3), at(process, lam=i.lam + 2 * h / 3)
     u1 = taylor_step(x, i, s1, "eps", [d.eps])
@@ -618,8 +620,9 @@ def dpm3(denoise, x, times, process, noise, memory=None):
 
 
 def singlestep(denoise, x, times, process, noise, memory, order, form, solver, eta=0.0, s_noise=1.0):
-    """DPM-Solver(++) in blocks of `order` grid points, each reached from the block's start with all outputs since. solver:
-    "paper", or diffusers' "midpoint" and "heun", says how the second and third point of a block use their slopes."""
+    """DPM-Solver(++) in blocks of `order` grid points, each reached from the block's start with all outputs since.
+    Options: solver: "paper", or diffusers' "midpoint" and "heun", says how the second and third point use their
+    slopes."""
     memory = {} if memory is None else memory
     block, grid = memory.setdefault("block", []), steps(process, times)
     for n, (i, j) in enumerate(grid):
@@ -653,8 +656,8 @@ def dpm_solver(denoise, x, times, process, noise, memory=None, *, order=3, solve
 
 @with_churn
 def dpmpp_singlestep(denoise, x, times, process, noise, memory=None, *, order=2, solver="paper", eta=0.0, s_noise=1.0):
-    """DPM-Solver++ in blocks of 2 grid points, on x0, 2211.01095, algorithm 1: one network call a point (eta 1: its
-    SDE)."""
+    """DPM-Solver++ in blocks of 2 grid points, on x0, 2211.01095, algorithm 1: one network call a point. Options:
+    eta: 1 for its SDE; solver: see `singlestep`."""
     yield from singlestep(denoise, x, times, process, noise, memory, order, "x0", solver, eta, s_noise)
 
 
@@ -704,7 +707,8 @@ def lms(denoise, x, times, process, noise, memory=None, *, order=4):
 
 @with_churn
 def pndm(denoise, x, times, process, noise, memory=None):
-    """Pseudo numerical methods, 2202.09778, algorithm 2: three steps of Runge-Kutta, then linear multistep of order 4."""
+    """Pseudo numerical methods, 2202.09778, algorithm 2: three steps of Runge-Kutta, then linear multistep of order
+    4."""
     outputs = outputs_of(memory)
     for i, j in steps(process, times):
         d, past = denoise(x, i.t), [e for _, e in outputs]
@@ -794,8 +798,8 @@ def dpmpp_2m(denoise, x, times, process, noise, memory=None, *, solver="midpoint
 
 
 def derivatives(i, outputs):
-    """Of the polynomial in lambda through the outputs at level i and at most two earlier levels, [(level, output), ...]:
-    value, slope and curvature at i, each as weights of the outputs, by divided differences."""
+    """Of the polynomial in lambda through the outputs at level i and at most two earlier levels, [(level, output),
+    ...]: value, slope and curvature at i, each as weights of the outputs, by divided differences."""
     D0, D1, D2 = np.eye(3)[0], np.zeros(3), np.zeros(3)
     if outputs:
         s1 = outputs[0][0].lam
@@ -809,8 +813,8 @@ def derivatives(i, outputs):
 
 @with_churn
 def dpmpp_3m(denoise, x, times, process, noise, memory=None, *, published=False, lower_final=True):
-    """DPM-Solver++(3M), 2211.01095, section 4: x0 a parabola in lambda through three points. published: with half of its
-    curvature, as in published code, which is of order 2 only."""
+    """DPM-Solver++(3M), 2211.01095, section 4: x0 a parabola in lambda through three points. Options: published:
+    with half of its curvature, as in published code, which is of order 2 only."""
     outputs, grid = outputs_of(memory), steps(process, times)
     for n, (i, j) in enumerate(grid):
         d, h = denoise(x, i.t), j.lam - i.lam
@@ -828,7 +832,8 @@ def dpmpp_3m(denoise, x, times, process, noise, memory=None, *, published=False,
 
 @with_churn
 def dpm_solver_3m(denoise, x, times, process, noise, memory=None, *, published=False, lower_final=True):
-    """DPM-Solver multistep, order 3, on eps, 2206.00927: eps a parabola in lambda. published: see dpmpp-3m."""
+    """DPM-Solver multistep, order 3, on eps, 2206.00927: eps a parabola in lambda. Options: published: see
+    `dpmpp_3m`."""
     outputs, grid = outputs_of(memory), steps(process, times)
     for n, (i, j) in enumerate(grid):
         d, h = denoise(x, i.t), j.lam - i.lam
@@ -855,7 +860,8 @@ def dpmpp_2m_sde(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_n
             s, before = outputs[0]
             c = (0.5 if solver == "midpoint" else phi(2, -H) / phi(1, -H)) * h / (i.lam - s.lam)
             D = mix(1 + c, x0, -c, before)
-        x = mix(j.sigma / i.sigma * math.exp(-eta * h), x, -j.alpha * math.expm1(-H), D)
+        keep = j.sigma / i.sigma * math.exp(-eta * h) if j.sigma else 0.0
+        x = mix(keep, x, -j.alpha * math.expm1(-H), D)
         if eta and j.sigma:
             sigma = j.sigma * math.sqrt(-math.expm1(-2 * eta * h))
             x = mix(1, x, s_noise * sigma, fresh(noise, x, i, j))
@@ -865,8 +871,8 @@ def dpmpp_2m_sde(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_n
 
 def dpmpp_3m_sde(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_noise=1.0, published=True,
                  lower_final=False):
-    """SDE-DPM-Solver++(3M), k-diffusion: x0 a parabola in lambda, noise in each step. published: with half of its
-    curvature, as in k-diffusion, which is of order 2 (eta 0)."""
+    """SDE-DPM-Solver++(3M), k-diffusion: x0 a parabola in lambda, and noise in each step. Options: published: with
+    half of its curvature, as there, which is of order 2 only (eta 0)."""
     outputs, grid = outputs_of(memory), steps(process, times)
     for n, (i, j) in enumerate(grid):
         d, h = denoise(x, i.t), j.lam - i.lam
@@ -888,8 +894,8 @@ def dpmpp_3m_sde(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_n
 
 def dpm_solver_2m_sde(denoise, x, times, process, noise, memory=None, *, s_noise=1.0, solver="midpoint",
                       lower_final=True):
-    """SDE-DPM-Solver(2M), 2211.01095, section 5: the SDE with eps, not x0, extrapolated from two points. Not among the
-    names: its noise grows as e^h, so that it diverges in the 20 steps for which one takes a solver."""
+    """SDE-DPM-Solver(2M), 2211.01095, section 5: the SDE with eps, not x0, extrapolated from two points. Not among
+    the names: its noise grows as e^h, so that it diverges in the 20 steps for which one takes a solver."""
     outputs, grid = outputs_of(memory), steps(process, times)
     for n, (i, j) in enumerate(grid, 1):
         d, h = denoise(x, i.t), j.lam - i.lam
@@ -943,7 +949,7 @@ def unified_step(x, i, j, nodes, form, bh):
         k = np.arange(1, len(r) + 1)
         R = np.array(r)[None] ** (k[:, None] - 1)                                         # R_p(h)
         b = [hh * math.factorial(n) * phi(n + 1, hh) / B for n in k]                      # phi_n(h)/B(h)
-        a = [0.5] if len(r) == 1 else np.linalg.solve(R, b)           # with one difference the paper takes 1/2, for any h
+        a = [0.5] if len(r) == 1 else np.linalg.solve(R, b)           # for one difference the paper takes 1/2, any h
         C = [-scale * B * float(a_n) / r_n for a_n, r_n in zip(a, r)]              # of D_n/r_n, D_n = m_n - m
         weights = [weights[0] - sum(C), *C]
     return weighted_sum((keep, *weights), (x, m, *(m_n for _, m_n in differences[:len(weights) - 1])))
@@ -952,8 +958,9 @@ def unified_step(x, i, j, nodes, form, bh):
 @with_churn
 def unipc(denoise, x, times, process, noise, memory=None, *, order=2, bh="bh2", form="x0", corrector=True,
           uncorrected=(), lower_final=True, solver_p: str | None = None):
-    """UniPC, 2302.04867, algorithms 1-2: a multistep predictor of `order`, and a corrector one order higher that costs no
-    network call. uncorrected: steps (from 0) without; solver_p: another sampler as the predictor."""
+    """UniPC, 2302.04867, algorithms 1-2: a multistep predictor, and a corrector one order higher at no network
+    call. Options: order: of the predictor; uncorrected: steps (from 0) without the corrector; solver_p: another
+    sampler as the predictor."""
     memory, grid = {} if memory is None else memory, steps(process, times)
     outputs, done = memory.setdefault("outputs", []), memory.setdefault("done", 0)
     for n, (i, j) in enumerate(grid):
@@ -996,8 +1003,9 @@ def adams_step(x, i, j, nodes, form, tau, z):
 
 def sa_solver(denoise, x, times, process, noise, memory=None, *, order=2, corrector=2, tau=1.0, form="x0",
               lower_final=True, s_noise=1.0):
-    """SA-Solver, 2309.05019, algorithm 1: stochastic Adams predictor and corrector for an SDE whose noise tau is a choice
-    (a number, or a function of t; 0: the ODE). corrector: outputs that it uses, the new one among them; 0: none."""
+    """SA-Solver, 2309.05019, algorithm 1: stochastic Adams predictor and corrector for an SDE of chosen noise.
+    Options: tau: the noise, a number or a function of t, 0 for the ODE; corrector: outputs that it uses, the new
+    one among them, 0 for none."""
     memory, grid = {} if memory is None else memory, steps(process, times)
     outputs = memory.setdefault("outputs", [])
     for n, (i, j) in enumerate(grid):
@@ -1014,7 +1022,7 @@ def sa_solver(denoise, x, times, process, noise, memory=None, *, order=2, correc
         yield x
 
 
-# ------------------------------------------------------------------------------------------------------- SDEs in time
+# --------------------------------------------------------------------------------------------------------- SDEs in time
 
 
 def diffusion_coefficient(process, i, form, norm):
@@ -1032,8 +1040,9 @@ def diffusion_coefficient(process, i, form, norm):
 
 def sit_sde(denoise, x, times, process, noise, memory=None, *, diffusion="sigma", norm=1.0, method="euler",
             last_step="tweedie", s_noise=1.0):
-    """SiT's SDE sampler, 2401.08740: drift velocity - w score, noise sqrt(2 w dt), any diffusion w(t) >= 0. last_step:
-    into the clean image by "mean" (the drift alone), "tweedie" (x0), "ode" (the velocity alone) or "none" (as any)."""
+    """SiT's SDE sampler, 2401.08740: drift velocity - w score, noise sqrt(2 w dt), any diffusion w(t) >= 0.
+    Options: last_step: into the clean image by "mean" (the drift alone), "tweedie" (x0), "ode" (the velocity alone)
+    or "none" (as any)."""
 
     def drift(x, i, score=1.0):                                                           # towards the data
         d = denoise(x, i.t)
@@ -1062,9 +1071,9 @@ def langevin(x, score, z, size):
 
 def pc(denoise, x, times, process, noise, memory=None, *, predictor="reverse", corrector="langevin", corrections=1,
        snr=0.16, probability_flow=False, s_noise=1.0):
-    """Predictor-corrector sampling of the reverse SDE, 2011.13456, algorithms 1-5. predictor: "reverse" (diffusion),
-    "ancestral", "euler" (Euler-Maruyama) or "none", at last without noise; probability_flow: of the ODE. corrector,
-    `corrections` times: "langevin", "ald" or "none"."""
+    """Predictor-corrector sampling of the reverse SDE, 2011.13456, algorithms 1-5. Options: predictor: "reverse"
+    (diffusion), "ancestral", "euler" (Euler-Maruyama) or "none", at last without noise; corrector, `corrections`
+    times: "langevin", "ald" or "none"; probability_flow: of the ODE."""
 
     def score(x, i):
         return -denoise(x, i.t).eps / i.sigma
@@ -1082,15 +1091,16 @@ def pc(denoise, x, times, process, noise, memory=None, *, predictor="reverse", c
             g, z = score(x, i) * (0.5 if probability_flow else 1.0), s_noise * fresh(noise, x, i, j)
             x = (x + g2 * g) / r if predictor == "ancestral" else (2 - r) * x + g2 * g
             if j.t != times[-1] and not probability_flow:
-                x = x + math.sqrt(g2 * (1 - g2 / i.sigma**2 if predictor == "ancestral" and process.exploding else 1)) * z
+                of_posterior = predictor == "ancestral" and process.exploding
+                x = x + math.sqrt(g2 * (1 - g2 / i.sigma**2) if of_posterior else g2) * z
         yield x
 
 
-# ------------------------------------------------------------------------------------------------------- few-step models
+# ------------------------------------------------------------------------------------------------------ few-step models
 
 
 def lcm(denoise, x, times, process, noise, memory=None, *, scaling=10.0, s_noise=1.0):
-    """Latent consistency models, 2310.04378, algorithm 3: x0, mixed with x by the boundary condition, then noise again.
+    """Latent consistency models, 2310.04378, algorithm 3: x0 by the boundary condition, then noise again. Options:
     scaling: of the time in c_skip and c_out."""
     for i, j in steps(process, times):
         x0, t = denoise(x, i.t).x0, scaling * process.network_time(double(i.t)).item()
@@ -1121,20 +1131,23 @@ def tcd(denoise, x, times, process, noise, memory=None, *, eta=0.3, s_noise=1.0)
 
 
 def flow_map(denoise, x, times, process, noise, memory=None):
-    """Flow maps, AnyFlow, 2605.13724: a network of two times gives the mean velocity u from t to r, x_r = x_t + (r - t) u.
-    It is called as model(x, t, y, r=r) and says so by an attribute two_times; any other gives Euler's step."""
+    """Flow maps, AnyFlow, 2605.13724: the mean velocity u from t to r of a network of two times. It is called as
+    model(x, t, y, r=r), and says so by an attribute two_times; with any other this is Euler's step. x_r = x_t + (r
+    - t) u."""
+    two_times = len(inspect.signature(denoise).parameters) > 2
     for i, j in steps(process, times):
-        x = along(x, i, j, process.slope(denoise(x, i.t, j.t)))
+        d = denoise(x, i.t, j.t) if two_times else denoise(x, i.t)
+        x = along(x, i, j, process.slope(d)) if i.c > NO_IMAGE else ddim_step(d, j)
         yield x
 
 
-# -------------------------------------------------------------------------------------------------------- adaptive steps
+# ------------------------------------------------------------------------------------------------------- adaptive steps
 
 
-def dpm_adaptive(denoise, x, times, process, noise, memory=None, *, order=3, rtol=0.05, atol=0.0078, h_init=0.05, eta=0.0,
-                 s_noise=1.0):
-    """DPM-Solver-12 or -23 with a step as long as its error allows, 2206.00927, appendix C, under k-diffusion's control;
-    of `times` only the ends count. Yields after every accepted step."""
+def dpm_adaptive(denoise, x, times, process, noise, memory=None, *, order=3, rtol=0.05, atol=0.0078, h_init=0.05,
+                 eta=0.0, s_noise=1.0):
+    """DPM-Solver-12 or -23 with steps as long as their error allows, 2206.00927, appendix C. The control of the
+    step is k-diffusion's; of `times` only the ends count. Yields after every accepted step."""
     require(order in (2, 3) and rtol > 0 and atol > 0 and h_init > 0,
             f"order {order}, rtol {rtol}, atol {atol}, h_init {h_init}: order is 2 or 3, the others above 0")
     grid = levels(process, times)
@@ -1146,7 +1159,8 @@ def dpm_adaptive(denoise, x, times, process, noise, memory=None, *, order=3, rto
         if down.lam > end.lam:
             down = level(process, j.t, j.alpha, j.alpha * math.exp(-end.lam))
         high, low = adaptive_step(denoise, x, i, down, d, process, order)
-        error = ((low - high) / torch.maximum(low.abs(), before.abs()).mul(rtol).clamp(min=atol)).pow(2).mean().sqrt().item()
+        scale = torch.maximum(low.abs(), before.abs()).mul(rtol).clamp(min=atol)
+        error = ((low - high) / scale).pow(2).mean().sqrt().item()
         factor = 1 + math.atan((error + 1e-8) ** -(1 / (1.5 if eta else order)) - 1)
         h *= factor
         if factor >= 0.81:
@@ -1158,7 +1172,8 @@ def dpm_adaptive(denoise, x, times, process, noise, memory=None, *, order=3, rto
 
 
 def adaptive_step(denoise, x, i, j, d, process, order):
-    """Steps i -> j of two orders, the higher first: DPM-Solver-3 and -2, or -2 and -1. Out of pure noise DDIM's, twice."""
+    """Steps i -> j of two orders, the higher first: DPM-Solver-3 and -2, or -2 and -1. Out of pure noise DDIM's,
+    twice."""
     if i.noise:
         return ddim_step(d, j), ddim_step(d, j)
     if order == 3:
@@ -1172,8 +1187,8 @@ def adaptive_step(denoise, x, i, j, d, process, order):
 
 
 def repaint_walk(n, jump_length, jump_n_sample):
-    """The grid points that RePaint visits, 0 the noisiest and n the image: every `jump_length` steps it goes back up by as
-    many, until it has come down `jump_n_sample` times (2201.09865, appendix B)."""
+    """The grid points that RePaint visits, 0 the noisiest and n the image: every `jump_length` steps it goes back up
+    by as many, until it has come down `jump_n_sample` times (2201.09865, appendix B)."""
     jumps = dict.fromkeys(range(0, n - jump_length, jump_length), jump_n_sample - 1)
     t, walk = n, []
     while t >= 1:
@@ -1190,7 +1205,8 @@ def repaint(denoise, x, times, process, noise, image, mask, *, jump_length=10, j
     """RePaint, 2201.09865, algorithm 1: inpainting by any unconditional model. image (B, C, H, W); mask, 1 where it is
     known, 0 where it is to be painted, of a shape that multiplies it. eta: of the DDIM step (1: DDPM's). Yields after
     every step down; those are more than len(times) - 1."""
-    require(jump_length >= 1 and jump_n_sample >= 1, f"jump_length {jump_length} and jump_n_sample {jump_n_sample}: from 1")
+    require(jump_length >= 1 and jump_n_sample >= 1,
+            f"jump_length {jump_length} and jump_n_sample {jump_n_sample}: both at least 1")
     grid, image, mask = levels(process, times), image.to(x), mask.to(x)
     for a, b in pairwise(repaint_walk(len(grid) - 1, jump_length, jump_n_sample)):
         i, j = grid[a], grid[b]
@@ -1210,11 +1226,11 @@ class Brownian:
     """Noise that is one path of Brownian motion for each image, whatever the number of steps: with more steps a
     stochastic sampler comes closer to one image, instead of drawing another.
 
-    In x/alpha and sigma/alpha a step of the SDE (eta 1) adds to (x/alpha - x0) alpha^2/sigma^2 an independent normal number
-    of variance SNR_j - SNR_i, SNR = (alpha/sigma)^2. So z = (W(SNR_j) - W(SNR_i)) / sqrt(SNR_j - SNR_i), with W(SNR) =
-    B(u)/(1 - u) and B a Brownian bridge on u = SNR/(1 + SNR), which is alpha_bar: it is found by bisection, each midpoint
-    normal given its two neighbours (virtual Brownian tree, 2001.01328, section 4).
-    noise(shape): where its n streams are drawn from; it costs `depth` draws a step."""
+    In x/alpha and sigma/alpha a step of the SDE (eta 1) adds to (x/alpha - x0) alpha^2/sigma^2 an independent normal
+    number of variance SNR_j - SNR_i, SNR = (alpha/sigma)^2. So z = (W(SNR_j) - W(SNR_i)) / sqrt(SNR_j - SNR_i), with
+    W(SNR) = B(u)/(1 - u) and B a Brownian bridge on u = SNR/(1 + SNR), which is alpha_bar: it is found by bisection,
+    each midpoint normal given its two neighbours (virtual Brownian tree, 2001.01328, section 4). noise(shape): where
+    its n streams are drawn from; it costs `depth` draws a step."""
 
     def __init__(self, noise, n, depth=32):
         keys = noise((n, 2))
@@ -1313,16 +1329,18 @@ def options_of(entry):
 
 def draw(process, denoise, x, *, sampler="dpmpp-2m", steps=30, grid=None, times=None, sigmas=None, last="clean",
          lambda_min=None, image=None, strength=0.6, mask=None, brownian=False, noise=torch.randn, **options):
-    """Walks from standard normal x (B, C, H, W) to images, without gradients: yields x after each step, float32 at least.
+    """Walks from standard normal x (B, C, H, W) to images, without gradients: yields x after each step, float32 at
+    least.
 
-    sampler: an entry of `SAMPLERS`, options: its own. The grid: see `grid_times` (grid, last, lambda_min), or a list of
-    times or of noise levels. image: begin at this image with noise instead (SDEdit, 2108.01073), with the last share
-    `strength` of the steps; and mask: keep it where the mask is 1, paint the rest by `repaint`, whose options are then
-    taken. brownian: noise that is the same path for any number of steps. Raises ValueError for what it cannot do."""
+    sampler: an entry of `SAMPLERS`, options: its own. The grid: see `grid_times` (grid, last, lambda_min), or a list
+    of times or of noise levels. image: begin at this image with noise instead (SDEdit, 2108.01073), with the last
+    share `strength` of the steps; and mask: keep it where the mask is 1, paint the rest by `repaint`, whose options
+    are then taken. brownian: noise that is the same path for any number of steps. Raises ValueError for what it
+    cannot do."""
     walk = repaint if mask is not None else choose(SAMPLERS, sampler, "sampler")
     known = options_of(walk)
-    require(set(options) <= set(known), f"the sampler has no option {', '.join(sorted(set(options) - set(known)))}: it has "
-            f"{', '.join(known) or 'none'}")
+    unknown = ", ".join(sorted(set(options) - set(known)))
+    require(not unknown, f"the sampler has no option {unknown}: it has {', '.join(known) or 'none'}")
     if times is None and sigmas is None:
         times = times_of(process, steps, walk, grid, last, lambda_min)
     else:
@@ -1331,7 +1349,7 @@ def draw(process, denoise, x, *, sampler="dpmpp-2m", steps=30, grid=None, times=
     if mask is not None:
         options |= {"image": image, "mask": mask}
     elif image is not None:
-        require(0 < strength <= 1, f"strength {strength}: the share of the steps that are walked, above 0 and at most 1")
+        require(0 < strength <= 1, f"strength {strength}: the share of the steps to walk, above 0 and at most 1")
         times = times[-1 - max(1, round(strength * (len(times) - 1))):]
         x = process.noised(image.to(x), x, times[0].item())
     if process.exploding and (image is None or mask is not None) and walk is not ddim_inversion:
@@ -1340,9 +1358,10 @@ def draw(process, denoise, x, *, sampler="dpmpp-2m", steps=30, grid=None, times=
         yield from walk(denoise, x, times, process, noise, **options)
 
 
-# On a chain these walk the process's own grid, improved DDPM's, which ends with a long step in lambda from t = T/n to 0.
-# Over that no solver can extrapolate: the others begin at the noisiest step and end at T/n (trailing), and leave out the
-# steps of the cosine table above sigma/alpha = e^5.1, as DPM-Solver does. docs/samplers.md has the experiment.
+# On a chain these walk the process's own grid, improved DDPM's, which ends with a long step in lambda from t = T/n to
+# 0. Over that no solver can extrapolate: the others begin at the noisiest step and end at T/n (trailing), and leave
+# out the steps of the cosine table above sigma/alpha = e^5.1, as DPM-Solver does. docs/samplers.md has the
+# experiment.
 FIRST_ORDER = (ddpm, ddim, ddim_inversion, euler, euler_ancestral, flow_ancestral, repaint)
 
 
@@ -1359,8 +1378,8 @@ def generate(process, model, x, y=None, null=None, *, guidance=1.0, guide_channe
     """Sample: images after each step, from standard normal x, by model(x, t, y).
 
     y, null: the condition and the null condition that guidance moves away from (both as the model takes them); weak:
-    another objective (process and model) to move away from instead (autoguidance, 2406.02507). guidance, rule, interval,
-    power, guide_channels, clip, quantile, largest: see `guidance.compose`. drawing: see `draw`."""
+    another objective (process and model) to move away from instead (autoguidance, 2406.02507). guidance, rule,
+    interval, power, guide_channels, clip, quantile, largest: see `guidance.compose`. drawing: see `draw`."""
     denoise, other = process.denoiser(model, y), None
     if guidance != 1 and weak is not None:
         other = weak.process.denoiser(weak.model, y)

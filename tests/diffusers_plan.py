@@ -1,5 +1,5 @@
-"""A scheduler class of diffusers, with its options, in our terms: a process, times, a sampler and its options. What only
-that library does, and nobody would choose, is here or in `golden_diffusers.py`, each with a sentence."""
+"""A scheduler class of diffusers, with its options, in our terms: a process, times, a sampler and its options. What
+only that library does, and nobody would choose, is here or in `golden_diffusers.py`, each with a sentence."""
 
 import math
 from functools import partial
@@ -82,8 +82,8 @@ PREDICTION = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_predi
 
 
 def plan_of(name, init, given, step):
-    """What a class with its options is: process, times, sampler, options, and told(t), the time that it tells the network.
-    Raises NotImplementedError, with their names, for what nothing here understands."""
+    """What a class with its options is: process, times, sampler, options, and told(t), the time that it tells the
+    network. Raises NotImplementedError, with their names, for what nothing here understands."""
     if name not in CLASSES:
         raise NotImplementedError(f"scheduler class {name}")
     family, sampler, defaults = CLASSES[name]
@@ -99,12 +99,12 @@ def plan_of(name, init, given, step):
     return plan
 
 
-# ----------------------------------------------------------------------------------------------- tables and their spacing
+# --------------------------------------------------------------------------------------------- tables and their spacing
 
 
 def table(c, last=None):
-    """The library's table as betas: its own is a product in float32, which moves sigma near t = 0 by up to 3e-4. last: what
-    Euler, DPM and UniPC put for the last alpha_bar of a table with zero terminal SNR."""
+    """The library's table as betas: its own is a product in float32, which moves sigma near t = 0 by up to 3e-4.
+    last: what Euler, DPM and UniPC put for the last alpha_bar of a table with zero terminal SNR."""
     T, start, end = c.num_train_timesteps, c.beta_start, c.beta_end
     if c.trained_betas is not None:
         betas = torch.tensor(c.trained_betas, dtype=torch.float64)
@@ -319,7 +319,7 @@ FAMILIES = {"table": of_table, "ipndm": of_ipndm, "distilled": of_distilled, "de
             "scm": of_scm}
 
 
-# ------------------------------------------------------------------------------------------------- options of the solvers
+# ----------------------------------------------------------------------------------------------- options of the solvers
 
 
 def of_multistep(plan, c):

@@ -68,8 +68,9 @@ def in_pairs(plan, denoise, x, noise):
 
 
 def pndm(plan, denoise, x, noise):
-    """The network is told the listed times, whereas states lie at t - T//n, and half-way at two different places where T//n
-    is odd; a step into the clean image is of full order; and v is read at the step's beginning, wherever it comes from."""
+    """The network is told the listed times, whereas states lie at t - T//n, and half-way at two different places
+    where T//n is odd; a step into the clean image is of full order; and v is read at the step's beginning, wherever
+    it comes from."""
     process, first, outputs, times = plan.process, plan.sampler == "plms", [], plan.times.tolist()
     for n, ((t, s), follows) in enumerate(zip(plan.pairs, times[1:])):
         stride, walk = int(times[0] - plan.pairs[0][1]), "ipndm"
@@ -103,8 +104,8 @@ def as_eps(plan, m, t, x):
 
 
 def churned(plan, denoise, x, noise):
-    """The library's churn asks the network before it adds the noise, and uses that output after; it draws noise only where
-    it adds some. In x/alpha, with a sigma_hat that no table bounds."""
+    """The library's churn asks the network before it adds the noise, and uses that output after; it draws noise only
+    where it adds some. In x/alpha, with a sigma_hat that no table bounds."""
     table, grid, o = plan.process, plan.process.p(plan.times).tolist(), plan.options
     ve = D.EDM("eps", sigma_min=1e-9, sigma_max=1e9)
     alpha = (lambda s: 1.0) if plan.family == "edm" else (lambda s: (1 + s * s) ** -0.5)

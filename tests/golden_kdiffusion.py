@@ -34,8 +34,8 @@ def fast_blocks(high, low, n):
 
 
 def fast(denoise, x, times, process, noise, n, eta=0.0):
-    """dpm_fast: DPM-Solver in blocks; with noise each goes down to the level below its end (never below the last level),
-    then up. That level and the block's length are found in float32 there, where they cancel."""
+    """dpm_fast: DPM-Solver in blocks; with noise each goes down to the level below its end (never below the last
+    level), then up. That level and the block's length are found in float32 there, where they cancel."""
     for size, a, b in fast_blocks(*times.tolist(), n):
         i, j = (S.at(process, lam=-v) for v in (a, b))
         high, low = torch.tensor([a, b]).exp()

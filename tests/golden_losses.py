@@ -77,8 +77,8 @@ def loss_sit(report):
 
 
 def preconditioned():
-    """EDM's four preconditionings of table 1 as our processes, each with F behind what undoes the time and the scale that
-    our process tells a network: {name: (process, network)}."""
+    """EDM's four preconditionings of table 1 as our processes, each with F behind what undoes the time and the scale
+    that our process tells a network: {name: (process, network)}."""
     F = lambda z, c: torch.sin(z) + 0.1 * c.view(-1, 1, 1, 1)
     vp, ve = D.VP("eps"), D.VE("score", sigma_min=1e-4, sigma_max=100.0)
     iddpm = D.Discrete(D.cosine_betas(), "eps", learned_variance=True)

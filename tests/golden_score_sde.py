@@ -66,8 +66,8 @@ def compare(report, name, kind, N, tol, predictor="reverse_diffusion", corrector
 
 
 def rescaled(process, steps, draw, corrections):
-    """Noise whose every (corrections + 1)th draw is that of the predictor, with sigma of the kernel's N levels and not of
-    the step's time."""
+    """Noise whose every (corrections + 1)th draw is that of the predictor, with sigma of the kernel's N levels and
+    not of the step's time."""
     calls = iter(range(10**6))
 
     def noise(shape):

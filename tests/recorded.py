@@ -18,7 +18,8 @@ class Report:
         self.case, self.left, self.bad = case, set(case.outputs), []
 
     def same(self, key, ours, tol=1e-5, scale=None, select=None):
-        """|ours - recorded| <= tol (1 + |recorded|), or tol * scale where a scale is given; select picks recorded rows."""
+        """|ours - recorded| <= tol (1 + |recorded|), or tol * scale where a scale is given; select picks recorded
+        rows."""
         self.left.discard(key)
         ref = self.case.outputs[key].double()
         ref = ref if select is None else select(ref)
@@ -44,7 +45,8 @@ class Report:
 
 
 class Mixture:
-    """The analytic denoiser of the case files: data is a mixture of isotropic Gaussians, so E[x0 | xt] is closed form."""
+    """The analytic denoiser of the case files: data is a mixture of isotropic Gaussians, so E[x0 | xt] is closed
+    form."""
 
     def __init__(self, inputs, rows=None):
         pick = lambda v: v.double() if rows is None else v.double()[rows]
@@ -94,7 +96,8 @@ class Watched:
 
 
 def pool(case, used=None, scale=1.0):
-    """noise(shape): the first `used` recorded tensors, in order, then zeros (a last draw of ours that comes to nothing)."""
+    """noise(shape): the first `used` recorded tensors, in order, then zeros (a last draw of ours that comes to
+    nothing)."""
     rest = iter(case.inputs["noise"].double()[:used] * scale)
     return lambda shape: next(rest, torch.zeros(())).expand(shape)
 
