@@ -1,6 +1,6 @@
 """Datasets: images in memory (or in a memory-mapped file), batches as a pure function of (seed, step).
 
-    data = load("shapes", image_size=32)                      # or cifar10, cifar100, imagenet64, folder
+    data = load("shapes", size=32)                            # or cifar10, cifar100, imagenet64, folder
     indices, flips = data.plan(step=0, batch=128, seed=0)     # which images, mirrored or not
     x, y = data.gather(indices, flips)                        # (B, C, H, W) float32 in [-1, 1], (B,) int64
 
@@ -15,6 +15,7 @@ cifar100; imagenet64; folder (your own images); load.
 import difflib
 import hashlib
 import http.client
+import inspect
 import io
 import json
 import math
@@ -25,6 +26,8 @@ import tarfile
 import urllib.request
 import warnings
 import zipfile
+import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,18 +38,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from layers import Text, pair
-
-DATASETS = {
-    "shapes": "drawn here, no download: 8 shapes with captions, any size, 20,000 train + 5,000 test",
-    "moving-shapes": "drawn here: clips of 6 frames with captions, 6 movements, any size, 4,096 train + 512 test",
-    "turntable": "drawn here: 6 views around solids with captions, 6 solids, any size, 4,096 train + 512 test",
-    "tones": "played here: 1 s melodies with captions as spectrograms, 6 melodies, 4,096 train + 512 test",
-    "cifar10": "32x32 photographs, 10 classes, 50,000 train + 10,000 test; downloads itself (170 MB)",
-    "cifar100": "32x32 photographs, 100 classes, 50,000 train + 10,000 test; downloads itself (169 MB)",
-    "imagenet64": "64x64 photographs, 1000 classes, 1.28 M train + 50,000 test; bring train_data_batch_*.npz",
-    "folder": "your own PNG, JPEG, WebP, BMP images; sub-folders are classes, x.txt (or x.npz) is the text of x.jpg",
-}
-
 
 # ---- Dataset -----------------------------------------------------------------------------------------------
 
@@ -69,8 +60,28 @@ class Dataset:
     budget: int = 0                      # of images of mixed sizes: at most budget x budget pixels
     _orders: dict = field(default_factory=dict, repr=False)
 
+    def __post_init__(self):
+        self.labels = torch.as_tensor(self.labels)
+
     def __len__(self):
         return len(self.labels)
+
+    def to(self, device):
+        """The same, with its images and labels on the device; a memory-mapped file stays where it is."""
+        self.device, self.labels = device, self.labels.to(device)
+        if isinstance(self.images, list):
+            self.images = [image.to(device) for image in self.images]
+        elif not isinstance(self.images, np.memmap):
+            self.images = self.images.to(device)
+        return self
+
+    def checksum(self):
+        """A number that tells this content from another of equal size: CRC-32 of all labels and of up to 256 images
+        spread over the set."""
+        crc = zlib.crc32(self.labels.cpu().numpy().tobytes())
+        for i in range(0, len(self.images), max(1, len(self.images) // 256)):
+            crc = zlib.crc32(torch.as_tensor(self.images[i]).cpu().numpy().tobytes(), crc)
+        return crc
 
     @property
     def shape(self):
@@ -195,15 +206,25 @@ def read_embeddings(paths, length):
     rows = []
     for path in paths:
         with _blame(path, "it must hold `caption_feature` (L, D) and, optionally, `attention_mask` (L,)"):
-            with np.load(path) as file:
-                tokens = file["caption_feature"]
+            with zipfile.ZipFile(path) as archive:
+                tokens = _small_array(archive, "caption_feature")
                 tokens = torch.from_numpy(tokens.reshape(-1, tokens.shape[-1]).astype(np.float32))
-                mask = file["attention_mask"].reshape(-1) != 0 if "attention_mask" in file else np.ones(len(tokens))
+                mask = np.ones(len(tokens))
+                if "attention_mask.npy" in archive.namelist():
+                    mask = _small_array(archive, "attention_mask").reshape(-1) != 0
             if len(mask) != len(tokens) or not mask[:length].any():
                 raise ValueError(f"its mask of {len(mask)} does not fit its {len(tokens)} tokens, or it has no token")
             rows.append((tokens[:length], torch.from_numpy(mask[:length]).bool()))
     pad = torch.nn.utils.rnn.pad_sequence
     return Text(pad([tokens for tokens, _ in rows], True), pad([mask for _, mask in rows], True))
+
+
+def _small_array(archive, name):
+    """An array of numbers inside an npz, of at most 16 MB."""
+    stream, shape, dtype = _open_array(archive, name)
+    if dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize > 2**24:
+        raise ValueError(f"`{name}` is {dtype} {shape}, not real numbers of at most 16 MB")
+    return np.frombuffer(stream.read(), dtype).reshape(shape)
 
 
 # ---- sizes that keep aspect ratios ------------------------------------------------------------------------
@@ -359,9 +380,23 @@ def caption(label, attributes):
     return f"a {SIZES[size]} {list(COLOURS)[colour]} {SHAPES[label]} on {list(GROUNDS)[ground]}"
 
 
-def _load_shapes(split, size):
+def shapes(data_dir, split, stride=1, *, size: int | tuple = 16, flip=False, aspect="square"):
+    """Drawn here, no download: 8 shapes with captions, any size, 20,000 train + 5,000 test.
+
+    size: a side, or (H, W). aspect: "square"; "keep": images of all ratios, of at most size x size pixels, sides
+    multiples of the stride (FiT); "mixed": half of the draws of large images are squares (FiTv2).
+    """
+    _check("aspect", aspect, ("square", "keep", "mixed"))
+    if aspect == "square":
+        images, labels, captions = _shapes(split, size)
+        return Dataset(torch.from_numpy(images), labels, list(SHAPES), captions, flip)
+    images, labels, captions = _mixed_shapes(split, size, stride, aspect == "mixed")
+    return Dataset(images, labels, list(SHAPES), captions, flip, budget=size)
+
+
+def _shapes(split, size):
     images, labels, attributes = render(SPLITS[split], size)
-    return images, labels, list(SHAPES), [caption(*row) for row in zip(labels, attributes, strict=True)]
+    return images, labels, [caption(*row) for row in zip(labels, attributes, strict=True)]
 
 
 def native_size(index, size):
@@ -372,15 +407,15 @@ def native_size(index, size):
     return round(side * root), round(side / root)
 
 
-def _load_mixed_shapes(split, size, stride, squares):
-    """The shapes as a list of images of many sizes; with squares also each as a square. Else as `_load_shapes`."""
+def _mixed_shapes(split, size, stride, squares):
+    """The shapes as a list of images of many sizes; with squares also each as a square. Else as `_shapes`."""
     numbers, by_size, images = SPLITS[split], {}, [None] * len(SPLITS[split])
     for place, i in enumerate(numbers):
         by_size.setdefault(fit_size(*native_size(i, size), size, stride), []).append(place)
     for (w, h), places in by_size.items():
         for place, image in zip(places, render(np.array(numbers)[places], (h, w))[0]):
             images[place] = torch.from_numpy(image)
-    square, *rest = _load_shapes(split, size // stride * stride)
+    square, *rest = _shapes(split, size // stride * stride)
     return images + [torch.from_numpy(image) for image in square] * squares, *rest
 
 
@@ -557,8 +592,24 @@ def play(indices, steps):
     return ((images + 1) * 127.5 + 0.5).to(torch.uint8).numpy(), label.astype(np.int64), captions
 
 
-MADE = {"moving-shapes": (render_clips, MOVEMENTS, 16), "turntable": (render_views, list(SOLIDS), 16),
-        "tones": (play, list(MELODIES), 64)}
+def moving_shapes(data_dir, split, *, size=16, flip=False):
+    """Drawn here: clips of 6 frames with captions, 6 movements, any size, 4,096 train + 512 test."""
+    images, labels, captions = render_clips(np.array(FEW[split]), size)
+    return Dataset(torch.from_numpy(images), labels, MOVEMENTS, captions, flip)
+
+
+def turntable(data_dir, split, *, size=16, flip=False):
+    """Drawn here: 6 views around solids with captions, 6 solids, any size, 4,096 train + 512 test."""
+    images, labels, captions = render_views(np.array(FEW[split]), size)
+    return Dataset(torch.from_numpy(images), labels, list(SOLIDS), captions, flip)
+
+
+def tones(data_dir, split, *, size=64, flip=False):
+    """Played here: 1 s melodies with captions as spectrograms, 6 melodies, 4,096 train + 512 test.
+
+    size: the length in time steps."""
+    images, labels, captions = play(np.array(FEW[split]), size)
+    return Dataset(torch.from_numpy(images), labels, list(MELODIES), captions, flip)
 
 
 # ---- cifar10, cifar100: the original python archives -------------------------------------------------------
@@ -663,7 +714,21 @@ def _cifar_files(spec, root, wanted, download):
     return {archive / name: found[name] for name in wanted}
 
 
-def _load_cifar(name, root, split, size, download):
+def cifar10(data_dir, split, *, size=32, flip=True, download=True):
+    """32x32 photographs, 10 classes, 50,000 train + 10,000 test; downloads itself (170 MB).
+
+    size: 32, or a divisor of it: blocks of pixels are averaged. download: fetch it if it is not in data_dir."""
+    return _load_cifar("cifar10", data_dir, split, size, flip, download)
+
+
+def cifar100(data_dir, split, *, size=32, flip=True, download=True):
+    """32x32 photographs, 100 classes, 50,000 train + 10,000 test; downloads itself (169 MB).
+
+    Options as of `cifar10`."""
+    return _load_cifar("cifar100", data_dir, split, size, flip, download)
+
+
+def _load_cifar(name, root, split, size, flip, download):
     spec = CIFAR[name]
     images, labels = [], []
     for path, raw in _cifar_files(spec, root, [spec["meta"], *spec[split]], download).items():
@@ -680,7 +745,7 @@ def _load_cifar(name, root, split, size, download):
                 raise ValueError(f"its labels are not {len(x)} whole numbers from 0 to {len(classes) - 1}")
         images.append(shrink(x.reshape(-1, 3, 32, 32), size, name))
         labels += y
-    return np.concatenate(images), np.array(labels), classes, None
+    return Dataset(torch.from_numpy(np.concatenate(images)), np.array(labels), classes, flip=flip)
 
 
 def shrink(images, size, name):
@@ -703,9 +768,9 @@ def _open_array(archive, name):
     """An array inside an npz, its header checked before any of it is unpacked: (stream, shape, dtype)."""
     info = archive.getinfo(f"{name}.npy")
     stream = archive.open(info)
-    old = np.lib.format.read_magic(stream) == (1, 0)
-    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
+    if np.lib.format.read_magic(stream) != (1, 0):               # only version 1 bounds its header, to 64 kB
+        raise ValueError(f"`{name}` has a header of another version than 1.0")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     stored = info.file_size - stream.tell()
     if fortran or math.prod(shape) * dtype.itemsize != stored:
         raise ValueError(f"its header promises {dtype} {shape} as `{name}`, but {stored:,} bytes follow")
@@ -750,6 +815,15 @@ def _convert(sources, keep, size, file):
             bar.update(len(images))
 
 
+def imagenet64(data_dir, split, *, size=64, flip=True):
+    """64x64 photographs, 1000 classes, 1.28 M train + 50,000 test; bring train_data_batch_*.npz.
+
+    size: 64, or a divisor of it. The npz files of image-net.org's download page are converted once, into a file that is
+    then memory-mapped. Without val_data.npz a twentieth is held out as the test split."""
+    images, labels, classes = _load_imagenet64(data_dir, split, size)
+    return Dataset(images, labels, [str(k) for k in range(classes)], flip=flip)
+
+
 def _load_imagenet64(root, split, size):
     root = root / "imagenet64" if (root / "imagenet64").is_dir() else root
     train = sorted(root.glob("train_data_batch_*.npz"), key=lambda path: (len(path.name), path.name))
@@ -783,13 +857,14 @@ def _load_imagenet64(root, split, size):
                 path.unlink(missing_ok=True)
     with _blame(made[0], "delete it, and it is converted again"):
         images, labels = np.load(made[0], mmap_mode="r"), np.load(made[1])
-    return images, labels, [str(k) for k in range(note["classes"])], None
+    return images, labels, note["classes"]
 
 
 # ---- folder: your own images -------------------------------------------------------------------------------
 
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+BESIDE = {".txt", ".npz", ".json"}  # what may lie beside the images
 MAX_PIXELS = 64_000_000             # a file of 20 kB can claim to be an image that fills the memory
 
 
@@ -826,9 +901,29 @@ def read_image(path, size):
 
 
 def _list_images(root):
-    """The image files below a folder in sorted order, without hidden ones."""
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES
-                  and not any(part.startswith(".") for part in path.relative_to(root).parts))
+    """The image files below a folder in sorted order, without hidden ones; links to folders are followed. What is left
+    out is said: other kinds of files by a warning, a folder that cannot be read by OSError."""
+    found, ignored, seen = [], Counter(), set()
+
+    def refuse(error):
+        raise OSError(f"{error.filename} cannot be read ({error.strerror}): allow it, or move it out of the way")
+
+    for here, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(here)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if real in seen:                             # a link that leads back
+            folders[:] = []
+            continue
+        seen.add(real)
+        for path in (Path(here) / name for name in names if not name.startswith(".")):
+            if path.suffix.lower() in SUFFIXES and path.is_file():           # a pipe, say, would never end
+                found.append(path)
+            elif path.suffix.lower() not in BESIDE:
+                ignored[path.suffix.lower() or "no suffix"] += 1
+    if ignored:
+        kinds = ", ".join(f"{count} of {suffix}" for suffix, count in ignored.most_common(5))
+        warnings.warn(f"{root}: files that are no PNG, JPEG, WebP or BMP are left out: {kinds}", stacklevel=4)
+    return sorted(found)
 
 
 def _list_folder(root, split):
@@ -858,63 +953,87 @@ def _list_folder(root, split):
     return files, np.array(labels), classes
 
 
-def _load_folder(root, split, size, bad_images, stride=None, aspect="square"):
-    """aspect "crop": a list of `fitting_crop`; "keep" or "mixed": images keep their ratios and come as a list, without
-    those of fewer than 16 patches of the stride; "mixed": each a second time as a square, if both its sides exceed the
-    size. FiTv2, 2410.13925, section 3.3."""
-    files, labels, classes = _list_folder(root, split)
-    images, good, bad, again = [], [], [], []
-    mixed, squares = aspect != "square", aspect == "mixed"
-    images = [] if mixed else np.empty((len(files), 3, size, size), np.uint8)
-    for i, path in enumerate(tqdm(files, desc=f"reading {root}", unit=" images", delay=2, leave=False)):
+def folder(data_dir, split, stride=1, *, size=64, flip=True, aspect="square", bad_images="error"):
+    """Your own PNG, JPEG, WebP, BMP images; sub-folders are classes, x.txt (or x.npz) is the text of x.jpg.
+
+    aspect: "square": short side fitted, centre crop; "keep" or "mixed": images keep their ratios, without those of
+    fewer than 16 patches of the stride; "mixed": each a second time as a square, if both its sides exceed the size
+    (FiTv2, 2410.13925, section 3.3); "crop": each cut to one of the four sizes of as many patches that lose least of it
+    (Lumina-T2X). bad_images: "error", or "skip" to leave out files that cannot be read, with a warning. A tenth is held
+    out as the test split, unless there are folders train and test.
+    """
+    _check("aspect", aspect, ("square", "keep", "mixed", "crop"))
+    _check("bad_images", bad_images, ("error", "skip"))
+    files, labels, classes = _list_folder(data_dir, split)
+    images, again, good, bad = [], [], [], []
+    for i, path in enumerate(tqdm(files, desc=f"reading {data_dir}", unit=" images", delay=2, leave=False)):
         try:
-            picture = open_image(path)
-            if aspect == "crop":
-                images.append(torch.from_numpy(fitting_crop(picture, size, stride, np.random.default_rng(i))))
-            elif mixed:
-                w, h = fit_size(*picture.size, size, stride)
-                if w * h < 16 * stride**2:
-                    continue
-                whole = np.array(picture.resize((w, h), Image.BICUBIC)).transpose(2, 0, 1)
-                large = squares and min(picture.size) > size
-                again.append(torch.from_numpy(cropped(picture, size // stride * stride).copy() if large else whole))
-                images.append(torch.from_numpy(whole))
-            else:
-                images[len(good)] = cropped(picture, size)
-            good.append(i)
+            pixels, square = _fitted(open_image(path), size, stride, aspect, i)
         except Exception as error:                   # decoders raise nearly every type there is
             reason = "not a PNG, JPEG, WebP or BMP" if isinstance(error, UnidentifiedImageError) else error
-            bad.append(f"{path.relative_to(root)} ({reason})")
-    if bad:
-        report = f"{len(bad)} of {len(files)} images in {root} cannot be read: {', '.join(bad[:5])}"
-        report += ", ..." if len(bad) > 5 else ""
-        if bad_images == "error" or not good:
-            raise ValueError(f'{report}; remove them, or skip them with bad_images="skip"')
-        warnings.warn(f"{report}; skipped", stacklevel=3)
+            bad.append(f"{path.relative_to(data_dir)} ({reason})")
+            continue
+        if pixels is not None:
+            images.append(torch.from_numpy(pixels))
+            again.append(torch.from_numpy(square))
+            good.append(i)
+    _report(bad, files, data_dir, stop=bad_images == "error" or not good)
     beside = [files[i].with_suffix(".txt") for i in good]
     captions = [path.read_text("utf-8", "replace").strip() if path.exists() else "" for path in beside]
-    images = images[:len(good)] + again * squares if mixed else images[:len(good)]
-    return images, labels[good], classes, captions if any(captions) else None, [files[i] for i in good]
+    images = torch.stack(images) if aspect == "square" else images + again if aspect == "mixed" else images
+    return Dataset(images, labels[good], classes, captions if any(captions) else None, flip,
+                   files=[files[i] for i in good], budget=0 if aspect == "square" else size)
+
+
+def _fitted(picture, size, stride, aspect, index):
+    """A picture as `folder` wants it by its aspect: uint8 (3, H, W), and again as a square if it is large. None for one
+    of too few patches."""
+    if aspect == "crop":
+        pixels = fitting_crop(picture, size, stride, np.random.default_rng(index))
+        return pixels, pixels
+    if aspect == "square":
+        pixels = cropped(picture, size).copy()
+        return pixels, pixels
+    w, h = fit_size(*picture.size, size, stride)
+    if w * h < 16 * stride**2:
+        return None, None
+    pixels = np.array(picture.resize((w, h), Image.BICUBIC)).transpose(2, 0, 1)
+    large = min(picture.size) > size
+    return pixels, cropped(picture, size // stride * stride).copy() if large else pixels
+
+
+def _report(bad, files, root, stop):
+    """Stop, or warn, because of images that cannot be read."""
+    if not bad:
+        return
+    report = f"{len(bad)} of {len(files)} images in {root} cannot be read: {', '.join(bad[:5])}"
+    report += ", ..." if len(bad) > 5 else ""
+    if stop:
+        raise ValueError(f"{report}; remove them, or skip them with bad_images=skip")
+    warnings.warn(f"{report}; skipped", stacklevel=3)
 
 
 # ---- load --------------------------------------------------------------------------------------------------
 
+# name -> loader(data_dir, split, [stride,] *, options) -> Dataset. Its options' defaults are the data set's own: its
+# size, and whether mirror images are natural. The first sentence of its docstring is its line in `train.py --list`.
+DATASETS = {"shapes": shapes, "moving-shapes": moving_shapes, "turntable": turntable, "tones": tones,
+            "cifar10": cifar10, "cifar100": cifar100, "imagenet64": imagenet64, "folder": folder}
 
-def load(name, data_dir="data", image_size=None, split="train", device="cpu", flip=None, download=True,
-         bad_images="error", aspect="square", stride=1):
+
+def _check(what, value, choices):
+    if value not in choices:
+        raise ValueError(f"{what} {value!r} is neither {' nor '.join(choices)}")
+
+
+def load(name, data_dir="data", split="train", device="cpu", stride=1, **options):
     """A Dataset by name (the names are in DATASETS).
 
     data_dir    where its files are, or are downloaded to; for `folder`, the folder of images itself
-    image_size  side in pixels, for tones the length in time steps; None: 16 for shapes, moving-shapes and turntable, 32
-                for cifar, else 64. cifar and imagenet64 can shrink
     split       "train" or "test"; where no test split is on disk, a fixed part of the images is held out
-                (folder: a tenth; imagenet64: a twentieth, unless there is val_data.npz)
-    flip        mirror half of the images in training batches; None: yes for photographs, no for shapes
-    aspect      of shapes and folder: "square"; "keep": images of all ratios, of at most image_size^2 pixels, sides
-                multiples of the stride (FiT); "mixed": half of the draws of large images are squares (FiTv2);
-                "crop", of folder: each cut to one of the sizes of as many patches that fit it best (Lumina)
-    stride      the patch size of the model
-    bad_images  "error", or "skip" to leave out files of a folder that cannot be read, with a warning
+    stride      the patch size of the model, of which the sides of images of mixed sizes are multiples
+    options     of the loader: size, the side in pixels (of tones: the length in time steps); flip, mirror half of the
+                images in training batches; and what else its signature says
 
     Raises ValueError or FileNotFoundError with a sentence: what is wrong, where, what to do. The first call
     may download or convert: of several processes, let one call it before the others.
@@ -922,39 +1041,14 @@ def load(name, data_dir="data", image_size=None, split="train", device="cpu", fl
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.4) or DATASETS
         raise ValueError(f"there is no dataset called {name!r}: did you mean {' or '.join(near)}?")
-    for value, choices in ((split, ("train", "test")), (bad_images, ("error", "skip")),
-                           (aspect, ("square", "keep", "mixed", "crop"))):
-        if value not in choices:
-            raise ValueError(f"{value!r} is neither {' nor '.join(choices)}")
-    mixed = aspect != "square"
-    able = ["folder"] if aspect == "crop" else ["shapes", "folder"]
-    if mixed and name not in able:
-        raise ValueError(f"aspect {aspect!r} is for {' and '.join(able)}: the images of {name} have one size, or are "
-                         "drawn in theirs")
-    size = image_size if image_size is not None else {
-        "shapes": 16, "imagenet64": 64, "folder": 64}.get(name, MADE[name][2] if name in MADE else 32)
-    sides = size if isinstance(size, (tuple, list)) and name == "shapes" and not mixed else (size,)       # (H, W)
-    if not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise ValueError(f"image_size is {size!r}: choose a whole number of pixels, such as 32")
-    root = Path(data_dir).expanduser()
-    files = None
-    if name == "shapes":
-        images, labels, classes, captions = (_load_mixed_shapes(split, size, stride, aspect == "mixed") if mixed else
-                                             _load_shapes(split, size))
-    elif name in MADE:
-        make, classes, _ = MADE[name]
-        images, labels, captions = make(np.array(FEW[split]), size)
-    elif name == "imagenet64":
-        images, labels, classes, captions = _load_imagenet64(root, split, size)
-    elif name == "folder":
-        images, labels, classes, captions, files = _load_folder(
-            root, split, size, bad_images, stride, aspect)
-    else:
-        images, labels, classes, captions = _load_cifar(name, root, split, size, download)
-    if isinstance(images, list):
-        images = [image.to(device) for image in images]
-    elif not isinstance(images, np.memmap):
-        images = torch.from_numpy(images).to(device)
-    flip = name != "shapes" and name not in MADE if flip is None else flip
-    return Dataset(images, torch.from_numpy(labels).to(device), classes, captions, flip, device, files,
-                   budget=size if mixed else 0)
+    _check("split", split, ("train", "test"))
+    known = inspect.signature(DATASETS[name]).parameters
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"{name} has no option {unknown[0]!r}: choose from "
+                         f"{', '.join(k for k, p in known.items() if p.kind is p.KEYWORD_ONLY)}")
+    size = options.get("size", 1)
+    sides = size if isinstance(size, (tuple, list)) and name == "shapes" else (size,)                 # (H, W)
+    if not all(isinstance(side, int) and 1 <= side <= 4096 for side in sides):
+        raise ValueError(f"size is {size!r}: choose a whole number of pixels from 1 to 4096, such as 32")
+    facts = {"stride": stride} if "stride" in known else {}
+    return DATASETS[name](Path(data_dir).expanduser(), split, **facts, **options).to(device)

@@ -23,6 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
+import runs
 
 
 def expand(v, x):
@@ -998,3 +1001,42 @@ SAMPLERS: dict[str, Callable] = {
     "deis": instance(multistep, "DEIS, 2204.13902: eps a polynomial in log rho", order=3, form="eps", slope="exact"),
     "unipc": unipc, "sa-solver": sa_solver, "sit-sde": sit_sde, "pc": predictor_corrector, "lcm": lcm,
 }
+
+
+# --------------------------------------------------------------------------------------------- the command `likelihood`
+
+def likelihood_flags(p):
+    p.add_argument("run", type=runs.Run, help="folder of a run, or a checkpoint file in it")
+    p.add_argument("--n", type=int, default=64, help="held-out images (default: %(default)s)")
+    p.add_argument("--chain-steps", type=int, metavar="N", help="of a chain: a sub-grid of so many (default: all)")
+    p.add_argument("--tolerance", type=float, default=1e-3, help="of the adaptive solver (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    p.add_argument("--batch", type=int, default=64, help="images at once (default: %(default)s)")
+    p.add_argument("--weights", choices=["ema", "model"], default="ema",
+                   help="averaged or last weights (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+
+def likelihood(args):
+    """Bits per dimension of held-out images: of a chain the variational bound, else the probability-flow ODE."""
+    if not 0 < args.tolerance < 1:
+        raise ValueError(f"--tolerance {args.tolerance}: choose a number between 0 and 1, such as 1e-3")
+    process, objective = args.run.objective.process, args.run.objective
+    held_out, generator = args.run.data("test"), torch.Generator().manual_seed(args.seed)
+    noise = lambda shape: torch.randn(shape, generator=generator).to(args.device)
+    chain, bits = isinstance(process, Discrete), []
+    for rows in tqdm(torch.arange(min(args.n, len(held_out))).split(args.batch), desc="images", unit=" batches"):
+        x, y = held_out.gather(rows)
+        denoise = process.denoiser(objective.model, y if objective.num_classes else None)
+        if chain:
+            with torch.no_grad():
+                times = process.times(args.chain_steps) if args.chain_steps else None
+                bits.append(process.bits_per_dim(denoise, x, noise, times)["total"])
+        else:
+            level = ((x + 1) * 127.5).round() + torch.rand(x.shape, generator=generator).to(args.device)  # dequantised
+            log_p, _ = log_likelihood(process, denoise, level / 128 - 1, noise(x.shape).sign(), args.tolerance,
+                                      args.tolerance)
+            bits.append(7 - log_p / (x[0].numel() * math.log(2)))
+    bits = torch.cat(bits)
+    print(f"{bits.mean():.3f} bits per dimension (+- {bits.std() / len(bits) ** 0.5:.3f}) on {len(bits)} held-out "
+          f"images: {'the variational bound' if chain else 'the ODE, with a random estimate of its divergence'}")

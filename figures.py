@@ -51,6 +51,17 @@ def grid(images, columns=None, zoom=None, gap=2):
     return Image.fromarray(sheet)
 
 
+def columns(conditions):
+    """The columns of a grid of images drawn under conditions that come in turn: the length of a turn if it is 2 to 16,
+    else None."""
+    if conditions is None:
+        return None
+    rows = getattr(conditions, "tokens", conditions)
+    again = [i for i in range(1, len(rows)) if torch.equal(rows[i], rows[0])]
+    length = again[0] if again else len(rows)
+    return length if 1 < length <= 16 else None
+
+
 def film(frames, path, milliseconds=80, hold=1500):
     """PIL pictures as an animated .gif or .webp; the last one stays for `hold` milliseconds, then it starts again."""
     durations = [milliseconds] * (len(frames) - 1) + [hold]

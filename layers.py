@@ -545,3 +545,13 @@ class TextEncoder(nn.Module):
             x = x + attn(norm1(x), mask)
             x = x + mlp(norm2(x))
         return Text(F.layer_norm(self.out(self.norms[-1](x)), (self.out.out_features,)), mask)
+
+
+# ---------------------------------------------------------------------------------------------------------- two players
+
+
+def detached(module, *inputs):
+    """module(*inputs) with its weights detached: gradients flow through it to the inputs, none to itself. So the losses
+    of two players can be added and sent back in one pass, each moving its own weights."""
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    return torch.func.functional_call(module, weights, inputs)

@@ -9,12 +9,17 @@
 Letters: B batch, N tokens of an image, T = B N tokens in all, D width, H hidden width, E experts, K experts a token.
 """
 
+import json
+import math
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
+import figures
+import runs
 from layers import Mlp, SwiGlu
 
 # ------------------------------------------------------------------------------------------------------------- dispatch
@@ -233,3 +238,61 @@ class Counter:
         self.classes[:, layer].index_add_(0, y, chosen.sum(1))
         self.positions[layer] += chosen.sum(0)
         self.steps[layer, min(self.step, self.steps.shape[1] - 1)] += chosen.sum((0, 1))
+
+
+def dependence(counts):
+    """Mutual information, in bits, of the expert and the row of a matrix of counts (rows, E): 0 if the choice of the
+    expert says nothing about the row."""
+    p = counts.double() / counts.sum()
+    independent = p.sum(0) * p.sum(1, keepdim=True)
+    return (p * (p / independent).log2().nan_to_num()).sum().item()
+
+
+def experts_flags(p):
+    p.add_argument("run", type=runs.Run, help="folder of a run of a model with experts")
+    p.add_argument("--n", type=int, default=50, help="images of each class (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=1, help="of the samples (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=64, help="images drawn at once (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
+
+
+def experts(args):
+    """Which experts a run's tokens choose, by class, position and denoising step (2407.11633, section 4)."""
+    run, objective = args.run, args.run.objective
+    classes = objective.num_classes
+    if not classes:
+        raise ValueError(f"{run.path} is unconditional: the analysis by class needs a run with classes")
+    steps = (objective.options | run.config["draw"] | args.draw)["steps"]
+    with Counter(objective.model, classes, steps) as counter:
+        labels = torch.arange(args.n * classes) % classes
+        for k in tqdm(range(0, len(labels), args.batch), desc="counting", unit=" batches", delay=2):
+            some, counter.step = labels[k:k + args.batch], 0
+            for _ in run.trajectory(range(k, k + len(some)), some, args.seed, **args.draw):
+                counter.step += 1
+    write_experts(run, counter, args, steps)
+
+
+def write_experts(run, counter, args, steps):
+    """Maps, counts and a table of what a `Counter` has counted."""
+    # Maps of an analysis: (layers, rows, E). Of more than 100 classes every so many is drawn.
+    maps = {"class": counter.classes.transpose(0, 1), "position": counter.positions, "step": counter.steps}
+    for name, counts in maps.items():
+        drawn = counts[:, ::max(1, counts.shape[1] // 100)] if name == "class" else counts
+        title = f"{run.path}: experts across, {name} down"
+        figures.save(figures.heat_maps(drawn, [f"layer {k}" for k in range(len(drawn))], title),
+                     run.folder / f"experts-{name}.png")
+    load = counter.classes.sum(0).double()
+    load = load / load.mean(1, keepdim=True)
+    rows = [{"load": load[k].tolist(), "load_cv": load[k].std(correction=0).item(),
+             **{name: dependence(counts[k]) for name, counts in maps.items()}} for k in range(len(load))]
+    result = {"run": run.path, "images_per_class": args.n, "seed": args.seed, "layers": rows,
+              "counts": {name: counts.tolist() for name, counts in maps.items()}}
+    runs.write(run.folder / "experts.json", lambda path: path.write_text(json.dumps(result) + "\n"))
+    print(f"{args.n} images of each of {len(counter.classes)} classes, {steps} steps. Bits that an expert tells of "
+          "(0: nothing)")
+    print("layer   class  position    step   load: least, most, coefficient of variation")
+    for k, row in enumerate(rows):
+        print(f"{k:5}{row['class']:8.4f}{row['position']:10.4f}{row['step']:8.4f}"
+              f"{min(row['load']):14.2f}{max(row['load']):6.2f}{row['load_cv']:7.2f}")
+    print(f"of at most {math.log2(load.shape[1]):.1f} bits; counts: {run.folder / 'experts.json'}, pictures: "
+          f"{run.folder}/experts-class.png, -position.png, -step.png")

@@ -1,7 +1,21 @@
-"""What `train.py` trains: objectives; how they draw images; the random numbers that both are given.
+"""What `train.py` trains: objectives, and the random numbers that they are given.
 
-An objective is a module with two methods: `loss(batch) -> scalars by name, "loss" among them`, and
-`preview(n, generator) -> images`. Training and sampling know nothing else of it.
+Everything that is trained, denoiser or not, is an nn.Module with this contract (no base class is needed):
+
+    loss(batch)            {"loss": scalar, name: scalar, ...} of batch: x, y, step, noise (a `StepNoise`). One backward
+                           pass a step. Two players (a generator and its critic): their losses are added, each detached
+                           from the other's weights (`layers.detached`). Marks on parameters: rate, a share of --lr;
+                           no_decay; paused, set in loss(): this step leaves them
+    conditions(n)          the conditions of a preview of n: labels in turn, example captions, ...; None without any
+    trajectory(noise, conditions, **options)    a generator: what there is to show after each step, (n, C, H, W) in
+                           [-1, 1]; noise is an `ImageNoise`, n = len(noise)
+    options                {name: default} of what may be set when drawing; any other option is refused by name
+    cost()                 (parameters, multiply-accumulates of one training sample's forward pass)
+
+Previews, films, grids, exact resume, averages, several processes and the generic tests follow from these.
+
+    Diffusion     a denoising backbone and a process        MultiScale    DiMR's, with a loss at every resolution
+    Distilled     any of these beside a frozen teacher      Stitch        several in one trajectory (T-Stitch)
 """
 
 import math
@@ -13,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import GUIDANCE, SAMPLERS, choose, clipped, ddim_inversion, guided
+from diffusion import GUIDANCE, SAMPLERS, Discrete, choose, clipped, ddim_inversion, guided
 from layers import Text, canvas
-from models import Stitched, stitch_steps
+from models import Stitched, cost, patch_grid, stitch_steps
 from moe import balanced
+from runs import Run
 
 
 def seeded(*numbers, device="cpu"):
@@ -26,14 +41,26 @@ def seeded(*numbers, device="cpu"):
 
 
 class ImageNoise:
-    """noise(shape) for sampling in which image i draws from a stream of its own, a function of (seed, i): the same seed
-    gives the same images whatever the batch size and device."""
+    """The random numbers of n drawn images; image i draws from a stream of its own, a function of (seed, i): the same
+    seed gives the same images whatever the batch size and device."""
 
     def __init__(self, seed, indices, device="cpu"):
         self.generators, self.device = [seeded(seed, i) for i in indices], device
 
+    def __len__(self):
+        return len(self.generators)
+
+    def normal(self, *sizes):
+        """Standard normal numbers (n, *sizes)."""
+        return torch.stack([torch.randn(sizes, generator=g) for g in self.generators]).to(self.device)
+
+    def uniform(self, *sizes):
+        """Numbers in [0, 1), (n, *sizes)."""
+        return torch.stack([torch.rand(sizes, generator=g) for g in self.generators]).to(self.device)
+
     def __call__(self, shape):
-        return torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators]).to(self.device)
+        """Standard normal numbers of a shape (n, ...), as samplers ask for them."""
+        return self.normal(*shape[1:])
 
 
 class StepNoise:
@@ -43,11 +70,20 @@ class StepNoise:
     def __init__(self, seed, step, total, rows=slice(None), device="cpu"):
         self.generator, self.total, self.rows, self.device = seeded(seed, step, device=device), total, rows, device
 
-    def uniform(self):
-        return torch.rand(self.total, generator=self.generator, device=self.device)[self.rows]
+    def __len__(self):
+        return len(range(self.total)[self.rows])
 
-    def normal(self, shape):
-        return torch.randn(self.total, *shape[1:], generator=self.generator, device=self.device)[self.rows]
+    def normal(self, *sizes):
+        """Standard normal numbers, (b, *sizes) for the b rows."""
+        return torch.randn(self.total, *sizes, generator=self.generator, device=self.device)[self.rows]
+
+    def uniform(self, *sizes):
+        """Numbers in [0, 1), (b, *sizes) for the b rows."""
+        return torch.rand(self.total, *sizes, generator=self.generator, device=self.device)[self.rows]
+
+    def __call__(self, shape):
+        """Standard normal numbers of a shape (b, ...)."""
+        return self.normal(*shape[1:])
 
 
 def power_cosine(scale, share, power):
@@ -66,7 +102,8 @@ def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30,
     to move away from instead of the null condition (autoguidance, 2406.02507). grid, last: see `Process.times`. clip:
     keep x0 in [-1, 1] (pixels), quantile: by dynamic thresholding. options go to the sampler.
     """
-    draw, make = choose(SAMPLERS, sampler, "sampler"), choose(GUIDANCE, rule, "guidance")
+    draw = sampler if callable(sampler) else choose(SAMPLERS, sampler, "sampler")
+    make = rule if callable(rule) else choose(GUIDANCE, rule, "guidance")
     denoise = cond = process.denoiser(model, y)
     if guidance != 1 and (weak or null is not None):
         other = weak.process.denoiser(weak.model, y) if weak else process.denoiser(model, null)
@@ -86,25 +123,39 @@ def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30,
 
 
 class Diffusion(nn.Module):
-    """The training objective of a denoising backbone: `loss(batch)` and `preview(n, generator)` are all that training
-    knows.
+    """The training objective of a denoising backbone.
 
-    model: the backbone, model(x, t, y). num_classes: 0 for a model without labels. label_drop: the share of samples
-    whose condition becomes the null condition in training, which is what guidance needs. draw: options of `generate`.
-    balance: weight of the balance loss of a model with experts.
+    model: the backbone, model(x, t, y). shape: (C, *sides) of what is drawn. num_classes: 0 for a model without labels.
+    label_drop: the share of samples whose condition becomes the null condition in training, which is what guidance
+    needs.
 
     A condition is labels (B,) (null: num_classes), byte tokens (B, L), which `encoder` turns into a Text (null: the
     empty caption), or a Text of precomputed embeddings (null: the model's `null_text`). examples: the conditions of
     previews, by default the labels in turn.
     """
 
-    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, draw=None, balance=0.0, encoder=None,
-                 examples=None):
+    options = {"sampler": "dpmpp-2m", "steps": 20, "grid": None, "guidance": 1.0, "guidance_rule": "cfg",
+               "guidance_power": None, "guide_channels": None, "interval": None, "weak": Run(""), "clip": True,
+               "threshold": None, "size": None, "rope": None, "shift": None}
+    options_help = {
+        "steps": "sampling steps", "grid": "of sampling times (none: the process's own)",
+        "guidance": "classifier-free guidance, 1 for none", "guidance_rule": "how it is applied",
+        "guidance_power": "let it fall from noise to image by the power-cosine schedule (FiTv2), for example 1",
+        "guide_channels": "guide only the first so many channels, as the published DiT does",
+        "interval": "LOW,HIGH: guide only between these times of the process",
+        "weak": "a run (smaller, or less trained) to guide away from instead of the null condition (autoguidance)",
+        "clip": "keep the clean image in [-1, 1]",
+        "threshold": "dynamic thresholding: clip at this quantile of |x0|, for example 0.995, and rescale",
+        "size": "HxW (clips: FxHxW, sounds: T): another size than that of training, if the model can",
+        "rope": "rotary frequencies for sizes beyond training: FiT: see layers.ROPE; Flag-DiT: FlagDiT.ropes",
+        "shift": "multiplies sigma/alpha of every time: above 1 for larger images, which need more steps at noise"}
+
+    def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, encoder=None, examples=None):
         super().__init__()
-        self.balance, self.encoder, self.examples = balance, encoder, examples
+        self.encoder, self.examples = encoder, examples
         self.conditional = num_classes or getattr(model, "text_width", 0)
         self.model, self.process, self.shape = model, process, shape
-        self.num_classes, self.label_drop, self.draw = num_classes, label_drop, draw or {}
+        self.num_classes, self.label_drop = num_classes, label_drop
 
     def loss(self, batch):
         """batch: x (B, C, H, W) in [-1, 1], or a list of (C, H_i, W_i) of at most as many pixels as `shape`; y (B,);
@@ -113,54 +164,26 @@ class Diffusion(nn.Module):
         t = self.process.training_times(noise.uniform())
         y = self.encode(self.dropped(y, noise.uniform() < self.label_drop)) if self.conditional else None
         if isinstance(x, list):                    # a strip of numbers for each image: no other image shapes its noise
-            strips = noise.normal((len(x), x[0].shape[0], math.prod(self.shape[1:])))
+            strips = noise.normal(x[0].shape[0], math.prod(self.shape[1:]))
             eps, _ = canvas([strip[:, :image[0].numel()].view(image.shape) for strip, image in zip(strips, x)])
             x, sizes = canvas(x)
             parts = self.parts(x, y, t, eps, sizes)
         else:
-            parts = self.parts(x, y, t, noise.normal(x.shape))
+            parts = self.parts(x, y, t, noise(x.shape))
         losses = {name: value.mean() for name, value in parts.items()}
-        return losses | balanced(self.model, losses["loss"], self.balance)
+        return losses | balanced(self.model, losses["loss"])
+
+    forward = loss                                 # DistributedDataParallel calls the module itself
 
     def parts(self, x, y, t, noise, sizes=None):
         """The losses of each sample: {"loss": (B,), ...}. With sizes (B, 2), x is a `layers.canvas`: the mean is over
         each image's own pixels, so that a small image weighs as much as a large one (2402.12376). x, noise and output
         are zero beyond the image, and so is their error."""
-        if sizes is not None:
-            parts = self.process.loss(partial(self.model, sizes=sizes), x, y, t, noise)
-            return {name: value * (x[0, 0].numel() / sizes.prod(1)).to(value) for name, value in parts.items()}
-        if "teacher" not in self.__dict__:
-            return self.process.loss(self.model, x, y, t, noise)
-        seen = []
-
-        def student(*inputs):
-            seen[:] = inputs, self.model(*inputs)
-            return seen[1]
-
-        parts = self.process.loss(student, x, y, t, noise)
-        with torch.no_grad():
-            theirs = self.teacher(*seen[0])
-        (p, v), (p_teacher, v_teacher) = (self.process.split(out.to(x.dtype)) for out in (seen[1], theirs))
-        parts["distill"] = (p - p_teacher).square().flatten(1).mean(1)
-        parts["loss"] = parts["loss"] + self.shares[0] * parts["distill"]
-        if v is not None:
-            difference = 2 * (v - v_teacher)                        # of the raw channels o, v = (o + 1)/2
-            if self.log_variance:                                   # log Sigma = v log beta + (1 - v) log beta~
-                late = t.clamp(min=1)                               # at t = 0, beta~ is 0
-                small, large = self.process.posterior(late, late - 1)[2:]
-                difference = difference / 2 * (large - small).to(x)[:, None, None, None]
-            parts["distill_variance"] = difference.square().flatten(1).mean(1)
-            parts["loss"] = parts["loss"] + self.shares[1] * parts["distill_variance"]
-        return parts
-
-    def teach(self, teacher, shares=(0.5, 0.05), log_variance=False):
-        """LiT's hybrid distillation, 2501.12976: from now on the loss also holds the squared distance to what a frozen
-        teacher predicts on the same x_t, t and (dropped) label, times shares[0], and of the variance's raw channels
-        (log_variance: of log Sigma), times shares[1]. The teacher is no part of the state."""
-        self.__dict__["teacher"] = teacher.eval().requires_grad_(False)
-        self.shares, self.log_variance = shares, log_variance
-
-    forward = loss                                 # DistributedDataParallel calls the module itself
+        model = self.model if sizes is None else partial(self.model, sizes=sizes)
+        parts = self.process.loss(model, x, y, t, noise)
+        if sizes is None:
+            return parts
+        return {name: value * (x[0, 0].numel() / sizes.prod(1)).to(value) for name, value in parts.items()}
 
     def null(self, y):
         """The null condition in place of each condition in y."""
@@ -180,27 +203,108 @@ class Diffusion(nn.Module):
         """What the model is told: byte tokens as Text, other conditions as they are."""
         return self.encoder(y.long()) if isinstance(y, torch.Tensor) and y.ndim == 2 else y
 
-    def labels(self, n, device):
+    def conditions(self, n):
         """The conditions of a preview: the examples or every class in turn. None if there are none."""
-        turn = lambda count: torch.arange(n, device=device) % count
         if self.examples is not None:
-            return self.examples[turn(len(self.examples)).cpu()].to(device)
-        return turn(self.num_classes) if self.num_classes else None
+            return self.examples[torch.arange(n) % len(self.examples)]
+        return torch.arange(n) % self.num_classes if self.num_classes else None
 
-    def trajectory(self, x, y, **draw) -> Iterator[torch.Tensor]:
-        """Images after each sampling step, from noise x and conditions y; `draw` overrides the objective's own options.
-        """
+    def trajectory(self, noise, conditions, size=None, rope=None, shift=None, **options) -> Iterator[torch.Tensor]:
+        """Images (n, C, H, W) after each sampling step, from an `ImageNoise` and conditions; see `options`."""
+        extrapolate(self, size, rope, shift)
+        y, null = self.told(conditions)
+        yield from self.generated(noise((len(noise), *self.shape)), y, null, noise, **options)
+
+    def generated(self, x, y, null, noise, **options):
+        """`generate` with this objective's names of its options."""
+        options = {key: value for key, value in (self.options | options).items() if key not in EXTRAPOLATE}
+        power, quantile = options.pop("guidance_power"), options.pop("threshold")
+        rule, weak = options.pop("guidance_rule"), options.pop("weak") or None
+        yield from generate(self.process, self.model, x, y, null, noise=noise, rule=rule, weak=weak, power=power,
+                            quantile=quantile, **options)
+
+    @torch.no_grad()
+    def told(self, conditions):
+        """(what the model is told, its null condition), (None, None) without conditions."""
+        if conditions is None:
+            return None, None
+        return self.encode(conditions), self.encode(self.null(conditions))
+
+    def cost(self):
+        """(parameters, multiply-accumulates of one image) of the backbone."""
+        return cost(self.model, self.shape)
+
+
+EXTRAPOLATE = ("size", "rope", "shift")
+
+
+def extrapolate(objective, size=None, rope=None, shift=None):
+    """Let a denoiser draw images of another size, sides in pixels (one number: a square), with other rotary
+    frequencies, and with sigma/alpha of every time multiplied by `shift`: above 1 for larger images, which need more
+    steps at noise. A plain DiT interpolates its position table. ValueError if the model cannot."""
+    model, sides = getattr(objective.model, "model", objective.model), len(objective.shape) - 1
+    own = "x".join(map(str, objective.shape[1:]))
+    if size is not None:
+        size = (size,) if isinstance(size, int) else tuple(size)
+        size = size * sides if len(size) == 1 and sides == 2 else size
+        if len(size) != sides:
+            raise ValueError(f"size {'x'.join(map(str, size))}: give {sides} sides, this run draws {own}")
+        if not model.any_size:
+            raise ValueError(f"size {'x'.join(map(str, size))}: this model draws {own} only")
+        if sides > 1:
+            patch_grid(size[-2:], model.patch_size)
+        model.resize(size)
+        objective.shape = objective.shape[0], *size
+    if rope is not None:
+        if rope not in model.ropes:
+            raise ValueError(f"rope {rope!r}: " + (f"choose from {', '.join(model.ropes)}" if model.ropes else
+                                                   "this model has no rotary positions"))
+        model.rope = rope
+    if shift is not None:
+        if isinstance(objective.process, Discrete) or not shift > 0:
+            raise ValueError(f"shift {shift}: it must be above 0, and a discrete chain is shifted in training only")
+        objective.process.shift = shift
+
+
+class Distilled(nn.Module):
+    """LiT's hybrid distillation, 2501.12976, around any objective of a denoiser: its loss also holds the squared
+    distance to what a frozen teacher predicts on the same x_t, t and (dropped) condition, times shares[0], and of the
+    variance's raw channels (log_variance: of log Sigma), times shares[1]. The teacher is no part of the state, and all
+    but the loss is the objective's own."""
+
+    def __init__(self, objective, teacher, shares=(0.5, 0.05), log_variance=False):
+        super().__init__()
+        if not isinstance(objective, Diffusion) or not isinstance(teacher, Diffusion):
+            raise ValueError("distillation compares the predictions of two denoisers: teacher and student must be runs "
+                             "of backbones")
+        self.objective, self.shares, self.log_variance = objective, shares, log_variance
+        self.__dict__["teacher"] = teacher.model.eval().requires_grad_(False)
+
+    def forward(self, batch):
+        heard = []                                                  # the call of the student's network
+        hook = self.objective.model.register_forward_hook(lambda *call: heard.append(call[1:]), with_kwargs=True)
+        losses = self.objective.loss(batch)
+        hook.remove()
+        args, kwargs, output = heard[-1]
+        output = output[-1] if isinstance(output, list) else output          # DiMR's last branch is the prediction
         with torch.no_grad():
-            y, null = (self.encode(y), self.encode(self.null(y))) if y is not None else (None, None)
-        yield from generate(self.process, self.model, x, y, null, **{**self.draw, **draw})
-
-    def preview(self, n, generator):
-        """n images (n, C, H, W) in [-1, 1]; all randomness comes from `generator` (on the CPU)."""
-        device = next(self.model.parameters()).device
-        noise = lambda shape: torch.randn(shape, generator=generator).to(device)
-        for x in self.trajectory(noise((n, *self.shape)), self.labels(n, device), noise=noise):  # noqa: B007
-            pass
-        return x.clamp(-1, 1)
+            theirs = self.teacher(*args, **{k: v for k, v in kwargs.items() if k == "sizes"})
+        process, sizes = self.objective.process, kwargs.get("sizes")
+        (p, v), (p_teacher, v_teacher) = (process.split(out.float()) for out in (output, theirs))
+        own = 1.0 if sizes is None else (p[0, 0].numel() / sizes.prod(1)).to(p)     # of each image its own pixels
+        distance = {"distill": ((p - p_teacher).square().flatten(1).mean(1) * own).mean()}
+        if v is not None:
+            difference = 2 * (v - v_teacher)                        # of the raw channels o, v = (o + 1)/2
+            if self.log_variance:                                   # log Sigma = v log beta + (1 - v) log beta~
+                t = args[1]
+                late = t.clamp(min=1)                               # at t = 0, beta~ is 0
+                small, large = process.posterior(late, late - 1)[2:]
+                difference = difference / 2 * (large - small).to(p)[:, None, None, None]
+            distance["distill_variance"] = (difference.square().flatten(1).mean(1) * own).mean()
+        total = losses["loss"]
+        for share, value in zip(self.shares, distance.values()):
+            total = total + share * value
+        return losses | distance | {"loss": total}
 
 
 class Stitch(Diffusion):
@@ -213,24 +317,23 @@ class Stitch(Diffusion):
             raise ValueError("only models of one process can be stitched, whose images have the same shape, and which "
                              "predict the same, with learned variances or without")
         model, last = Stitched([part.model for part in parts], fractions), parts[-1]
-        super().__init__(model, last.process, last.shape, last.num_classes, draw=last.draw, examples=last.examples)
+        super().__init__(model, last.process, last.shape, last.num_classes, examples=last.examples)
         self.runs, self.fractions, self.rule = list(parts), fractions, rule
 
-    def trajectory(self, x, y, **draw):
-        draw = {**self.draw, **draw}
-        if draw.get("weak"):
+    def trajectory(self, noise, conditions, **options):
+        if options.get("weak"):
             raise ValueError("stitched models cannot be guided by a weak one: leave out --weak or --stitch")
         if self.rule == "steps":
-            told = self.process.network_time(self.process.times(draw["steps"], draw.get("grid"))[:-1])
+            steps = options.get("steps", self.options["steps"])
+            told = self.process.network_time(self.process.times(steps, options.get("grid"))[:-1])
             plan = torch.tensor(stitch_steps(len(told), self.fractions))
             progress = torch.cat([told.new_tensor([-math.inf]), 1 - told / self.model.T, told.new_tensor([math.inf])])
             ends = torch.stack([(plan <= j).sum() for j in range(len(self.fractions))])
             self.model.cumulative = (progress[ends] + progress[ends + 1]).float() / 2    # half-way to the next step
-        null = None
-        if y is not None:                              # each model's own null label or captions
-            with torch.no_grad():
-                y, null = zip(*((run.encode(y), run.encode(run.null(y))) for run in self.runs))
-        yield from generate(self.process, self.model, x, y, null, **draw)
+        y, null = None, None
+        if conditions is not None:                     # each model's own null label or captions
+            y, null = zip(*(run.told(conditions) for run in self.runs))
+        yield from self.generated(noise((len(noise), *self.shape)), y, null, noise, **options)
 
 
 class MultiScale(Diffusion):

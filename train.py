@@ -1,16 +1,19 @@
-"""Train a diffusion model:  python train.py --data cifar10 --model unet-cifar --out runs/my-run
+"""Train a model:  python train.py --data cifar10 --model dit-nano:depth=8 --out runs/my-run
 
-Without flags it learns to draw small shapes in a few minutes on a laptop's CPU. `--list` prints every model, dataset,
-process and sampler. A file of flags is read with @: python train.py @recipes/cifar10-unet.txt --steps 1000
-More than one GPU: torchrun --nproc-per-node 2 train.py ... with the same flags (--batch is the batch of all together).
+Without any flag it learns to draw small shapes in a few minutes on a laptop's CPU (the flags in recipes/shapes.txt).
+A file of flags is read with @: python train.py @recipes/cifar10-unet.txt --steps 1000. What is chosen by name takes
+options: NAME:option=value,option=value. The same command again goes on with a run that was interrupted.
+
+  --list [WORD]   everything there is to choose from        --help NAME   what that is, and its options
+  --help all      every flag                                torchrun --nproc-per-node 2 train.py ...   two GPUs
 """
 
 import argparse
 import contextlib
 import copy
-import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -19,191 +22,202 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
+import build
 import diffusion
 import figures
-import layers
-import moe
 import objectives
+import optim
 import runs
-from models import MODELS, FlagDiT, cost, create_model
+from build import number, positive
+
+RECIPE = Path(__file__).parent / "recipes" / "shapes.txt"            # read where no flag is given
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
 
-class Flags(argparse.ArgumentParser):
-    """argparse whose @files hold any number of words a line, and # comments."""
+def flags(every=True):
+    """The flags; every=False: the help of the twenty that most people need, no other is shown."""
+    p = build.Flags(prog="train.py", description=__doc__, fromfile_prefix_chars="@", add_help=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="python train.py [@recipe] [--flag value ...]")
+    word, whole, run = {"metavar": "NAME"}, {"type": positive, "metavar": "N"}, {"metavar": "RUN"}
+    switch = {"action": "store_true"}
 
-    def convert_arg_line_to_args(self, line):
-        return line.split("#")[0].split()
-
-
-def flags():
-    p = Flags(prog="train.py", description=__doc__, fromfile_prefix_chars="@",
-              formatter_class=argparse.RawDescriptionHelpFormatter)
-    switch, word, whole = {"action": "store_true"}, {"metavar": "NAME"}, {"type": runs.positive, "metavar": "N"}
-    folder, either = {"metavar": "FOLDER"}, {"action": argparse.BooleanOptionalAction}
-
-    def group(title, *rows):
-        """Rows of (flag, default, help[, argparse options]); without options the default's type is the flag's."""
+    def group(title, *rows, common=True):
+        """Rows of (flag, default, help, argparse options)."""
         g = p.add_argument_group(title)
-        for flag, default, text, *given in rows:
-            extra = given[0] if given else {"type": type(default), "metavar": type(default).__name__.upper()}
+        for flag, default, text, given in rows:
             text += "" if default in (None, False, {}) else " (default: %(default)s)"
-            g.add_argument(flag, default=default, help=text, **extra)
+            g.add_argument(flag, default=default, help=text if every or common else argparse.SUPPRESS, **given)
 
-    group("run",
-          ("--out", None, "folder of the run (default: runs/<data>-<model>)", folder),
-          ("--resume", None, "go on with the run in --out from its newest checkpoint, or from the checkpoint FILE",
-           {"nargs": "?", "const": "newest", "metavar": "FILE"}),
-          ("--overwrite", False, "replace the run that is in the folder", switch),
-          ("--steps", 1800, "optimiser steps", whole),
-          ("--seed", 0, "all randomness is a function of seed and step"),
-          ("--device", "auto", "cuda, mps, cpu or auto", word),
-          ("--deterministic", False, "refuse operations that are not reproducible (slower on CUDA)", switch),
-          ("--dry-run", False, "print the settings as JSON and leave", switch),
-          ("--list", None, "print every dataset, process, sampler and model (those with WORD in the name) and leave",
-           {"nargs": "?", "const": "", "metavar": "WORD"}))
-    group("data",
-          ("--data", "shapes", "dataset: " + ", ".join(data.DATASETS), word),
-          ("--data-dir", "data", "folder that holds the dataset's files", folder),
-          ("--image-size", None, "side in pixels (default: the dataset's own)", whole),
-          ("--aspect", "square", "of shapes and folder, for models of any size: square; keep: every image in its own "
-           "ratio, of at most image-size x image-size pixels (FiT); mixed: half of the large ones as squares (FiTv2); "
-           "crop, of folder: each cut to one of the four sizes of as many patches that lose least of it (Lumina)",
-           {"choices": ["square", "keep", "mixed", "crop"]}),
-          ("--flip", None, "random horizontal flips (default: yes for photographs)", either),
-          ("--download", True, "fetch CIFAR from its home page if it is not there", either),
-          ("--bad-images", "error", "what to do about broken files of --data folder: error or skip",
-           {"choices": ["error", "skip"]}),
-          ("--text", "bytes", "what a model of text reads: bytes of the captions (of the class names where there are "
-           "none), or npz: embeddings computed before, x.npz beside x.jpg", {"choices": ["bytes", "npz"]}),
-          ("--subset", None, "train only on images whose caption (or class name) this regular expression finds",
-           {"metavar": "REGEX"}),
-          ("--unconditional", False, "ignore the labels and captions", switch))
-    group("model",
-          ("--model", "unet-pico", "name of a model, see --list", word),
-          ("--model-options", {}, "change its preset, for example depth=4,hidden_size=96",
-           {"type": runs.options, "metavar": "NAME=VALUE,..."}),
-          ("--post-train", None, "go on from a FiT run's averaged weights at a larger --image-size: only patch "
-           "embedding, read-out, biases and modulations learn, positions scale by vision-ntk (FiTv2)",
-           {"metavar": "RUN"}),
-          ("--moe", None, "replace every feed-forward network of a transformer by E experts, K of them for each token",
-           {"type": runs.wholes, "metavar": "E,K"}),
-          ("--balance", 0.01, "weight of the loss that keeps experts equally busy"),
-          ("--start-from", None, "begin with the averaged weights of another run of this model: a second stage on "
-           "chosen images (--subset), or at a higher --image-size, where positions are interpolated",
-           {"metavar": "RUN"}),
-          ("--inherit", None, "begin with all weights of a run but its attention's (LiT, from a DiT of its size)",
-           {"metavar": "RUN"}),
-          ("--distill", None, "also learn from the predictions of a frozen run (LiT)", {"metavar": "RUN"}),
-          ("--distill-shares", [0.5, 0.05], "weights of the distance in prediction and in variance",
-           {"type": runs.floats, "metavar": "P,V"}),
-          ("--distill-log-variance", False, "compare log variances, not the raw channels", switch),
-          ("--upcycle", None, "start a model with experts from the run of the same model with one expert "
-           "(--model-options num_experts=1,top_k=1) in FOLDER", folder),
-          ("--ternary", False, "weights of -a, 0 or a in all linear layers of the blocks, as in TerDiT", switch))
-    group("diffusion",
-          ("--process", "flow", "path from data to noise: " + ", ".join(diffusion.PROCESSES), word),
-          ("--prediction", "x0", "what the network predicts: " + ", ".join(diffusion.PREDICTIONS)
-           + ", or own: what the process's paper predicts (eps for the chains, flow for flow, edm for edm)", word),
-          ("--weighting", "own", "weight of the loss over noise levels: none (plain on what is predicted), own (as "
-           "none, but for flow as if eps - x0 were predicted), " + ", ".join(diffusion.WEIGHTINGS), word),
-          ("--density", None, "distribution of the training times (default: the process's own): "
-           + ", ".join(diffusion.DENSITIES), word),
-          ("--shift", 1.0, "multiplies sigma/alpha at every time: above 1 for larger images"),
-          ("--learned-variance", False, "learn the variances of a chain's steps too (DiT's hybrid loss)", switch),
-          ("--objective", None, "of a chain: hybrid (the simple loss; with learned variances also the bound's term), "
-           "rescaled (that term times T/1000), vlb (the bound), kl (one term of it) (default: hybrid)",
-           {"choices": list(diffusion.OBJECTIVES)}),
-          ("--label-drop", 0.1, "share of labels or captions replaced by the null one, which guidance needs"))
-    group("optimisation",
+    group("what",
+          ("--data", "shapes", "data set", word),
+          ("--data-dir", "data", "folder that holds its files; of --data folder: the images", {"metavar": "FOLDER"}),
+          ("--model", "unet-pico", "model of any kind, see --list", word),
+          ("--process", "flow", "path from data to noise", word),
+          ("--prediction", "own", "what the network predicts: " + ", ".join(diffusion.PREDICTIONS)
+           + ", or own: what the process's paper predicts", word))
+    group("how long and how fast",
+          ("--steps", 2000, "optimiser steps", whole),
           ("--batch", 32, "images a step, over all GPUs and micro-batches together", whole),
-          ("--accum", 1, "micro-batches a step: less memory, same result", whole),
-          ("--lr", 3e-3, "AdamW's learning rate"),
-          ("--betas", [0.9, 0.99], "AdamW's betas", {"type": runs.floats, "metavar": "B1,B2"}),
-          ("--weight-decay", 0.0, "AdamW's weight decay"),
-          ("--warmup", 100, "steps in which the learning rate rises from 0"),
+          ("--lr", 1e-3, "learning rate", {"type": number(0, 1e30), "metavar": "RATE"}),
+          ("--warmup", 100, "steps in which it rises from 0", {"type": build.count(0, 10**9), "metavar": "N"}),
           ("--decay", "linear", "then: constant, or linear or cosine down to 0",
            {"choices": ["constant", "linear", "cosine"]}),
-          ("--clip", 1.0, "largest norm of the gradient; 0 does not clip"),
-          ("--ema", 0.995, "decay of the averaged weights that samples are drawn from"))
-    group("speed",
+          ("--ema", 0.995, "decay of the averaged weights that samples are drawn from",
+           {"type": number(0, 0.9999999), "metavar": "DECAY"}),
+          ("--seed", 0, "all randomness is a function of seed and step",
+           {"type": build.count(0, 2**63 - 1), "metavar": "N"}))
+    group("where, and what is written",
+          ("--out", None, "folder of the run (default: runs/<data>-<model>)", {"metavar": "FOLDER"}),
+          ("--resume", None, "go on with the run in --out as it was started, or from the checkpoint FILE",
+           {"nargs": "?", "const": "newest", "metavar": "FILE"}),
+          ("--overwrite", False, "replace the run that is in the folder", switch),
+          ("--device", "auto", "cuda, mps, cpu or auto", word),
+          ("--sample-every", 1000, "steps between pictures; 0: one at the end only",
+           {"type": build.count(0, 10**9), "metavar": "N"}),
+          ("--draw", {}, "how pictures are drawn, for example steps=20,guidance=3,sampler=dpmpp-2m",
+           {"type": drawing, "metavar": "OPTION=VALUE,..."}))
+    group("data, more",
+          ("--subset", None, "train only on images whose caption (or class name) this regular expression finds",
+           {"metavar": "REGEX"}),
+          ("--unconditional", False, "ignore the labels and captions", switch),
+          ("--text", "bytes", "what a model of text reads: bytes of the captions (of the class names where there are "
+           "none), or npz: embeddings computed before, x.npz beside x.jpg", {"choices": ["bytes", "npz"]}),
+          common=False)
+    group("diffusion, more",
+          ("--weighting", "own", "weight of the loss over noise levels: own (plain on what is predicted), "
+           + ", ".join(diffusion.WEIGHTINGS), word),
+          ("--density", "own", "distribution of the training times: own (the process's), "
+           + ", ".join(diffusion.DENSITIES), word),
+          ("--label-drop", 0.1, "share of labels or captions replaced by the null one, which guidance needs",
+           {"type": number(0, 1), "metavar": "SHARE"}), common=False)
+    group("ways to begin",
+          *((f"--{name}", None, build.line(way), run) for name, way in build.WAYS.items()), common=False)
+    group("optimisation, more",
+          ("--accum", 1, "micro-batches a step: less memory, same result", whole),
+          ("--betas", [0.9, 0.99], "AdamW's betas", {"type": build.numbers(2, 0, 0.999999), "metavar": "B1,B2"}),
+          ("--weight-decay", 0.0, "weight decay", {"type": number(0, 1e6), "metavar": "W"}),
+          ("--clip", 1.0, "largest norm of the gradient; 0 does not clip",
+           {"type": number(0, 1e30), "metavar": "NORM"}),
           ("--precision", "auto", "fp32, bf16 (autocast), or auto: bf16 on CUDA, else fp32",
            {"choices": ["auto", "fp32", "bf16"]}),
-          ("--compile", False, "torch.compile the model (CUDA; the first step takes a minute)", switch))
-    group("output",
+          ("--compile", False, "torch.compile the model (CUDA; the first step takes a minute)", switch),
+          ("--deterministic", False, "refuse operations that are not reproducible (slower on CUDA)", switch),
+          common=False)
+    group("output, more",
           ("--log-every", 20, "steps between lines of metrics.jsonl", whole),
-          ("--sample-every", 1000, "steps between sample grids; 0: one at the end only"),
           ("--save-every", 500, "steps between checkpoints", whole),
-          ("--sample-n", 64, "images in a grid", whole),
-          ("--sampler", "dpmpp-2m", "of the grids, and sample.py's default: " + ", ".join(diffusion.SAMPLERS), word),
-          ("--grid", None, "its grid of times (default: the process's own): " + ", ".join(diffusion.GRIDS), word),
-          ("--sample-steps", 20, "its steps", whole),
-          ("--guidance", 3.0, "its classifier-free guidance, 1 for none"),
-          ("--guidance-rule", "cfg", "how it is applied: " + ", ".join(diffusion.GUIDANCE), word))
+          ("--sample-n", 64, "images in a picture", whole),
+          ("--dry-run", False, "print the settings as JSON and leave", switch),
+          ("--list", None, "print everything there is to choose from (what holds WORD) and leave",
+           {"nargs": "?", "const": "", "metavar": "WORD"}),
+          ("--help", None, "print this (all: every flag; NAME: of anything that has a name) and leave",
+           {"nargs": "?", "const": "", "metavar": "NAME"}), common=False)
     return p
 
 
-def one_line(entry):
-    """What `--list` prints for a registry's entry: its line, or the first sentence of a function's docstring."""
-    text = entry.__doc__ if callable(entry) else entry if isinstance(entry, str) else entry[-1]
-    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+def drawing(text):
+    """--draw's argparse type."""
+    try:
+        return build.options_of_text(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def print_list(word):
-    """Everything there is to choose from, one line each; the models, which take a moment to count, last."""
-    for title, entries in {"datasets": data.DATASETS, "processes": diffusion.PROCESSES,
-                           "predictions": diffusion.PREDICTIONS, "weightings": diffusion.WEIGHTINGS,
-                           "densities of the training times": diffusion.DENSITIES, "samplers": diffusion.SAMPLERS,
-                           "grids of sampling times": diffusion.GRIDS, "guidance rules": diffusion.GUIDANCE}.items():
-        print(title)
-        for name, entry in entries.items():
-            print(f"  {name:18} {one_line(entry)}")
-    print("models (parameters and multiply-accumulates at 32x32x3 with 10 classes)")
-    for name in (name for name in MODELS if word in name):
-        with torch.device("meta"):
-            model = create_model(name)
-        parameters, macs = cost(model, (3, 32, 32))
-        active = moe.activated_parameters(model)
-        note = f", {active / 1e6:.2f} M activated" if active < parameters else ""
-        print(f"  {name:18} {parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs{note}", flush=True)
-
-
-def parse():
+def parse(argv):
     """(config, overwrite, folder, checkpoint or None). A resumed run's own settings are the defaults of the flags."""
     parser = flags()
-    args = parser.parse_args()
-    if args.list is not None:
-        print_list(args.list)
+    if not argv:
+        print(f"no flags: those of {RECIPE.name} are used")
+        argv = [f"@{RECIPE}"]
+    args = parser.parse_args(argv)
+    if args.help is not None or args.list is not None:
+        pages = build.listing(args.list) if args.list is not None else \
+            build.explain(args.help) if args.help not in ("", "all") else [flags(args.help == "all").format_help()]
+        print(*pages, sep="\n")
         raise SystemExit
-    folder = Path(args.out or f"runs/{args.data}-{args.model.replace('/', '-')}")
-    checkpoint = None
+    name = build.split_name(args.data)[0], build.split_name(args.model)[0]
+    folder, checkpoint = Path(args.out or f"runs/{'-'.join(name).replace('/', '-')}").expanduser(), None
     if args.resume:
-        path = folder / "ckpt.pt" if args.resume == "newest" else Path(args.resume)
+        path = folder / "ckpt.pt" if args.resume == "newest" else Path(args.resume).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"--resume: there is no checkpoint {path}; name the run's folder by --out, or "
                                     "leave --resume out to start it")
         folder, checkpoint = path.parent, runs.load_checkpoint(path)
-        args = parser.parse_args(namespace=argparse.Namespace(**copy.deepcopy(checkpoint["config"])))
-    for name, choices in {"data": data.DATASETS, "model": MODELS, "process": diffusion.PROCESSES,
-                          "prediction": ["own", *diffusion.PREDICTIONS],
-                          "weighting": ["own", "none", *diffusion.WEIGHTINGS], "density": diffusion.DENSITIES,
-                          **runs.SAMPLING}.items():
-        runs.check(name, getattr(args, name), choices)
-    runs.process(vars(args))                                        # refuses what does not go together
-    config = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "overwrite", "list")}
+        checkpoint["config"] = build.upgraded(checkpoint["config"])
+        args = parser.parse_args(argv, argparse.Namespace(**copy.deepcopy(checkpoint["config"])))
+    elif runs.holds_run(folder) and not args.overwrite and (folder / "ckpt.pt").exists():
+        checkpoint = runs.load_checkpoint(folder / "ckpt.pt")         # the same command again goes on
+        checkpoint["config"] = build.upgraded(checkpoint["config"])
+    config = {key: value for key, value in vars(args).items()
+              if key not in ("out", "resume", "overwrite", "list", "help")}
+    config["version"] = build.VERSION
+    build.check_settings(config)
+    if checkpoint:                                                    # what data and ways to begin said is kept
+        config = checkpoint["config"] | config
+        if config["steps"] != checkpoint["config"]["steps"] and config["decay"] != "constant":
+            print(f"--steps was {checkpoint['config']['steps']:,} and is now {config['steps']:,}: the decay of the "
+                  f"learning rate ({config['decay']}) is stretched, so the rate jumps here")
     return config, args.overwrite, folder, checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def learning_rate(config, step):
-    """Warm-up from 0, then constant, or linear or cosine decay to 0 at the last step."""
-    rate = config["lr"] * min(1.0, (step + 1) / max(1, config["warmup"]))
-    done = min(1.0, step / config["steps"])
-    return rate * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config["decay"]]
+class Place:
+    """This process's place among those of a torchrun, its device, and what all of them must do together."""
+
+    def __init__(self, config):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        several_gpus = self.world > 1 and config["device"] == "auto" and torch.cuda.is_available()
+        self.device = build.device(f"cuda:{os.environ['LOCAL_RANK']}" if several_gpus else config["device"])
+        cuda = self.device.type == "cuda"
+        automatic = cuda and torch.cuda.is_bf16_supported()
+        self.bf16 = config["precision"] == "bf16" or (config["precision"] == "auto" and automatic)
+        if config["batch"] % (self.world * config["accum"]):
+            raise ValueError(f"--batch {config['batch']} does not divide into {self.world} processes x "
+                             f"{config['accum']} micro-batches (--accum)")
+        if self.world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if config["deterministic"]:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+    @contextlib.contextmanager
+    def first_alone(self):
+        """The first process does it alone (downloads, converts), then the others."""
+        if self.world > 1 and self.rank > 0:
+            dist.barrier()
+        yield
+        if self.world > 1 and self.rank == 0:
+            dist.barrier()
+
+    def mean(self, numbers):
+        """The mean of some numbers over all processes, as a list."""
+        if self.world > 1:
+            dist.all_reduce(numbers)
+        return (numbers / self.world).tolist()
+
+    def leave(self):
+        if self.world > 1:
+            time.sleep(0.1)  # gloo's threads, joined below without letting go of the interpreter, need it once more
+            dist.destroy_process_group()
+
+
+def picture(objective, config, options, stop):
+    """A grid of the preview: the same noise and conditions at every step. None if it was asked to stop."""
+    device = next(objective.parameters()).device
+    conditions = objective.conditions(config["sample_n"])
+    batches = list(build.draw(objective, config["sample_n"], config["seed"], 64, conditions, device, stop=stop,
+                              **options))
+    if stop:
+        return None
+    images = torch.cat([x.cpu() for x in batches])
+    return figures.grid(figures.to_uint8(images), figures.columns(conditions))
 
 
 def loss_curve(entries):
@@ -215,191 +229,187 @@ def loss_curve(entries):
     return figures.curves({"_raw": (steps, raw), "running mean": (steps, smooth)}, "training loss", "step", "loss")
 
 
-def train():
-    # Settings, this process's place among the others, the device.
-    stop = runs.Stop()
-    config, overwrite, folder, checkpoint = parse()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    several_gpus = world > 1 and config["device"] == "auto" and torch.cuda.is_available()
-    device = runs.device(f"cuda:{os.environ['LOCAL_RANK']}" if several_gpus else config["device"])
-    if config["batch"] % (world * config["accum"]):
-        raise ValueError(f"--batch {config['batch']} does not divide into {world} processes x {config['accum']} "
-                         "micro-batches (--accum)")
-    if not checkpoint and not config["dry_run"]:
-        runs.check_free(folder, overwrite)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if config["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    automatic = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    bf16 = config["precision"] == "bf16" or (config["precision"] == "auto" and automatic)
-
-    # Data. With several processes the first loads (downloads, converts) alone, then the others.
-    if world > 1 and rank > 0:
-        dist.barrier()
-    origin = runs.post_trained(config) if config["post_train"] and not checkpoint else None
-    size = config["image_size"] and layers.pair(config["image_size"])[-1]       # a resumed run knows all its sides
-    dataset = data.load(config["data"], config["data_dir"], size, "train", device, config["flip"],
-                        config["download"], config["bad_images"], config["aspect"], runs.stride(config))
-    if world > 1 and rank == 0:
-        dist.barrier()
-    if config["subset"]:
-        dataset = dataset.subset(config["subset"])
-    text = runs.takes_text(config)
-    classes = [] if config["unconditional"] or text else list(dataset.classes)
-    channels, *sides = dataset.shape
-    if len(sides) != 2 and not issubclass(MODELS[config["model"]][0], FlagDiT):
-        raise ValueError(f"--data {config['data']} holds {dataset.kind}: choose a Flag-DiT, such as flag-dit-nano")
-    config |= {"image_size": sides[0] if sides == 2 * sides[:1] else sides, "in_channels": channels, "classes": classes,
-               "num_classes": len(classes), "data_size": len(dataset), "flip": dataset.flip}
-    if text:
-        runs.add_text(config, dataset)
-    if config["start_from"]:
-        runs.adapt(config, config["start_from"])
-    if config["dry_run"]:
-        print(json.dumps(config, indent=2))
-        return
-
-    # Model, averaged weights, optimiser: all that a checkpoint holds.
+def assemble(config, checkpoint, place):
+    """(dataset, objective, learner: what the loop trains, averages, optimiser, options for drawing), and what the data
+    and the ways to begin say goes into the config. What cannot be is refused here, before anything is written."""
+    begin = build.ways(config)
+    if not checkpoint:
+        for way, run, _ in begin:
+            way.prepare(config, run)
+    with place.first_alone():
+        dataset = build.load_data(config, "train", place.device)
+    dataset = dataset.subset(config["subset"]) if config["subset"] else dataset
+    build.describe(config, dataset)
+    if not checkpoint:
+        for way, run, _ in begin:
+            way.adapt(config, run)
     torch.manual_seed(config["seed"])
-    objective = runs.build(config).to(device)
-    if config["upcycle"] and not checkpoint:
-        moe.upcycle(objective.model, runs.open_run(config["upcycle"], device)[1].model.state_dict())
-    if config["start_from"] and not checkpoint:
-        runs.start_from(objective, config["start_from"])
-    if config["inherit"] and not checkpoint:
-        copied, fresh, unused = runs.start_from(objective, config["inherit"], leave=[".attn."])
-        if rank == 0:
-            print(f"{config['inherit']}: {len(copied)} tensors inherited, {len(fresh)} fresh, {len(unused)} not used")
-    if config["text"] == "npz" and text:
+    objective = build.build(config, place.device)
+    if config["text"] == "npz" and dataset.text is not None:
         objective.examples = dataset.condition(torch.arange(min(8, len(dataset)))).to("cpu")
-    if origin:
-        runs.load_weights(objective, origin, config["post_train"])
-    if config["post_train"]:
-        for name, weight in objective.model.named_parameters():
-            weight.requires_grad_(objective.model.post_trains(name))
-    ema = copy.deepcopy(objective).eval().requires_grad_(False)
-    if config["distill"]:
-        objective.teach(runs.teacher(config).to(device), config["distill_shares"], config["distill_log_variance"])
-    weights = [p for p in objective.parameters() if p.requires_grad]
-    averages = [e for e, p in zip(ema.parameters(), objective.parameters()) if p.requires_grad]
-    kinds = {}                                       # layers mark weights: no_decay, and rate, a share of --lr
-    for p in weights:
-        kinds.setdefault((hasattr(p, "no_decay"), getattr(p, "rate", 1.0)), []).append(p)
-    groups = [{"params": kind, "rate": rate, "weight_decay": 0.0 if no_decay else config["weight_decay"]}
-              for (no_decay, rate), kind in kinds.items()]
-    optimiser = torch.optim.AdamW(groups, config["lr"], tuple(config["betas"]), fused=True)
-    first = 0
-    if checkpoint:
-        runs.check_resumable(checkpoint["config"], config)
-        runs.load_weights(objective, checkpoint["model"], folder)
-        runs.load_weights(ema, checkpoint["ema"], folder)
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        first, checkpoint = checkpoint["step"], None
+    options = build.drawing_options(objective, config["draw"], place.device)
+    build.rehearse(objective, options, place.device)
+    if not checkpoint:
+        for way, run, _ in begin:
+            way.fill(objective, config, run)
+    learner = objective
+    for way, run, more in begin:
+        learner = way.wrap(learner, config, run, **more)
+    return dataset, objective, learner, optim.Averages(objective, config["ema"]), optim.optimiser(objective, config), \
+        options
+
+
+def resume(checkpoint, config, folder, objective, averages, optimiser):
+    """Put a checkpoint's state in place; returns its step. ValueError if its settings compute something else."""
+    runs.check_resumable(folder, checkpoint["config"], config)
+    build.load_weights(objective, checkpoint["model"], folder)
+    build.load_weights(averages.model, checkpoint["ema"], folder)
+    optimiser.load_state_dict(checkpoint["optimiser"])
+    return checkpoint["step"]
+
+
+class Record:
+    """What a run leaves in its folder; the first process alone writes."""
+
+    def __init__(self, folder, config, first, writer):
+        self.folder, self.config, self.writer, self.entries = folder, config, writer, []
+        if writer:
+            self.held = runs.lock(folder)                          # as long as this record lives
+            runs.start(folder, config, resume=first > 0)
+            self.entries = runs.history(folder, until=first)
+        self.window, self.clock = [], time.perf_counter()
+
+    def log(self, step, means, last, **more):
+        """Keep a step's losses, and every so many steps write the line of their means; returns that line or None."""
+        self.window = [*self.window, means][-self.config["log_every"]:]
+        if not self.writer or not (step % self.config["log_every"] == 0 or last):
+            return None
+        now = time.perf_counter()
+        entry = {"step": step} | {name: sum(w[name] for w in self.window) / len(self.window) for name in means} | more
+        entry["images_per_s"] = len(self.window) * self.config["batch"] / (now - self.clock)
+        runs.log(self.folder, entry)
+        self.entries.append(entry)
+        self.window, self.clock = [], now
+        return entry
+
+    def save(self, step, objective, averages, optimiser):
+        runs.save_checkpoint(self.folder, {
+            "config": self.config, "step": step, "model": objective.state_dict(),
+            "ema": averages.model.state_dict(), "optimiser": optimiser.state_dict()})
+
+    def show(self, step, averages, options, stop):
+        """The pictures, after the checkpoint: what goes wrong here is a warning."""
+        try:
+            figures.save(loss_curve(self.entries), self.folder / "loss.png")
+            if options is not None and (grid := picture(averages.model, self.config, options, stop)):
+                figures.save(grid, self.folder / "samples" / f"step_{step:07d}.png")
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f"warning: no picture of step {step:,}: {error}", file=sys.stderr)
+        self.clock = time.perf_counter()
+
+
+def gradients(learner, dataset, config, place, step):
+    """The losses of a step, {name: tensor}, and their gradients. Step s sees the batch, the noise and the dropout of
+    (seed, s), whatever came before; ranks and micro-batches take their rows of the same batch."""
+    torch.manual_seed(objectives.seeded(config["seed"], step, place.rank).initial_seed())
+    indices, flips = dataset.plan(step, config["batch"], config["seed"])
+    share, sums = config["batch"] // (place.world * config["accum"]), {}
+    for micro in range(config["accum"]):
+        start = (place.rank * config["accum"] + micro) * share
+        rows = slice(start, start + share)
+        x, y = dataset.gather(indices[rows], flips[rows])
+        noise = objectives.StepNoise(config["seed"], step, config["batch"], rows, place.device)
+        once = learner.no_sync if place.world > 1 and micro < config["accum"] - 1 else contextlib.nullcontext
+        with once():                                               # gradients are exchanged once a step
+            with torch.autocast(place.device.type, torch.bfloat16, enabled=place.bf16):
+                losses = learner({"x": x, "y": y, "step": step, "noise": noise})
+            (losses["loss"] / config["accum"]).backward()
+        sums = {k: sums.get(k, 0) + v.detach().float() / config["accum"] for k, v in losses.items()}
+    return sums
+
+
+def train():
+    config, overwrite, folder, checkpoint = parse(sys.argv[1:])
+    place = Place(config)
+    dataset, objective, learner, averages, optimiser, options = assemble(config, checkpoint, place)
+    parameters, macs = build.checked_cost(objective, config)
+    if config["dry_run"]:
+        print(build.shown(config))
+        return
+    first = resume(checkpoint, config, folder, objective, averages, optimiser) if checkpoint else 0
     if config["compile"]:
-        objective.model.compile()
-    parallel = DistributedDataParallel(objective) if world > 1 else objective
-
-    # The run's folder; the first process alone writes.
-    writer = rank == 0
+        getattr(objective, "model", objective).compile()
+    if place.world > 1:
+        learner = DistributedDataParallel(learner)
+    writer = place.rank == 0
     if writer:
-        parameters, macs = cost(objective.model, objective.shape)
-        kinds = "captions" if text else f"{len(classes)} classes"
-        print(f"{config['model']}: {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs an image | "
-              f"{config['data']}: {len(dataset):,} {dataset.kind}, {'x'.join(map(str, sides))}, "
-              f"{kinds} | {world} x {device.type}, {'bf16' if bf16 else 'fp32'} | "
-              f"{folder}{f', from step {first:,}' if first else ''}")
-        held = runs.lock(folder)  # noqa: F841 (it holds as long as this variable lives)
-        runs.start(folder, config, overwrite, resume=first > 0)
-        runs.clean(folder)
-        entries = runs.history(folder, until=first)
-
-    def save(step):
-        runs.save_checkpoint(folder, {"config": config, "step": step, "model": objective.state_dict(),
-                                      "ema": ema.state_dict(), "optimiser": optimiser.state_dict()})
-        if entries:
-            figures.save(loss_curve(entries), folder / "loss.png")
-
-    def draw(step):
-        x = ema.preview(config["sample_n"], objectives.seeded(config["seed"]))
-        columns = len(ema.examples) if text else config["num_classes"]
-        columns = columns if 1 < columns <= 16 else None
-        figures.save(figures.grid(figures.to_uint8(x), columns), folder / "samples" / f"step_{step:07d}.png")
-
-    # The loop. Step s sees the batch, the noise and the dropout of (seed, s), whatever came before.
-    share = config["batch"] // (world * config["accum"])
-    window, clock = [], time.perf_counter()
+        print(headline(config, dataset, parameters, macs, place), "|", folder, f"from step {first:,}" if first else "")
+    record = Record(folder, config, first, writer)
+    weights = optim.trained(objective)
+    stop, step = runs.Stop(), first
     bar = tqdm(range(first, config["steps"]), initial=first, total=config["steps"], unit=" steps", mininterval=0.5,
                disable=not writer)
     for step in bar:
-        for group in optimiser.param_groups:
-            group["lr"] = group.get("rate", 1.0) * learning_rate(config, step)
-        torch.manual_seed(objectives.seeded(config["seed"], step, rank).initial_seed())
-        indices, flips = dataset.plan(step, config["batch"], config["seed"])
-        sums = {}
-        for micro in range(config["accum"]):
-            begin = (rank * config["accum"] + micro) * share
-            rows = slice(begin, begin + share)
-            x, y = dataset.gather(indices[rows], flips[rows])
-            noise = objectives.StepNoise(config["seed"], step, config["batch"], rows, device)
-            once = parallel.no_sync if world > 1 and micro < config["accum"] - 1 else contextlib.nullcontext
-            with once():                                               # gradients are exchanged once a step
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    losses = parallel({"x": x, "y": y, "noise": noise})
-                (losses["loss"] / config["accum"]).backward()
-            sums = {k: sums.get(k, 0) + v.detach().float() / config["accum"] for k, v in losses.items()}
+        # Gradients, at this step's rate.
+        rate = optim.learning_rate(config, step)
+        optim.set_rate(optimiser, rate)
+        losses = gradients(learner, dataset, config, place, step)
+        optim.rest_paused(weights)
         norm = torch.nn.utils.clip_grad_norm_(weights, config["clip"] or math.inf).item()
 
-        # What all processes must agree on: the losses, and whether to stop.
-        numbers = torch.stack([*sums.values(), torch.tensor(float(bool(stop)), device=device)])
-        if world > 1:
-            dist.all_reduce(numbers)
-        *means, stopping = (numbers / world).tolist()
-        if not (math.isfinite(means[0]) and math.isfinite(norm)):
-            newest = folder / "ckpt.pt"
-            good = f" The last good checkpoint is {newest}." if newest.exists() else ""
-            raise ValueError(f"at step {step + 1} the loss is {means[0]:.4g} and the gradient's norm {norm:.4g}; the "
-                             f"step was not taken.{good} Try a lower --lr, a longer --warmup, or --clip 1")
+        # What all processes must agree on: the losses, and whether to stop. A step that is not finite is not taken.
+        *means, stopping = place.mean(torch.stack([*losses.values(), torch.tensor(float(bool(stop)),
+                                                                                  device=place.device)]))
+        means = dict(zip(losses, means))
+        check_finite(step, means["loss"], norm, folder)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        decay = min(config["ema"], (1 + step) / (10 + step))           # early on, average over few steps
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        averages.update(step)
 
-        # Log, draw, save.
+        # Log, save, draw.
         step += 1
-        window.append(dict(zip(sums, means)))
-        window = window[-config["log_every"]:]
         last = step == config["steps"] or stopping > 0
-        if writer and (step % config["log_every"] == 0 or last):
-            now = time.perf_counter()
-            entry = {name: sum(w[name] for w in window) / len(window) for name in sums}
-            entry = {"step": step, **entry, "grad_norm": norm, "lr": learning_rate(config, step - 1),
-                     "images_per_s": len(window) * config["batch"] / (now - clock)}
-            runs.log(folder, entry)
-            entries.append(entry)
+        if entry := record.log(step, means, last, grad_norm=norm, lr=rate):
             bar.set_postfix_str(f"loss {entry['loss']:.4f}, {entry['images_per_s']:,.0f} images/s", refresh=False)
-            window, clock = [], now
-        if writer and (step == config["steps"] or (config["sample_every"] and step % config["sample_every"] == 0)):
-            draw(step)
-            clock = time.perf_counter()
-        if writer and (step % config["save_every"] == 0 or last):
-            save(step)
+        drawn = step == config["steps"] or (config["sample_every"] and step % config["sample_every"] == 0)
+        saved = step % config["save_every"] == 0 or last
+        if writer and saved:
+            record.save(step, objective, averages, optimiser)
+        if writer and (saved or drawn):
+            record.show(step, averages, options if drawn else None, stop)
         if stopping > 0:
             break
     bar.close()
-    if writer and stop and step < config["steps"]:
-        print(f"stopped; saved at step {step:,}: `python train.py --out {folder} --resume` goes on")
-    elif writer:
-        print(f"done: pictures in {folder / 'samples'}\n  to draw more:    python sample.py {folder}\n"
-              f"  to measure them: python evaluate.py score {folder}")
-    if world > 1:
-        time.sleep(0.1)      # gloo's threads, joined below without letting go of the interpreter, need it once more
-        dist.destroy_process_group()
+    if writer:
+        print(farewell(folder, step, config["steps"]))
+    place.leave()
+
+
+def headline(config, dataset, parameters, macs, place):
+    """What is trained on what and where, in one line."""
+    return (f"{config['network']}: {parameters / 1e6:.2f} M parameters, {macs / 1e9:.3f} GMACs an image | "
+            f"{config['data']}: {len(dataset):,} {dataset.kind}, {'x'.join(map(str, dataset.shape[1:]))}, "
+            f"{len(config['classes'])} classes | {place.world} x {place.device.type}, "
+            f"{'bf16' if place.bf16 else 'fp32'}")
+
+
+def check_finite(step, loss, norm, folder):
+    """ValueError, and so the end of the run with its last checkpoint untouched, if the step cannot be taken."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    newest = folder / "ckpt.pt"
+    good = f" The last good checkpoint is {newest}." if newest.exists() else ""
+    raise ValueError(f"at step {step + 1} the loss is {loss:.4g} and the gradient's norm {norm:.4g}; the step was not "
+                     f"taken.{good} Try a lower --lr, a longer --warmup, or --clip 1")
+
+
+def farewell(folder, step, steps):
+    """What to do next."""
+    if step < steps:
+        return f"stopped; saved at step {step:,}: `python train.py --out {folder} --resume` goes on"
+    return (f"done: pictures in {folder / 'samples'}\n  to draw more:    python sample.py {folder}\n"
+            f"  to measure them: python evaluate.py score {folder}")
 
 
 if __name__ == "__main__":
-    runs.command(train)
+    build.command(train)

@@ -136,7 +136,7 @@ def test_shapes_are_whole_and_stand_out():
 
 
 def test_shapes_splits_labels_and_captions():
-    train, test = data.load("shapes", image_size=8), data.load("shapes", image_size=8, split="test")
+    train, test = data.load("shapes", size=8), data.load("shapes", size=8, split="test")
     assert (len(train), len(test)) == (20_000, 5_000)
     assert not set(data.SPLITS["train"]) & set(data.SPLITS["test"])
     assert train.images.shape == (20_000, 3, 8, 8) and train.images.dtype == torch.uint8 and not train.flip
@@ -240,12 +240,12 @@ def test_cifar_folder(tmp_path, name, pickled):
 
 def test_cifar_shrinks_by_area_or_refuses(tmp_path):
     write_folder(tmp_path, cifar_files())
-    full, half = data.load("cifar10", tmp_path), data.load("cifar10", tmp_path, image_size=16)
+    full, half = data.load("cifar10", tmp_path), data.load("cifar10", tmp_path, size=16)
     averaged = torch.nn.functional.avg_pool2d(full.images.float(), 2)
     assert (half.images - averaged).abs().max() <= 0.5
     for size in (64, 24):
         with pytest.raises(ValueError, match=f"cannot be {size}x{size}.* 16, 32"):
-            data.load("cifar10", tmp_path, image_size=size)
+            data.load("cifar10", tmp_path, size=size)
 
 
 def test_cifar_archive_is_read_in_place_and_checked(tmp_path, monkeypatch):
@@ -426,7 +426,7 @@ def test_imagenet64_without_val_holds_out_a_twentieth_at_any_size(tmp_path):
     parts = [np.array(data.load("imagenet64", tmp_path, split=split).images) for split in ("train", "test")]
     assert [len(part) for part in parts] == [38, 2]
     assert {image.tobytes() for part in parts for image in part} == {image.tobytes() for image in pixels}
-    small = data.load("imagenet64", tmp_path, image_size=32, split="test")
+    small = data.load("imagenet64", tmp_path, size=32, split="test")
     averaged = parts[1].reshape(2, 3, 32, 2, 32, 2).mean((3, 5))
     assert small.images.shape == (2, 3, 32, 32) and np.abs(small.images - averaged).max() <= 0.5
 
@@ -510,7 +510,7 @@ def test_class_folders_and_the_held_out_tenth(tmp_path):
     save(tmp_path / ".cache" / "x.png", plain(0))
     save(tmp_path / "dog" / "._0.png", plain(0))
     (tmp_path / "dog" / "notes.md").write_text("no image")
-    train, test = (data.load("folder", tmp_path, image_size=8, split=split) for split in ("train", "test"))
+    train, test = (data.load("folder", tmp_path, size=8, split=split) for split in ("train", "test"))
     assert train.classes == test.classes == ["cat", "dog"] and train.captions is None and train.flip
     assert train.images.shape == (36, 3, 8, 8) and test.images.shape == (4, 3, 8, 8)
     values = [dataset.images[:, 0, 0, 0].tolist() for dataset in (train, test)]
@@ -614,12 +614,12 @@ def test_bad_images_are_named_or_skipped(tmp_path):
     for name, raw in bad.items():
         (tmp_path / "train" / name).write_bytes(raw)
     with pytest.raises(ValueError, match=r"^6 of 18 images .* cannot be read: .*; remove them, or") as error:
-        data.load("folder", tmp_path, image_size=8)
+        data.load("folder", tmp_path, size=8)
     assert [f"train/{name} (" in str(error.value) for name in bad] == [True] * 5 + [False]   # five will do
     assert "gif.png (not a PNG, JPEG, WebP or BMP)" in str(error.value)
     assert "huge.png (8001x8000, more than 64 million pixels), ..." in str(error.value)
     with pytest.warns(UserWarning, match="6 of 18 images .* skipped"):
-        dataset = data.load("folder", tmp_path, image_size=8, bad_images="skip")
+        dataset = data.load("folder", tmp_path, size=8, bad_images="skip")
     names = sorted(f"good{k}.png" for k in range(12))
     expected = [data.read_image(tmp_path / "train" / name, 8) for name in names]
     assert np.array_equal(dataset.images, expected) and len(dataset.labels) == 12
@@ -638,10 +638,10 @@ def test_an_image_bomb_is_not_decoded(tmp_path):
     ({"name": "shape"}, "no dataset called 'shape': did you mean shapes"),
     ({"name": "cifar-10"}, "did you mean cifar10"),
     ({"name": "mnist"}, "did you mean .*shapes"),
-    ({"name": "shapes", "split": "val"}, "'val' is neither train nor test"),
+    ({"name": "shapes", "split": "val"}, "split 'val' is neither train nor test"),
     ({"name": "folder", "bad_images": "ignore"}, "'ignore' is neither error nor skip"),
-    ({"name": "shapes", "image_size": 0}, "image_size is 0"),
-    ({"name": "shapes", "image_size": 32.5}, "image_size is 32.5"),
+    ({"name": "shapes", "size": 0}, "size is 0"),
+    ({"name": "shapes", "size": 32.5}, "size is 32.5"),
 ])
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -655,6 +655,6 @@ def test_a_missing_folder_is_named(tmp_path, name):
 
 
 def test_flip_can_be_chosen(tmp_path):
-    assert data.load("shapes", image_size=4, split="test", flip=True).flip
+    assert data.load("shapes", size=4, split="test", flip=True).flip
     write_folder(tmp_path, cifar_files())
     assert not data.load("cifar10", tmp_path, flip=False).flip

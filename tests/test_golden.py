@@ -37,7 +37,6 @@ from layers import (
 )
 from models import DRWKVBlock, Stitched, channel_norm, create_model, q_shift, stitch_steps
 
-
 # ------------------------------------------------------------------------------------------------------------------ dit
 
 

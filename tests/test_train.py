@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import build
 import data
 import diffusion
 import evaluate
@@ -25,9 +26,8 @@ import sample
 import train
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--model", "dit-nano", "--model-options", "depth=1,hidden_size=32,num_heads=2", "--image-size", "8",
-        "--batch", "8", "--steps", "6", "--log-every", "1", "--sample-n", "8", "--sample-steps", "2",
-        "--sample-every", "0", "--device", "cpu"]
+TINY = ["--model", "dit-nano:depth=1,hidden_size=32,num_heads=2", "--data", "shapes:size=8", "--batch", "8", "--steps",
+        "6", "--log-every", "1", "--sample-n", "8", "--draw", "steps=2", "--sample-every", "0", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def call(function, *argv):
     """Run a script's main in this process."""
     old, sys.argv = sys.argv, [function.__name__ + ".py", *map(str, argv)]
     try:
-        runs.command(function)
+        build.command(function)
     finally:
         sys.argv = old
 
@@ -93,15 +93,14 @@ def test_a_run_leaves_what_it_promises(here):
 @pytest.mark.parametrize("options", [
     [],
     ["--process", "cosine", "--prediction", "v"],
-    ["--process", "linear", "--prediction", "own", "--learned-variance"],
-    ["--process", "edm", "--prediction", "own"],
+    ["--process", "linear:learned_variance=True"],
+    ["--process", "edm"],
     ["--weighting", "min-snr", "--density", "mode"],
     ["--unconditional"],
-    ["--moe", "4,2"],
-    ["--ternary"],
-    ["--model", "dimr-nano", "--model-options", "hidden_size=16,depth=2,num_heads=2", "--weight-decay", "0.1"],
-    ["--model", "unet-nano", "--model-options", "channels=16;multipliers=(1,2);attention=()",
-     "--model-options", "channels=16;multipliers=(1,2);attention=();dropout=0.3"],
+    ["--model", "dit-nano:depth=1,hidden_size=32,num_heads=2,moe=(4,2)"],
+    ["--model", "dit-nano:depth=1,hidden_size=32,num_heads=2,ternary=True"],
+    ["--model", "dimr-nano:hidden_size=16,depth=2,num_heads=2", "--weight-decay", "0.1"],
+    ["--model", "unet-nano:channels=16,multipliers=(1,2),attention=(),dropout=0.3"],
 ])
 def test_resumed_is_unbroken(here, options):
     """6 steps = 2 + 4 resumed steps, bit for bit, with other intervals of saving and drawing."""
@@ -133,7 +132,7 @@ def test_label_drop_rate():
     objective.loss({"x": torch.zeros(20_000, 3, 4, 4), "y": y, "noise": objectives.StepNoise(0, 0, 20_000)})
     assert (seen[0] == 5).float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(seen[0][seen[0] != 5], y[seen[0] != 5])
-    assert torch.equal(objective.labels(7, "cpu"), torch.tensor([0, 1, 2, 3, 4, 0, 1]))
+    assert torch.equal(objective.conditions(7), torch.tensor([0, 1, 2, 3, 4, 0, 1]))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(here, capsys):
@@ -189,7 +188,7 @@ def crash_test(kills, steps, patience=300):
         process.kill()
         process.wait()
         runs.load_checkpoint("killed/ckpt.pt")              # there is always a whole one
-        process = start(["--out", "killed", "--resume"])
+        process = start([*long, "--out", "killed"])         # the same command again goes on
     assert process.wait(patience) == 0, process.stdout.read()
     assert hits >= kills - 1, "the kills came while it ran"
     assert weights("killed") == weights("whole") and losses("killed") == losses("whole")
@@ -238,7 +237,8 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
 def test_one_writer(here, capsys):
     call(train.train, *TINY, "--out", "r")
     held = runs.lock(Path("r"))
-    assert "another process is writing" in refused(capsys, train.train, *TINY, "--out", "r", "--resume")
+    message = refused(capsys, train.train, *TINY, "--out", "r", "--resume")
+    assert f"another process ({os.getpid()}) is writing" in message
     held.close()
 
 
@@ -248,24 +248,40 @@ def test_one_writer(here, capsys):
 @pytest.mark.parametrize("argv, message", [
     (["--model", "dit-s2"], "unknown --model 'dit-s2': did you mean .*dit-s/2"),
     (["--data", "cifar"], "unknown --data 'cifar': did you mean cifar10"),
-    (["--sampler", "dimm"], "unknown --sampler 'dimm': did you mean ddim"),
+    (["--draw", "sampler=dimm"], "unknown --sampler 'dimm': did you mean ddim"),
+    (["--draw", "sampler=ddim:etta=1"], "has no option 'etta': did you mean eta"),
+    (["--draw", "grid=leading"], "count the steps of a chain"),
+    (["--process", "linear", "--draw", "steps=5000"], "5000 sampling steps out of a chain of 1000"),
+    (["--draw", "stepss=5"], "draws without an option 'stepss': did you mean steps"),
     (["--process", "sine"], "unknown --process 'sine'"),
     (["--steps", "0"], "argument --steps: '0' is not a whole number of at least 1"),
     (["--batch", "-4"], "argument --batch: '-4' is not a whole number"),
-    (["--image-size", "10"], "10x10 is not divisible by the patch size 4: try 8x8"),
+    (["--ema", "nan"], "argument --ema: 'nan' is not a number"),
+    (["--betas=0.9"], "argument --betas: '0.9': 2 numbers are wanted"),
+    (["--data", "shapes:size=10"], "10x10 is not divisible by the patch size 4: try 8x8"),
+    (["--data", "shapes:size=0"], "size is 0, and must lie between 1 and"),
     (["--accum", "3"], "--batch 8 does not divide into 1 processes x 3 micro-batches"),
-    (["--model-options", "layers=3"], "dit-nano has no option 'layers': choose from"),
-    (["--model-options", "depth"], "'depth' is not of the form name=value"),
+    (["--model", "dit-nano:layers=3"], "dit-nano has no option 'layers'"),
+    (["--model", "dit-nano:depth=1.5"], "depth is 1.5, and must be a whole number"),
+    (["--model", "dit-nano:hidden_size=-1"], "hidden_size is -1, and must lie between 1 and"),
+    (["--model", "dit-nano:num_heads=3"], "width 128 does not divide into 3 heads"),
+    (["--model", "dit-nano:hidden_size=65536,depth=1000"], "M parameters takes"),
+    (["--model", "dit-nano:image_size=8"], "image_size: that is chosen by --data NAME:size="),
+    (["--model", "dimr-nano:patch_sizes=()"], "patch_sizes is empty"),
+    (["--model", "dit-nano:depth"], "dit-nano:depth"),
     (["--data", "folder", "--data-dir", "nowhere"], "nowhere"),
-    (["--data", "cifar10", "--data-dir", "nowhere", "--no-download"], "cifar-10"),
+    (["--data", "cifar10:download=False", "--data-dir", "nowhere"], "cifar-10"),
     (["--device", "cuda:7"], "--device cuda:7: this machine"),
+    (["--device", "meta"], "--device meta: this machine"),
     (["--out", "r", "--resume"], "there is no checkpoint r/ckpt.pt"),
-    (["--learned-variance"], "learned variances and the bound need a discrete chain"),
+    (["--process", "flow:learned_variance=True"], "flow has no option 'learned_variance'"),
     (["--process", "linear", "--prediction", "noise"], "unknown --prediction 'noise'"),
     (["--process", "zero-snr", "--prediction", "eps"], "this chain ends in pure noise"),
     (["--weighting", "minsnr"], "unknown --weighting 'minsnr': did you mean min-snr"),
-    (["--shift", "-1"], "shift"),
+    (["--process", "flow:shift=-1"], "shift"),
     (["@recipes/none.txt"], "none.txt"),
+    (["--start-from", "nowhere"], "nowhere holds no run"),
+    (["--distill", "r:share=1"], "--distill has no option 'share': did you mean shares"),
 ])
 def test_mistakes_in_flags(here, capsys, argv, message):
     line = refused(capsys, train.train, *TINY, *argv)
@@ -275,14 +291,26 @@ def test_mistakes_in_flags(here, capsys, argv, message):
 
 def test_mistakes_with_runs(here, capsys):
     call(train.train, *TINY, "--out", "r", "--save-every", "3")
-    message = refused(capsys, train.train, *TINY, "--out", "r")
-    assert "r exists already: go on with it by --resume, replace it by --overwrite" in message
-    assert "batch was 8 and is now 4" in refused(capsys, train.train, "--out", "r", "--resume", "--batch", "4")
-    assert "model_options was" in refused(capsys, train.train, "--out", "r", "--resume", "--model-options", "depth=2")
+    before = weights("r")
+    call(train.train, *TINY, "--out", "r")
+    assert weights("r") == before, "the same command again finds nothing left to do"
+    for argv, message in ((["--batch", "4"], "batch was 8 and is now 4"),
+                          (["--model", "dit-nano:depth=2"], "model was"),
+                          (["--data", "shapes:size=16"], "data was")):
+        assert message in refused(capsys, train.train, *TINY, "--out", "r", *argv)
+        assert message in refused(capsys, train.train, "--out", "r", "--resume", *argv)
+    message = refused(capsys, train.train, *TINY, "--out", "r", "--overwrite", "--draw", "grid=leading")
+    assert "count the steps" in message and weights("r") == before, "a refusal leaves the old run"
     assert "nowhere holds no run" in refused(capsys, sample.sample, "nowhere")
     assert "unknown class 'moon'" in refused(capsys, sample.sample, "r", "--classes", "moon")
     assert "must end in .gif" in refused(capsys, sample.sample, "r", "--film", "f.mp4")
     assert "name the folder of a run" in refused(capsys, sample.sample)
+    Path("other").mkdir()
+    Path("other/letter.txt").write_text("dear")
+    assert "is in use and holds no run" in refused(capsys, train.train, *TINY, "--out", "other", "--overwrite")
+    assert "it holds letter.txt" in refused(capsys, sample.sample, "r", "--out", "other")
+    call(train.train, *TINY, "--out", "r", "--overwrite", "--steps", "5")
+    assert weights("r")[0] == 5
     call(train.train, *TINY, "--out", "r", "--overwrite")
 
     whole = Path("r/ckpt.pt").read_bytes()
@@ -298,7 +326,7 @@ def test_mistakes_with_runs(here, capsys):
     assert weights("r")[0] == 7
 
     state = runs.load_checkpoint("r/ckpt.pt")
-    state["config"]["model_options"] = {"depth": 2, "hidden_size": 32, "num_heads": 2}
+    state["config"]["network"] = "dit-nano:depth=2,hidden_size=32,num_heads=2"
     torch.save(state, "r/ckpt.pt")
     assert "weights of another model" in refused(capsys, sample.sample, "r")
 
@@ -345,7 +373,7 @@ def test_a_failed_write_leaves_the_old_file(here, monkeypatch):
 
 @pytest.fixture
 def run(here):
-    call(train.train, *TINY, "--out", "r", "--lr", "1e-2", "--prediction", "own")
+    call(train.train, *TINY, "--out", "r", "--lr", "1e-2")
     return here
 
 
@@ -365,7 +393,7 @@ def test_what_sample_writes(run, capsys):
     call(sample.sample, "r", "--n", "6", "--classes", "star,0", "--guidance", "3", "--film", "f.gif")
     assert Image.open("r/sample.png").size[0] > 64
     film = Image.open("f.gif")
-    assert film.n_frames == 3, "noise and two steps"
+    assert film.n_frames == 2, "two steps"
     call(sample.sample, "r", "--n", "3", "--out", "many")
     assert [p.name for p in sorted(Path("many").iterdir())] == ["000000.png", "000001.png", "000002.png"]
     assert Image.open("many/000000.png").size == (8, 8)
@@ -374,25 +402,24 @@ def test_what_sample_writes(run, capsys):
 
 @pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
 def test_every_sampler_draws(run, sampler):
-    config, objective = runs.open_run("r")
-    x = torch.cat(list(runs.draw(objective, torch.arange(4), 4, 0, 4, "cpu", sampler=sampler, steps=6)))
+    x = torch.cat(list(build.open_run("r").images(4, sampler=sampler, steps=6)))
     assert x.shape == (4, 3, 8, 8) and x.isfinite().all()
 
 
 @pytest.mark.parametrize("rule", diffusion.GUIDANCE)
 def test_every_guidance_rule_draws(run, rule):
-    argv = ["--guidance", "3", "--guidance-rule", rule, "--interval", "0.1,0.9", "--grid", "karras"]
+    argv = ["--guidance", "3", "--guidance-rule", rule, "--interval", "0.1,0.9", "--grid", "karras:rho=5"]
     call(sample.sample, "r", "--n", "4", *argv)
     assert Image.open("r/sample.png").size[0] > 64
 
 
 def test_experts(here, capsys):
     """Training logs their balance; upcycling starts from one expert; the analysis counts and draws."""
-    small = [*TINY[2:], "--model", "dit-moe-nano", "--image-size", "16"]
-    call(train.train, *small, "--model-options", "depth=2,hidden_size=24,num_heads=2,num_experts=1,top_k=1",
+    small = [*TINY[2:], "--data", "shapes:size=16"]
+    call(train.train, *small, "--model", "dit-moe-nano:depth=2,hidden_size=24,num_heads=2,num_experts=1,top_k=1",
          "--out", "dense")
-    call(train.train, *small, "--model-options", "depth=2,hidden_size=24,num_heads=2", "--upcycle", "dense",
-         "--balance", "0.5", "--out", "moe")
+    call(train.train, *small, "--model", "dit-moe-nano:depth=2,hidden_size=24,num_heads=2,balance=0.5", "--upcycle",
+         "dense", "--out", "moe")
     entry = runs.history(Path("moe"))[0]
     assert entry["loss"] > 0.5 * 2 * entry["balance"] > 0.99 and entry["load_cv"] > 0
     first = runs.load_checkpoint("dense/ckpt.pt")["ema"]["model.blocks.0.mlp.gate"]
@@ -403,16 +430,18 @@ def test_experts(here, capsys):
     result = json.load(open("moe/experts.json"))
     assert np.array(result["counts"]["step"]).sum((1, 2)).tolist() == [2 * len(data.SHAPES) * 2 * 16 * 2] * 2
     assert Image.open("moe/experts-position.png").size[0] > 300
-    assert "leave out one of the two" in refused(capsys, train.train, *TINY, "--moe", "4,2", "--ternary")
-    assert "takes two numbers" in refused(capsys, train.train, *TINY, "--moe", "4", "--out", "u")
-    assert "UNet has 0" in refused(capsys, train.train, "--model", "unet-pico", "--moe", "4,2", "--out", "u")
-    call(train.train, *TINY, "--out", "dit")
-    assert "cannot be upcycled" in refused(capsys, train.train, *small, "--upcycle", "dit", "--out", "v")
+    tiny = "dit-nano:depth=1,hidden_size=32,num_heads=2"
+    for argv, message in ((["--model", f"{tiny},moe=(4,2),ternary=True"], "leave out one of the two"),
+                          (["--model", f"{tiny},moe=(4,)"], "two numbers"),
+                          (["--model", "unet-pico:moe=(4,2)"], "UNet has 0"),
+                          (["--model", "dit-moe-nano", "--upcycle", "dit"], "cannot be upcycled")):
+        call(train.train, *TINY, "--out", "dit")
+        assert message in refused(capsys, train.train, *TINY, *argv, "--out", "u")
     assert "no experts" in refused(capsys, evaluate.evaluate, "experts", "dit")
 
 
 def test_packed_weights_draw_the_same_images(here, capsys):
-    call(train.train, *TINY, "--ternary", "--out", "r")
+    call(train.train, *TINY, "--model", "dit-nano:depth=1,hidden_size=32,num_heads=2,ternary=True", "--out", "r")
     call(evaluate.evaluate, "pack", "r", "--n", "4", "--rounds", "1")
     assert "packed" in capsys.readouterr().out
     assert Path("r/packed.pt").stat().st_size < 0.5 * Path("r/ckpt.pt").stat().st_size
@@ -423,8 +452,7 @@ def test_packed_weights_draw_the_same_images(here, capsys):
 
 
 def test_stitched_runs(run, capsys):
-    call(train.train, *TINY, "--model-options", "depth=2,hidden_size=32,num_heads=2", "--prediction", "own",
-         "--out", "large")
+    call(train.train, *TINY, "--model", "dit-nano:depth=2,hidden_size=32,num_heads=2", "--out", "large")
     call(sample.sample, "r", "large", "--stitch", "0.5", "--n", "4", "--out", "x.npz")
     call(sample.sample, "r", "large", "r", "--stitch", "0.5,0.25,0.25", "--stitch-rule", "time", "--n", "4")
     assert np.load("x.npz")["arr_0"].shape == (4, 8, 8, 3)
@@ -436,7 +464,7 @@ def test_stitched_runs(run, capsys):
     assert "--stitch 0.4" in refused(capsys, sample.sample, "r", "large")
     assert "sum to 1" in refused(capsys, sample.sample, "r", "large", "--stitch", "0.4,0.4")
     assert "leave out --weak" in refused(capsys, sample.sample, "r", "large", "--stitch", "0.4", "--weak", "r")
-    call(train.train, *TINY, "--out", "x0")
+    call(train.train, *TINY, "--out", "x0", "--prediction", "x0")
     assert "same prediction" in refused(capsys, sample.sample, "r", "x0", "--stitch", "0.4")
 
 
@@ -460,7 +488,7 @@ def test_score_and_speed(run, capsys):
     clock = time.perf_counter()
     call(evaluate.evaluate, "score", "r", "--n", "16")
     assert "training a classifier" not in capsys.readouterr().err and time.perf_counter() - clock < 20
-    call(evaluate.evaluate, "samplers", "r", "--n", "8", "--steps", "2,4", "--samplers", "ddim,heun")
+    call(evaluate.evaluate, "samplers", "r", "--n", "8", "--counts", "2,4", "--samplers", "ddim,heun")
     assert "heun" in capsys.readouterr().out and Image.open("r/samplers.png").size == (800, 460)
     call(evaluate.evaluate, "likelihood", "r", "--n", "4", "--tolerance", "0.1")
     bits = float(capsys.readouterr().out.split()[0])
@@ -478,18 +506,24 @@ def test_score_and_speed(run, capsys):
 
 
 def test_list_and_help_and_recipes(here, capsys):
-    for argv, words in ((["--list", "dit-xl"], ["dit-xl/2", "118.6", "imagenet64", "heun"]),
-                        (["--help"], ["--learned-variance", "torchrun", "default: flow"])):
+    for argv, words in ((["--list", "dit-xl"], ["dit-xl/2", "118.6"]),
+                        (["--list"], ["imagenet64", "heun", "min-snr", "distill"]),
+                        (["--help"], ["--model", "torchrun", "default: flow", "--draw"]),
+                        (["--help", "all"], ["--label-drop", "--inherit"]),
+                        (["--help", "edm"], ["processes", "samplers", "s_churn"]),
+                        (["--help", "dit-nano"], ["hidden_size=128", "moe=", "Diffusion transformer"])):
         with pytest.raises(SystemExit):
             call(train.train, *argv)
         said = capsys.readouterr().out
-        assert all(word in said for word in words)
+        assert all(word in said for word in words), argv
     for recipe in (ROOT / "recipes").glob("*.txt"):
-        Path("cifar-10-batches-py").mkdir(exist_ok=True)
-        train.flags().parse_args([f"@{recipe}"])
-    Path("flags.txt").write_text("--steps 9   # nine\n\n# only a comment\n--model-options depth=1,hidden_size=32\n")
-    call(train.train, "@flags.txt", *TINY[:-2], "--dry-run", "--steps", "11")
-    assert json.loads(capsys.readouterr().out)["steps"] == 11 and not Path("runs").exists()
+        args = train.flags().parse_args([f"@{recipe}"])
+        build.check_settings(vars(args))
+    Path("flags.txt").write_text("\ufeff--steps 9   # nine\n\n# only a comment\n--model dit-nano:depth=1\n")
+    call(train.train, *TINY, "@flags.txt", "--dry-run", "--batch", "4")
+    config = json.loads(capsys.readouterr().out)
+    assert (config["steps"], config["batch"], config["model"]) == (9, 4, "dit-nano:depth=1")
+    assert not Path("runs").exists()
 
 
 def test_curves_and_grids_are_drawn():
@@ -503,7 +537,7 @@ def test_curves_and_grids_are_drawn():
 
 # ------------------------------------------------------------------------------------------- text, second stages, LiT
 
-DIMBA = ["--model", "dimba-nano", "--model-options", "depth=2,hidden_size=32,num_heads=2,text_width=16", *TINY[4:]]
+DIMBA = ["--model", "dimba-nano:depth=2,hidden_size=32,num_heads=2,text_width=16", *TINY[2:]]
 
 
 def test_a_run_with_text(here, capsys):
@@ -556,10 +590,12 @@ def test_precomputed_text(here, capsys):
         Image.fromarray(chance.integers(0, 255, (8, 8, 3), np.uint8)).save(f"photos/{k}.png")
         np.savez(f"photos/{k}.npz", caption_feature=chance.standard_normal((1, 4, 20)).astype(np.float16),
                  attention_mask=np.arange(4)[None] < 1 + k % 4)
-    argv = [*DIMBA[:2], "--model-options", "depth=2,hidden_size=32,num_heads=2", *DIMBA[4:], "--data", "folder",
-            "--data-dir", "photos", "--text", "npz"]
+    argv = [*TINY, "--model", "dimba-nano:depth=2,hidden_size=32,num_heads=2", "--data", "folder:size=8", "--data-dir",
+            "photos", "--text", "npz"]
     call(train.train, *argv, "--out", "n")
-    assert json.load(open("n/config.json"))["model_options"]["text_width"] == 20
+    assert "text_width=20" in json.load(open("n/config.json"))["network"]
+    call(train.train, *argv, "--out", "n", "--steps", "7")
+    assert weights("n")[0] == 7, "the same command goes on"
     call(sample.sample, "n", "--n", "2", "--prompt", "photos/3.npz")
     assert "by --prompt FILE.npz" in refused(capsys, sample.sample, "n")
     np.savez("photos/3.npz", other=np.zeros(3))
@@ -568,40 +604,39 @@ def test_precomputed_text(here, capsys):
     assert "1 of" in refused(capsys, train.train, *argv, "--out", "m")
 
 
-@pytest.mark.parametrize("model, options", [("dimba-nano", "depth=2,hidden_size=32,num_heads=2,text_width=16"),
-                                            ("drwkv-nano", "depth=3,hidden_size=32"),
-                                            ("dit-nano", "depth=1,hidden_size=32,num_heads=2")])
-def test_resolution_adaption(here, model, options):
-    argv = ["--model", model, "--model-options", options, *TINY[4:]]
+@pytest.mark.parametrize("model", ["dimba-nano:depth=2,hidden_size=32,num_heads=2,text_width=16",
+                                   "drwkv-nano:depth=3,hidden_size=32", "dit-nano:depth=1,hidden_size=32,num_heads=2"])
+def test_resolution_adaption(here, model):
+    argv = [*TINY, "--model", model]
     call(train.train, *argv, "--out", "low")
-    call(train.train, *argv, "--image-size", "16", "--start-from", "low", "--out", "high", "--lr", "1e-30")
+    call(train.train, *argv, "--data", "shapes:size=16", "--start-from", "low", "--out", "high", "--lr", "1e-30")
     low, high = (runs.load_checkpoint(f"{name}/ckpt.pt") for name in ("low", "high"))
     for name, value in low["ema"].items():
         if "pos_embed" not in name:
             torch.testing.assert_close(high["model"][name], value)
         elif "drwkv" in model:
             assert high["model"][name].shape[1] == 4 * value.shape[1]
-    assert high["config"]["model_options"].get("pe_interpolation", 2.0) == 2.0
+    assert build.split_name(high["config"]["network"])[1].get("pe_interpolation", 2.0) == 2.0
 
 
 def test_inherit_and_distill(here, capsys):
     call(train.train, *TINY, "--out", "dit")
-    lit = ["--model", "lit-nano", *TINY[2:]]
+    lit = [*TINY, "--model", "lit-nano:depth=1,hidden_size=32,num_heads=2"]
     call(train.train, *lit, "--inherit", "dit", "--out", "lit", "--steps", "1", "--lr", "1e-30")
     mine, theirs = runs.load_checkpoint("lit/ckpt.pt")["model"], runs.load_checkpoint("dit/ckpt.pt")["ema"]
     fresh = {name.split(".attn.")[1].split(".")[0] for name in mine if name not in theirs or ".attn." in name}
     assert fresh == {"q", "kv", "proj", "dwc"}
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs if ".attn." not in name)
     call(train.train, *lit, "--out", "alone")
-    call(train.train, *lit, "--distill", "dit", "--distill-shares", "0,0", "--out", "taught")
+    call(train.train, *lit, "--distill", "dit:shares=(0,0)", "--out", "taught")
     assert losses("taught") == losses("alone") and weights("taught") == weights("alone")
     call(train.train, *TINY, "--start-from", "dit", "--distill", "dit", "--lr", "1e-30", "--out", "self")
     assert runs.history(Path("self"))[0]["distill"] < 1e-12, "nothing is to be learned from oneself"
     message = refused(capsys, train.train, *lit, "--distill", "dit", "--prediction", "eps", "--out", "x")
-    assert "its prediction is 'x0', here it is 'eps'" in message
-    options = ["--process", "linear", "--prediction", "own", "--learned-variance"]
+    assert "its prediction is 'own', here it is 'eps'" in message
+    options = ["--process", "linear:learned_variance=True"]
     call(train.train, *TINY, *options, "--out", "hybrid")
-    call(train.train, *lit, *options, "--distill", "hybrid", "--distill-log-variance", "--out", "both")
+    call(train.train, *lit, *options, "--distill", "hybrid:log_variance=True", "--out", "both")
     assert all(entry["distill_variance"] >= 0 for entry in runs.history(Path("both")))
 
 
