@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kernels
+
 
 def pair(size):
     """An int or (height, width) -> (height, width)."""
@@ -252,6 +254,8 @@ def rope_2d(rows, columns, size, d, rope="direct", trained=None, theta=10000.0):
 
 def rotate(x, cos, sin):
     """x (B, h, N, d) with each pair of adjacent dimensions turned: cos, sin (B or 1, N, d/2). 2104.09864, eq. 34."""
+    if kernels.use("rotate", x, width_of_a_head=x.shape[-1]):
+        return kernels.rotate(x, cos, sin)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).type_as(x)
@@ -268,6 +272,17 @@ def modulate(x, shift, scale):
 def gated(x, gate, branch):
     """x + gate * branch, x and branch (B, N, D), gate (B, D)."""
     return torch.addcmul(x, gate[:, None], branch)
+
+
+def gate_norm_modulate(x, branch, gate, norm, shift, scale):
+    """From one branch of a block to the next: (r, y) with r = gated(x, gate, branch), or x where branch is None, and
+    y = modulate(norm(r), shift, scale)."""
+    rms, bare = type(norm) is nn.RMSNorm, type(norm) is nn.LayerNorm and norm.weight is None
+    if (rms or bare) and norm.eps and kernels.use("gate_norm_modulate", x, width=x.shape[-1]):
+        weight = norm.weight if rms else None
+        return kernels.gate_norm_modulate(x, branch, gate, shift, scale, weight, norm.eps, rms)
+    r = x if branch is None else gated(x, gate, branch)
+    return r, modulate(norm(r), shift, scale)
 
 
 # ----------------------------------------------------------------------------------------- time-dependent normalisation
@@ -452,6 +467,8 @@ class PackedLinear(nn.Module):
         self.alphas, self.bias = linear.alphas, linear.bias
 
     def forward(self, x):
+        if not torch.is_grad_enabled() and kernels.use("packed_linear", x):
+            return kernels.packed_linear(x, self.weight, self.alphas, self.bias)
         return F.linear(x, self.alphas * unpack(self.weight).to(self.alphas.dtype), self.bias)
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+import kernels
+
 # ----------------------------------------------------------------------------------------------------------- recurrence
 
 
@@ -97,6 +99,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     the states of a segment again from the one at its start."""
     if u.is_meta:                                                           # shapes only: models.cost
         return torch.empty_like(u), u.new_empty(len(u), *A.shape)
+    if kernels.use("selective_scan", u, A, state_size=A.shape[1]):
+        return kernels.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
     dtype = u.dtype
     u, delta, A, B, C, D, z, delta_bias, state = wide(u, delta, A, B, C, D, z, delta_bias, state)
     with exact(u):
@@ -189,6 +193,8 @@ def bi_wkv(w, u, k, v):
     term, so that no exponential exceeds 1. Channels go in groups that fit the processor's cache."""
     if v.is_meta:
         return torch.empty_like(v)
+    if kernels.use("bi_wkv", v):
+        return kernels.bi_wkv(w, u, k, v)
     dtype = v.dtype
     w, u, k, v = wide(w, u, k, v)
     group = max(16, (2**24 if v.is_cuda else 2**17) // (len(v) * v.shape[1]))
@@ -293,10 +299,17 @@ def linear_attention_plain(q, k, v, eps=1e-6):
 
 
 def linear_attention(q, k, v, eps=1e-6):
-    """`linear_attention_plain` with the sums over j done first: S = sum_j phi(k_j)^T v_j (d, d), s = sum_j phi(k_j)."""
-    dtype = v.dtype
+    """`linear_attention_plain` by the cheaper of two routes. Few tokens: the weights of all pairs. Many: the sums over j
+    first, S = sum_j phi(k_j)^T v_j (d, d), s = sum_j phi(k_j). They cost as many multiplications at N = d; a GPU, which
+    has to write S and read it again, is better off with pairs up to N = 1.5 d."""
+    if kernels.use("linear_attention", v, width_of_a_head=v.shape[-1]):
+        return kernels.linear_attention(q, k, v, eps)
+    dtype, (N, d) = v.dtype, v.shape[-2:]
     q, k, v = wide(q, k, v)
     with contextlib.nullcontext() if v.is_meta else exact(v):
         q, k = q.relu() + eps, k.relu() + eps
+        if N <= (1.5 if q.is_cuda else 1) * d:
+            weights = q @ k.transpose(-1, -2)                                               # (B, h, N, N)
+            return (weights @ v / (weights.sum(-1, keepdim=True) + N * eps)).to(dtype)
         S, s = k.transpose(-1, -2) @ v, k.sum(-2)[..., None]                                # (B, h, d, d), (B, h, d, 1)
-        return (q @ S / (q @ s + k.shape[-2] * eps)).to(dtype)
+        return (q @ S / (q @ s + N * eps)).to(dtype)
