@@ -197,7 +197,7 @@ def bi_wkv(w, u, k, v):
         return kernels.bi_wkv(w, u, k, v)
     dtype = v.dtype
     w, u, k, v = wide(w, u, k, v)
-    group = max(16, (2**24 if v.is_cuda else 2**17) // (len(v) * v.shape[1]))
+    group = max(16, (2**24 if v.is_cuda else 2**17) // max(1, len(v) * v.shape[1]))
     with exact(v):
         parts = zip(w.split(group), u.split(group), *(z.transpose(0, 1).split(group, 2) for z in (k, v)))
         return torch.cat([BiWKV.apply(*part) for part in parts], 2).transpose(0, 1).to(dtype)

@@ -224,7 +224,7 @@ def sums(x, y, z, e, eps):
     tiles, splits = triton.cdiv(d, BM), triton.cdiv(N, SPLIT)
     S, s = x.new_empty(splits, B * h, d, d, dtype=type), x.new_empty(splits, B * h, d, dtype=type)
     sums_kernel[(B * h * tiles * tiles * splits,)](
-        x, y, z, e, S, s, h, *strides(x, y), N, tiles, splits, SPLIT, d, BM, BN, eps, dot, precision,
+        x, y, z, e, S, s, h, *strides(x, y), N, tiles, splits, min(SPLIT, N), d, BM, BN, eps, dot, precision,
         TRITON_TYPES[type], **options(warps))
     return S.sum(0), s.sum(0)
 
@@ -318,6 +318,8 @@ def save(ctx, inputs, output):
 
 
 def gradients(ctx, g, *_):
+    if g is None:
+        return 5 * (None,)
     return *attention_backward(g, *ctx.saved_tensors, ctx.eps), None, None
 
 

@@ -19,8 +19,8 @@ from kernels.launch import TRITON_TYPES, configuration, differentiable, on, opti
 
 # (tokens, channels, warps) of a tile. The strides are kept from Triton's alignment analysis below: knowing them it
 # would give a lane several neighbouring channels, and spread the tokens over the lanes.
-FORWARD = {"default": (16, 32, 1), "interpreted": (8, 4, 1)}
-BACKWARD = {"default": (8, 64, 1), "interpreted": (4, 4, 1)}
+FORWARD = {"default": (16, 32, 1), "interpreted": (4, 2, 1)}
+BACKWARD = {"default": (8, 64, 1), "interpreted": (2, 2, 1)}
 STRIDES = ["u_b", "u_t", "delta_b", "delta_t", "z_b", "z_t", "L", "D"]
 
 
@@ -224,7 +224,7 @@ def scan(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
             u, delta, powers_of_two(A), by_state(B, tokens), by_state(C, tokens), skip, z, bias, y, states,
             *strides(u, delta, z), L, D, blocks, slots, softplus, S, keep, tokens, channels, TRITON_TYPES[type],
             **options(warps))
-    end = states[:, last % slots].transpose(1, 2).contiguous()
+    end = states[:, last % slots].transpose(1, 2).clone(memory_format=torch.contiguous_format)
     return y, end, states if training else states.new_empty(0)
 
 
