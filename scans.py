@@ -299,9 +299,9 @@ def linear_attention_plain(q, k, v, eps=1e-6):
 
 
 def linear_attention(q, k, v, eps=1e-6):
-    """`linear_attention_plain` by the cheaper of two routes. Few tokens: the weights of all pairs. Many: the sums over j
-    first, S = sum_j phi(k_j)^T v_j (d, d), s = sum_j phi(k_j). They cost as many multiplications at N = d; a GPU, which
-    has to write S and read it again, is better off with pairs up to N = 1.5 d."""
+    """`linear_attention_plain` by the cheaper of two routes. Few tokens: the weights of all pairs. Many: the sums over
+    j first, S = sum_j phi(k_j)^T v_j (d, d), s = sum_j phi(k_j). They cost as many multiplications at N = d; a GPU,
+    which has to write S and read it again, is better off with pairs up to N = 1.5 d."""
     if kernels.use("linear_attention", v, width_of_a_head=v.shape[-1]):
         return kernels.linear_attention(q, k, v, eps)
     dtype, (N, d) = v.dtype, v.shape[-2:]

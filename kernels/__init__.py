@@ -5,7 +5,7 @@ which are the definition. A caller asks in one line:
         return kernels.selective_scan(...)
 
 `choose`, the flag --kernels or the variable ATLAS_KERNELS says what is wanted: "off" (torch), "auto" (kernels where
-they work) or "on" (kernels, or a ValueError that says why not). Nothing of Triton is imported before a kernel is wanted.
+they work) or "on" (kernels, or a ValueError that says why not). Triton is not imported before a kernel is wanted.
 """
 
 import importlib
@@ -92,7 +92,7 @@ def trial(device):
         trials[device.type] = "" if works else "Triton is there, but its first kernel computed nonsense"
     except ImportError as error:
         trials[device.type] = f"Triton is not installed ({error})"
-    except Exception as error:                       # driver, compiler, version: whatever it is, torch's forms still work
+    except Exception as error:                       # driver, compiler, version: whatever it is, torch still works
         trials[device.type] = f"Triton does not work here ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
     if trials[device.type] and mode == "auto":
         warnings.warn(f"kernels: {trials[device.type]}; torch's own forms are used", stacklevel=2)

@@ -93,7 +93,7 @@ def pairs_kernel(left, right, value, z, e, gate, mean, y, heads, left_b, left_h,
     value, z = head_of(value, bh, heads, value_b, value_h), z + bh.to(tl.int64) * N
     r = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
     norm, sums = tl.zeros((BM,), SUM), ()
-    for first in tl.static_range(0, d, BC):
+    for _ in tl.static_range(0, d, BC):
         sums = sums + (tl.zeros((BM, BC), SUM),)
     for start in range(0, N, BN):
         j = start + tl.arange(0, BN)

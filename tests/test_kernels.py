@@ -5,7 +5,6 @@ conftest.py), on sizes of a few tiles, small ones; `-m gpu` runs real sizes.
 """
 
 import ast
-import importlib
 import json
 import os
 import subprocess
@@ -103,13 +102,14 @@ def rope(B, h, N, d, batch, dtype=torch.float64):
 
     def complex_product(x):
         turn = torch.polar(torch.ones_like(angle), angle)[:, None]
-        return torch.view_as_real(torch.view_as_complex(heads(x).unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+        pairs = torch.view_as_complex(heads(x).unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * turn).flatten(-2)
 
     return lambda x: kernels.rotate(heads(x), angle.cos(), angle.sin()), complex_product, [x]
 
 
-# name -> (make(dtype=...), bars of values and gradients in float32). Tiles of the interpreter are 4 tokens by 2 channels
-# (2 by 2 in the scan's backward pass), 16 x 16 in products.
+# name -> (make(dtype=...), bars of values and gradients in float32). The interpreter's tiles are 4 tokens by 2
+# channels (2 by 2 in the scan's backward pass), 16 by 16 in products.
 CASES = {
     **{f"selective-{L}": (lambda L=L, B=B, D=D, S=S, **o: selective(L, B, D, S, **o), 2e-6, 1e-4)
        for L, B, D, S in ((1, 1, 3, 2), (2, 2, 3, 3), (5, 2, 3, 2), (33, 1, 1, 2))},
@@ -223,7 +223,7 @@ def test_packed_weights(dtype):
         assert y.shape == (rows, 1, out) and ((y[:, 0].double() - exact).norm() / exact.norm()) < bar
 
 
-# ------------------------------------------------------------------------------------------- as operators, and the choice
+# ----------------------------------------------------------------------------------------- as operators, and the choice
 
 
 CALLS = {
@@ -233,7 +233,8 @@ CALLS = {
     "linear_attention": (scans.linear_attention, 3 * ((1, 1, 3, 2),)),
     "gate_norm_modulate": (lambda x, y, gate, shift, scale: layers.gate_norm_modulate(
         x, y, gate, nn.LayerNorm(3, 1e-6, False), shift, scale)[1], ((1, 2, 3), (1, 2, 3), (1, 3), (1, 3), (1, 3))),
-    "rotate": (lambda x, angle: layers.rotate(x, angle.detach().cos(), angle.detach().sin()), ((1, 1, 2, 4), (1, 2, 2))),
+    "rotate": (lambda x, angle: layers.rotate(x, angle.detach().cos(), angle.detach().sin()),
+               ((1, 1, 2, 4), (1, 2, 2))),
 }
 
 
@@ -374,7 +375,7 @@ def test_the_scan_compiles_for_sm_90():
             assert found["shuffles"] == 0
 
 
-# ------------------------------------------------------------------------------------------------------ on a GPU, at size
+# ---------------------------------------------------------------------------------------------------- on a GPU, at size
 
 
 @pytest.mark.gpu
@@ -396,7 +397,8 @@ def test_real_sizes(make, dtype):
 @pytest.mark.gpu
 def test_many_sequences():
     """More sequences than the second axis of a grid holds."""
-    for make in (lambda: selective(3, 70_000, 2, 2, dtype=torch.float32), lambda: wkv(3, 70_000, 2, dtype=torch.float32),
+    for make in (lambda: selective(3, 70_000, 2, 2, dtype=torch.float32),
+                 lambda: wkv(3, 70_000, 2, dtype=torch.float32),
                  lambda: attention(70_000, 1, 3, 16, dtype=torch.float32),
                  lambda: norm(70_000, 2, 16, True, False, dtype=torch.float32),
                  lambda: rope(70_000, 1, 2, 4, 1, dtype=torch.float32)):
@@ -437,8 +439,8 @@ def test_twenty_runs_have_the_same_bits(make):
     for _ in range(20):
         out = kernel(*inputs)
         out = out[0] if isinstance(out, tuple) else out
-        bits = [out, *torch.autograd.grad(out.float().square().sum(), [x for x in inputs if isinstance(x, torch.Tensor)],
-                                          allow_unused=True)]
+        leaves = [x for x in inputs if isinstance(x, torch.Tensor)]
+        bits = [out, *torch.autograd.grad(out.float().square().sum(), leaves, allow_unused=True)]
         first = first or bits
         assert all(a is b or torch.equal(a, b) for a, b in zip(bits, first))
 
