@@ -30,11 +30,14 @@ from tqdm import tqdm
 import convert
 import data
 import diffusion
+import guidance
 import layers
 import models
 import moe
 import objectives
+import optim
 import runs
+import samplers
 from runs import Run
 
 VERSION = 2                                          # of config.json; 1 had a flag for every option of every system
@@ -243,7 +246,7 @@ def unknown(what, name, choices):
 FACTS = {"image_size": "--data NAME:size=", "in_channels": "the data", "num_classes": "the data",
          "classes": "the data", "learn_sigma": "--process NAME:learned_variance=True", "codes": "--tokenizer",
          "process": "--process", "data_dir": "--data-dir", "split": "the command", "stride": "the model's patch_size",
-         "prediction": "--prediction", "weighting": "--weighting", "density": "--density", "betas": "--process"}
+         "memory": "the walk itself", "prediction": "--prediction", "weighting": "--weighting", "density": "--density", "betas": "--process"}
 # Options whose values have bounds of their own. Every other whole number lies in 0 .. 10^6, every other number is
 # finite.
 RANGES = {"hidden_size": (1, 65536), "channels": (1, 65536), "depth": (1, 1024), "num_heads": (1, 1024),
@@ -257,7 +260,6 @@ RANGES = {"hidden_size": (1, 65536), "channels": (1, 65536), "depth": (1, 1024),
 
 def parameters(entry):
     """{option: inspect.Parameter} of an entry of a registry."""
-    entry = entry[0] if isinstance(entry, tuple) else entry  # INTERIM
     if isinstance(entry, str):
         return {}
     found = inspect.signature(entry).parameters.values()
@@ -332,8 +334,6 @@ def bound(flag, text, registry):
 
 def line(entry):
     """The first sentence of an entry's docstring."""
-    if isinstance(entry, tuple):  # INTERIM
-        return entry[-1]
     text = (entry.func if isinstance(entry, functools.partial) else entry).__doc__ or ""
     text = " ".join(text.split("\n\n")[0].split())
     return re.split(r"(?<!\beq)(?<!\bet al)(?<!\bi\.e)(?<!\be\.g)(?<!\bsec)(?<!\bfig)\. (?=[A-Z])", text)[0].rstrip(".")
@@ -345,16 +345,16 @@ def line(entry):
 # entry of any other kind makes an objective itself.
 KINDS = {"backbones": models.MODELS}
 # What `--draw` and sample.py's flags of these names may name.
-DRAWING = {"sampler": diffusion.SAMPLERS, "grid": diffusion.GRIDS, "guidance_rule": diffusion.GUIDANCE}
+DRAWING = {"sampler": samplers.SAMPLERS, "grid": samplers.GRIDS, "guidance_rule": guidance.RULES}
 
 
 def registries():
     """Everything that is chosen by name: {heading: registry}."""
     return {"data sets": data.DATASETS, **KINDS, "processes": diffusion.PROCESSES,
             "predictions": diffusion.PREDICTIONS, "weightings": diffusion.WEIGHTINGS,
-            "densities of the training times": diffusion.DENSITIES, "samplers": diffusion.SAMPLERS,
-            "grids of sampling times": diffusion.GRIDS, "guidance rules": diffusion.GUIDANCE,
-            "ways to begin": WAYS}
+            "densities of the training times": diffusion.DENSITIES, "samplers": samplers.SAMPLERS,
+            "grids of sampling times": samplers.GRIDS, "guidance rules": guidance.RULES,
+            "optimisers": optim.OPTIMISERS, "ways to begin": WAYS}
 
 
 def listing(word=""):
@@ -365,11 +365,17 @@ def listing(word=""):
             continue
         yield f"{heading} (parameters, multiply-accumulates at 32x32x3 with 10 classes)" if registry is models.MODELS \
             else heading
+        costs = models.costs(names) if registry is models.MODELS else {}
         for name in names:
-            counts = models.counted(name) if registry is models.MODELS else ""
             entry = registry[name]
-            yield f"  {name:20} {counts:34}" if counts else \
-                f"  {name:20} {entry if isinstance(entry, str) else line(entry)}"
+            yield f"  {name:20} " + (size_line(*costs[name]) if name in costs else
+                                     entry if isinstance(entry, str) else line(entry))
+
+
+def size_line(parameters, active, macs):
+    """The parameters (all, and those that a token meets) and multiply-accumulates of a model."""
+    text = f"{parameters / 1e6:8.2f} M {macs / 1e9:9.3f} GMACs"
+    return text + (f", {active / 1e6:.2f} M activated" if active < parameters else "")
 
 
 def explain(name):
@@ -386,7 +392,7 @@ def explain(name):
         yield inspect.cleandoc((entry.func if isinstance(entry, functools.partial) else entry).__doc__ or "")
         known = parameters(entry)
         if heading == "backbones":
-            known |= parameters(models.create_model)
+            known |= parameters(models.changed)
         if known:
             yield f"options, as {name}:option=value,...: " + ", ".join(
                 f"{key}={p.default!r}" if p.default is not None else key for key, p in known.items())
@@ -404,8 +410,8 @@ def choose_model(text):
     if name not in every:
         raise ValueError(unknown("--model", name, every))
     known = parameters(every[name])
-    if name in models.MODELS:                        # what create_model knows for every backbone: moe, ternary, ...
-        known = parameters(models.create_model) | known
+    if name in models.MODELS:                        # what every backbone can have changed: moe, ternary, ...
+        known = parameters(models.changed) | known
     return name, checked(name, every[name], options, known)
 
 
@@ -422,6 +428,11 @@ def model_option(config, option):
 def load_data(config, split, device="cpu", **changes):
     """The data set of a config; changes override its options. Its text is added by `describe`."""
     name, options = choose("data", config["data"], data.DATASETS)
+    model, _ = choose_model(config.get("network", config["model"]))
+    if options.get("aspect", "square") != "square" and not (model in models.MODELS and
+                                                            models.backbone(model).mixed_sizes):
+        able = [other for other in models.MODELS if models.backbone(other).mixed_sizes]
+        raise ValueError(f"--data {config['data']}: {model} draws images of one size; choose one of {', '.join(able)}")
     stride = model_option(config, "patch_size") or 1
     return data.load(name, config["data_dir"], split, device, stride, **options | changes)
 
@@ -442,8 +453,10 @@ def describe(config, dataset):
     config |= {"image_size": sides[0] if sides == 2 * sides[:1] else sides, "in_channels": channels, "classes": classes,
                "num_classes": len(classes), "data_size": len(dataset), "data_checksum": dataset.checksum()}
     name, options = choose_model(config["network"])
-    if name in models.MODELS:
-        models.check_sides(name, dataset.kind, mixed=bool(dataset.budget))
+    if name in models.MODELS and len(sides) not in models.backbone(name).sides:
+        able = [other for other in models.MODELS if len(sides) in models.backbone(other).sides]
+        raise ValueError(f"--data {config['data']} holds {dataset.kind}, which {name} cannot draw: choose one of "
+                         f"{', '.join(able)}")
     if text:
         with torch.device("meta"):
             length = build_model(config).text_length
@@ -471,8 +484,9 @@ def build_model(config):
     """The backbone that a config describes, with freshly initialised weights. Raises ValueError, whatever its
     constructor makes of a combination of options that cannot be."""
     name, options = choose_model(config["network"])
-    if build_process(config).learned_variance:
-        options["learn_sigma"] = True
+    with torch.device("cpu"):                        # the model may be wanted on the meta device
+        if build_process(config).learned_variance:
+            options["learn_sigma"] = True
     with sentence(f"{config['network']} cannot be built"):
         return models.create_model(name, config["image_size"], config["in_channels"], config["num_classes"], **options)
 
@@ -529,8 +543,16 @@ def check_settings(config):
     """Refuse, before anything is loaded, names and options that do not exist or do not go together."""
     choose_model(config["model"])
     choose("data", config["data"], data.DATASETS)
+    choose("optimiser", config["optimiser"], optim.OPTIMISERS)
     build_process(config)
     ways(config)
+
+
+def build_optimiser(objective, config):
+    """The optimiser that a config describes, over the parameters that learn."""
+    name, options = choose("optimiser", config["optimiser"], optim.OPTIMISERS)
+    with sentence(f"--optimiser {config['optimiser']} cannot be built"):
+        return optim.OPTIMISERS[name](objective, config["lr"], config["weight_decay"], **options)
 
 
 def checked_cost(objective, config):
@@ -649,7 +671,7 @@ class PostTrain(Way):
     def prepare(self, config, run):
         opened = open_run(run)
         model = opened.objective.model
-        if not model.post_trains:
+        if model.post_trains is None:
             raise ValueError(f"--post-train {run}: {opened.config['network']} is no FiT")
         name, options = split_name(opened.config["network"])
         config["network"] = join_name(name, {"rope": "vision-ntk", "trained": model.trained} | options)
@@ -849,14 +871,14 @@ def open_published(arch, path, device="cpu"):
     elif arch == "fit":
         draw |= dict(guidance=1.5)
     elif arch in ("fitv2", "flag-dit"):
-        process, model = diffusion.RectifiedFlow("flow"), convert.Reversed(model)
+        process = convert.Reversed()
         guidance = {"fitv2": 1.5, "flag-dit": 4.0}[arch]
         draw = dict(sampler="rk45", guidance=guidance, guide_channels=3, clip=False)
     elif arch in ("uvit", "dimr"):
         pixels = config["in_channels"] == 3
         draw = dict(sampler="dpm-solver", steps=50, guidance=1.0 if pixels else 1.4, clip=pixels)
         if arch == "dimr" or config["embed_dim"] == 1152:       # Stable Diffusion's chain; else continuous
-            process, model = diffusion.create_process("scaled-linear"), convert.CountsFromOne(model)
+            process = convert.CountsFromOne(diffusion.BETAS["scaled-linear"]())
         else:
             process = diffusion.create_process("vp")
         if arch == "dimr":
@@ -896,8 +918,9 @@ def upgraded(config):
     for option in ("flip", "download", "bad_images", "aspect"):
         if option in config and option in parameters(data.DATASETS[name]):
             dataset[option] = config[option]
-    for key in ("model_options", "moe", "ternary", "packed", "balance", "shift", "learned_variance", "objective",
-                "flip", "download", "bad_images", "aspect", "sampler", "sample_steps", "grid", "guidance",
+    new["optimiser"] = f"adamw:betas={tuple(config['betas'])!r}"
+    for key in ("betas", "model_options", "moe", "ternary", "packed", "balance", "shift", "learned_variance",
+                "objective", "flip", "download", "bad_images", "aspect", "sampler", "sample_steps", "grid", "guidance",
                 "guidance_rule", "distill_shares", "distill_log_variance"):
         new.pop(key, None)
     draw_options = {"sampler": config["sampler"], "steps": config["sample_steps"], "guidance": config["guidance"],

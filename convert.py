@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from autoencoders import KLDecoder
-from diffusion import RectifiedFlow
+from diffusion import Discrete, RectifiedFlow
 from layers import TDLN, PackedLinear, replace_ternary
 from models import (
     DRWKV,
@@ -42,6 +42,7 @@ from models import (
     TerDiT,
     UViT,
     UViTBlock,
+    options_of,
 )
 
 
@@ -101,6 +102,16 @@ def fill(model, state_dict, what):
     return model
 
 
+def preset_heads(prefix, depth, width):
+    """The heads of the model of this family and size, which no shape tells; 64 channels a head where there is none."""
+    for name in MODELS:
+        if name.startswith(prefix):
+            preset = options_of(name)
+            if (preset["depth"].default, preset["hidden_size"].default) == (depth, width):
+                return preset["num_heads"].default
+    return max(1, width // 64)
+
+
 # ------------------------------------------------------------------------------------------------------------------ dit
 # Our parameters carry the published names, so the key map is the identity.
 
@@ -117,10 +128,8 @@ def dit(config, state_dict):
 def infer_dit(state_dict):
     D, C, p, _ = state_dict["x_embedder.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
-    presets = {(k["depth"], k["hidden_size"]): k["num_heads"]
-               for name, (_, k) in MODELS.items() if name.startswith("dit-")}
     return dict(input_size=p * math.isqrt(state_dict["pos_embed"].shape[1]), patch_size=p, in_channels=C,
-                hidden_size=D, depth=depth, num_heads=presets.get((depth, D), max(1, D // 64)),
+                hidden_size=D, depth=depth, num_heads=preset_heads("dit-", depth, D),
                 mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / D,
                 num_classes=state_dict["y_embedder.embedding_table.weight"].shape[0] - 1,
                 learn_sigma=state_dict["final_layer.linear.bias"].numel() == 2 * C * p * p)
@@ -192,10 +201,9 @@ def infer_uvit(state_dict):
     D, C, p, _ = state_dict["patch_embed.proj.weight"].shape
     depth = 2 * len({n.split(".")[1] for n in state_dict if n.startswith("in_blocks.")})
     classes = state_dict["label_emb.weight"].shape[0] if "label_emb.weight" in state_dict else -1
-    presets = {(k["depth"], k["hidden_size"]): k["num_heads"] for n, (_, k) in MODELS.items() if n.startswith("uvit-")}
     patches = state_dict["pos_embed"].shape[1] - 1 - (classes > 0)
     return dict(img_size=p * math.isqrt(patches), patch_size=p, in_chans=C, embed_dim=D, depth=depth,
-                num_heads=presets.get((depth, D), max(1, D // 64)), num_classes=classes,
+                num_heads=preset_heads("uvit-", depth, D), num_classes=classes,
                 mlp_ratio=state_dict["mid_block.mlp.fc1.weight"].shape[0] / D,
                 qkv_bias="mid_block.attn.qkv.bias" in state_dict, mlp_time_embed="time_embed.0.weight" in state_dict,
                 conv="final_layer.weight" in state_dict, skip="out_blocks.0.skip_linear.weight" in state_dict)
@@ -264,31 +272,26 @@ def infer_dimr(state_dict):
                 norm_type="TDRMSN" if "stages.0.blocks.0.block2.norm.scale.param0" in state_dict else "LN")
 
 
-class CountsFromOne(nn.Module):
-    """A published model told of a chain's steps as 1 .. T, as our chains call models: steps are 0 .. T - 1."""
+class CountsFromOne(Discrete):
+    """A chain whose network is told of the steps as 1 .. T: steps are 0 .. T - 1 here."""
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, t, y=None):
-        return self.model(x, t + 1, y)
+    def network_time(self, t):
+        return t + 1
 
 
 # ----------------------------------------------------------------------------------------------- fit, fitv2, flag-dit
 # Parameters carry the published names. Published FiTv2 and Flag-DiT are told t in [0, 1] from noise to data and predict
-# x1 - x0 = data - noise: `Reversed` makes them models of our flow process.
+# x1 - x0 = data - noise: `Reversed` is the process that calls them so.
 
 
-class Reversed(nn.Module):
-    """A published flow model as our flow process calls models: t is 1000 at noise and 0 at data, eps - x0 predicted."""
+class Reversed(RectifiedFlow):
+    """Rectified flow whose network counts the time from noise, 0, to data, 1, and predicts x0 - eps."""
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
+    def network_time(self, t):
+        return 1 - t
 
-    def forward(self, x, t, y=None, **options):
-        return -self.model(x, 1 - t / 1000, y, **options)
+    def split(self, output):
+        return -output, None
 
 
 def defaults(config, known, fixed, what):
@@ -335,10 +338,9 @@ def fit(config, state_dict):
 def infer_fit(state_dict):
     D, _ = state_dict["x_embedder.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
-    presets = {(k["depth"], k["hidden_size"]): k["num_heads"] for _, (kind, k) in MODELS.items() if kind is FiT}
     swiglu, lora = "blocks.0.mlp.fc1_g.weight" in state_dict, "global_adaLN_modulation.1.weight" in state_dict
     hidden = state_dict[f"blocks.0.mlp.fc1{'_g' * swiglu}.weight"].shape[0]
-    return dict(context_size=256, hidden_size=D, depth=depth, num_heads=presets.get((depth, D), D // 64), patch_size=2,
+    return dict(context_size=256, hidden_size=D, depth=depth, num_heads=preset_heads("fit", depth, D), patch_size=2,
                 in_channels=state_dict["x_embedder.proj.weight"].shape[1] // 4, use_swiglu=swiglu,
                 use_swiglu_large=hidden == 4 * D, adaln_type="lora" if lora else "normal",
                 adaln_lora_dim=state_dict["blocks.0.adaLN_modulation.1.weight"].shape[0] if lora else None,
@@ -415,9 +417,7 @@ def infer_dit_moe(state_dict):
     D = state_dict["x_embedder.proj.weight"].shape[0]
     depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
     E, flash = len(state_dict["blocks.0.moe.gate.weight"]), "blocks.0.attn.Wqkv.weight" in state_dict
-    presets = {(k["depth"], k["hidden_size"]): k["num_heads"]
-               for name, (_, k) in MODELS.items() if name.startswith("dit-moe-")}
-    heads = (D // len(state_dict["blocks.0.attn.q_norm.weight"]) if flash else presets.get((depth, D), max(1, D // 64)))
+    heads = D // len(state_dict["blocks.0.attn.q_norm.weight"]) if flash else preset_heads("dit-moe-", depth, D)
     ratio = len(state_dict["blocks.0.moe.experts.0.gate_proj.weight"]) // D
     shape = infer_dit({**state_dict, "blocks.0.mlp.fc1.weight": state_dict["x_embedder.proj.weight"]})
     return shape | dict(num_heads=heads, mlp_ratio=ratio, num_experts=E, num_experts_per_tok=min(2, E),
@@ -432,8 +432,11 @@ class DiTMoEFlow(RectifiedFlow):
         super().__init__()
         self.halves = 2 if learn_sigma else 1
 
-    def network_time(self, t): return t
-    def split(self, output): return output.chunk(self.halves, 1)[0], None
+    def network_time(self, t):
+        return t
+
+    def split(self, output):
+        return output.chunk(self.halves, 1)[0], None
 
 
 # --------------------------------------------------------------------------------------------------------------- terdit

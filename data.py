@@ -221,7 +221,7 @@ def read_embeddings(paths, length):
 
 def _small_array(archive, name):
     """An array of numbers inside an npz, of at most 16 MB."""
-    stream, shape, dtype = _open_array(archive, name)
+    stream, shape, dtype = open_array(archive, name)
     if dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize > 2**24:
         raise ValueError(f"`{name}` is {dtype} {shape}, not real numbers of at most 16 MB")
     return np.frombuffer(stream.read(), dtype).reshape(shape)
@@ -764,7 +764,7 @@ def shrink(images, size, name):
 # ---- imagenet64: the downsampled npz files, converted once into a memory-mapped array ----------------------
 
 
-def _open_array(archive, name):
+def open_array(archive, name):
     """An array inside an npz, its header checked before any of it is unpacked: (stream, shape, dtype)."""
     info = archive.getinfo(f"{name}.npy")
     stream = archive.open(info)
@@ -782,10 +782,10 @@ def _open_array(archive, name):
 def _npz_labels(path):
     """Labels of one npz file, counted from 0, after a check of its header: int64 (n,)."""
     with _blame(path, "download it again"), zipfile.ZipFile(path) as archive:
-        _, shape, dtype = _open_array(archive, "data")
+        _, shape, dtype = open_array(archive, "data")
         if dtype != np.uint8 or shape[1:] != (3 * 64 * 64,):
             raise ValueError(f"`data` is {dtype} {shape}, not uint8 (n, 12288)")
-        stream, count, dtype = _open_array(archive, "labels")
+        stream, count, dtype = open_array(archive, "labels")
         if dtype.kind not in "iu" or count != shape[:1]:
             raise ValueError(f"`labels` is {dtype} {count}, not {shape[0]} whole numbers")
         labels = np.frombuffer(stream.read(), dtype).astype(np.int64)
@@ -797,7 +797,7 @@ def _npz_labels(path):
 def _npz_images(path, chunk=1024):
     """The images of one npz file, a chunk at a time: uint8 (<= chunk, 3, 64, 64)."""
     with _blame(path, "download it again"), zipfile.ZipFile(path) as archive:
-        stream, (n, width), _ = _open_array(archive, "data")
+        stream, (n, width), _ = open_array(archive, "data")
         for start in range(0, n, chunk):
             count = min(chunk, n - start)
             yield np.frombuffer(stream.read(count * width), np.uint8).reshape(count, 3, 64, 64)
@@ -900,7 +900,7 @@ def read_image(path, size):
     return cropped(open_image(path), size)
 
 
-def _list_images(root):
+def list_images(root):
     """The image files below a folder in sorted order, without hidden ones; links to folders are followed. What is left
     out is said: other kinds of files by a warning, a folder that cannot be read by OSError."""
     found, ignored, seen = [], Counter(), set()
@@ -933,12 +933,12 @@ def _list_folder(root, split):
     names = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
     splits = names if "train" in names and names <= {"train", "test", "val"} else set()
     home = root / "train" if splits else root
-    files = _list_images(home)
+    files = list_images(home)
     classes = sorted({path.relative_to(home).parts[0] for path in files if path.parent != home})
     if splits > {"train"}:                           # a test split on disk
         if split == "test":
             home = root / ("test" if "test" in splits else "val")
-            files = _list_images(home)
+            files = list_images(home)
     else:                                            # every tenth image of a fixed shuffle is the test split
         held_out = set(np.random.default_rng(0).permutation(len(files))[9::10].tolist())
         files = [path for i, path in enumerate(files) if (i in held_out) == (split == "test")]

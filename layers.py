@@ -1,15 +1,29 @@
-"""What several backbones share: embeddings, patches, attention, MLPs, adaLN modulation, ternary linear layers.
+"""What several backbones share: what they say of themselves, embeddings, patches, sequences of mixed sizes, rotary
+positions, adaLN, attention, MLPs, initial weights, ternary layers, text, and how multiplications are counted.
 
-Letters: B batch, C channels, H W pixels, N tokens, D width, h heads, p patch size.
+Letters, here and everywhere in the project; a shape at the end of a line is that after the line.
+
+    B  batch                          x0    clean image                     p   side of a patch
+    C  channels of an image           eps   noise                           E   experts
+    H W  its rows and columns         x xt  noisy image                     K   experts that a token takes
+    F  frames                         t     the process's own time,         S   states of a scan, per channel
+    N  tokens of an image                   or what the network is told     T   tokens of a whole batch, in one row
+    D  width of a token               tau   time in [-1, 1] (DiMR)          L   length of a text, or of rows that
+    h  heads, each D/h wide           y     labels (B,), Text, or None          padding has made equally long
+                                      c     condition of adaLN, (B, D)
+
+The grid of an image is its (rows, columns) of patches, that of a clip (frames, rows, columns).
 """
 
+import inspect
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import kernels
 
@@ -17,6 +31,53 @@ import kernels
 def pair(size):
     """An int or (height, width) -> (height, width)."""
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+class Backbone(nn.Module):
+    """A denoising backbone, model(x, t, y) -> prediction, and what else it can. Whoever uses one asks by these names,
+    whose defaults stand only here; a class, or one model in its constructor, sets those in which it differs.
+
+        sides         how many sides that which it draws may have: 2 for images (H, W), 3 for clips (F, H, W), 1 for
+                      sounds (T,)
+        patch_size    side of a patch in pixels
+        stride        the sides of an image must be multiples of it
+        any_size      whether it draws images of any such size: that of x, once `resize` has been told of it
+        mixed_sizes   whether images of several sizes may come in one batch: x a list of them, or a canvas and sizes=
+        ropes         names of its rotary frequencies, which reach beyond the sizes of training: model.rope = name
+        text_width    of the text that it reads as its condition, a `Text`; 0: it reads none
+        text_length   captions are cut to so many tokens
+        null_text     (text_length, text_width), the empty caption where text is precomputed; None without text
+        multi_scale   whether model(x, t, y, every=True) returns a prediction at each of several resolutions
+        post_trains   regular expression of the weights that post-training for a larger size changes, or None
+        balance       weight of the balance loss of its experts in the training loss (`moe.balanced`)
+    """
+
+    sides = (2,)
+    patch_size = 1
+    any_size = False
+    mixed_sizes = False
+    ropes = ()
+    text_width = 0
+    text_length = 0
+    null_text = None
+    multi_scale = False
+    post_trains = None
+    balance = 0.0
+
+    @property
+    def stride(self):
+        return self.patch_size
+
+    def resize(self, image_size):
+        """From now on draw this size: a side in pixels, (H, W), or as many sides as it draws. ValueError if it cannot,
+        one sentence."""
+        sides = pair(image_size)
+        if not self.any_size:
+            raise ValueError(f"{type(self).__name__} draws images of the size that it was built for, no other")
+        if len(sides) not in self.sides:
+            raise ValueError(f"{type(self).__name__} draws nothing of {len(sides)} sides")
+        if len(sides) > 1:
+            patch_grid(sides[-2:], self.stride, "its stride" if self.stride != self.patch_size else "the patch size")
 
 
 # ----------------------------------------------------------------------------------------------------------- embeddings
@@ -48,7 +109,7 @@ class TimestepEmbedder(nn.Module):
 
 class LabelEmbedder(nn.Module):
     """Labels (B,) in 0 .. num_classes -> (B, D). Row num_classes is the null label of classifier-free guidance
-    (2207.12598, absent if null=False). Who trains drops labels, not this layer: see `drop_labels`."""
+    (2207.12598, absent if null=False). Who trains drops labels, not this layer."""
 
     def __init__(self, num_classes, dim, null=True):
         super().__init__()
@@ -58,11 +119,6 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-def drop_labels(y, drop, null):
-    """y (B,) with the null label where drop (B,) bool is set."""
-    return torch.where(drop, null, y)
-
-
 def position_table(dim, height, width, spacing=(1.0, 1.0)):
     """Fixed 2-D sinusoids (height * width, dim), rows in row-major order, for dim divisible by 4.
 
@@ -70,9 +126,9 @@ def position_table(dim, height, width, spacing=(1.0, 1.0)):
     column comes first, as in the published DiT and MAE code. spacing: of rows and of columns, 1 for neighbours.
     """
     w = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    row, column = (q.flatten()[:, None] * w for q in torch.meshgrid(
-        torch.arange(height, dtype=torch.float64) * spacing[0], torch.arange(width, dtype=torch.float64) * spacing[1],
-        indexing="ij"))
+    rows = torch.arange(height, dtype=torch.float64) * spacing[0]
+    columns = torch.arange(width, dtype=torch.float64) * spacing[1]
+    row, column = (q.flatten()[:, None] * w for q in torch.meshgrid(rows, columns, indexing="ij"))   # (H W, dim/4)
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1).float()
 
 
@@ -109,7 +165,7 @@ def unpatchify(tokens, grid, p):
 
 # ----------------------------------------------------------------------------------- sequences of images of mixed sizes
 # A batch of mixed sizes is a canvas: every image at the upper left of a zero tensor that all fit, and sizes (B, dims),
-# each one's own sides. Models cut it into token sequences that leave the rest of the canvas out.
+# each one's own sides. `pack` cuts it into sequences of tokens that leave the rest of the canvas out.
 
 
 def canvas(images):
@@ -126,65 +182,145 @@ def cropped(x, sizes):
     return [image[(slice(None), *map(slice, size))] for image, size in zip(x, sizes.tolist())]
 
 
-def sequence(grid, sizes=None, nextline=False, nextframe=False):
-    """The token sequence of each image: frame by frame, row by row, with a [nextline] token after each row and a
+def token_grid(sides, patch_size):
+    """(frames, rows, columns) of the patches of an image (H, W) or a clip (F, H, W), in pixels, or of the time steps of
+    a sound (T,). ValueError if the patch does not divide the sides."""
+    if len(sides) == 1:
+        return 1, 1, sides[0]
+    return sides[0] if len(sides) == 3 else 1, *patch_grid(sides[-2:], patch_size)
+
+
+def sequence(grid, own=None, nextline=False, nextframe=False):
+    """Which patch each token of each image is: frame by frame, row by row, with a [nextline] token after each row and a
     [nextframe] token after each frame where asked (2405.05945), padded to the longest of the batch.
 
-    grid: (frames, rows, columns) of the canvas's n patches; sizes (B, 3): each image's own, None: all fill it, B = 1.
-    Returns place (B, L): the patch each token is, else n for [nextline], n + 1 for [nextframe], n + 2 for padding;
-    mask (B, L) bool, true for all but padding, None if there is none; row and column (B, L) of each token's patch.
+    grid: (frames, rows, columns) of the canvas's n patches; own (B, 3): each image's, None: all fill it, and B is 1.
+    Returns place (B, L): the patch in the canvas, n for [nextline], n + 1 for [nextframe], n + 2 for padding; mask
+    (B, L) bool, true for all but padding, None if there is none; row and column (B, L) of each token's patch.
+
+    Two images on a canvas of 2 x 3 patches, the second of 2 x 2, with [nextline]:
+
+        canvas      first       second      place
+        0 1 2       0 1 2       0 1 .       0 1 2 6 3 4 5 6       6 = n: [nextline]
+        3 4 5       3 4 5       3 4 .       0 1 6 3 4 6 8 8       8 = n + 2: padding
     """
     (_, H, W), n = grid, math.prod(grid)
-    frames, rows, columns = (torch.tensor([grid]) if sizes is None else sizes).T[..., None]                  # (B, 1)
-    line = columns + nextline
-    length = frames * (frame := rows * line + nextframe)
-    k = torch.arange(length.max().item())[None]
+    frames, rows, columns = (torch.tensor([grid]) if own is None else own).T[..., None]                      # (B, 1)
+    line = columns + nextline                                        # tokens of a row
+    frame = rows * line + nextframe                                  # tokens of a frame
+    length = frames * frame
+    k = torch.arange(length.max().item())[None]                      # the tokens' numbers in their sequence, (1, L)
     row, column = k % frame // line, k % frame % line
     place = (k // frame * H + row) * W + column
     place = place.where(column < columns, n).where(row < rows, n + 1).where(k < length, n + 2)
     return place, None if (length == length[0]).all() else k < length, row, column
 
 
-def pick(tokens, place):
-    """tokens (B, n, D), place (B or 1, L) -> the tokens at these places, (B, L, D)."""
-    return tokens.gather(1, place[..., None].expand(len(tokens), -1, tokens.shape[2]))
+def pack(x, patch_size, sizes=None, nextline=False, nextframe=False):
+    """Images, clips or sounds x (B, C, *sides), of which number i fills the upper left sizes[i] (sizes (B, dims) in
+    pixels; None: all) -> tokens (B, N, C p p), one for each patch, channels slowest, zero for [nextline] and
+    [nextframe]; and the `Layout` by which a model reads them: `layout.unpack(tokens)` is x again."""
+    grid, B = token_grid(x.shape[2:], patch_size), len(x)
+    own = None if sizes is None else torch.tensor([token_grid(size, patch_size) for size in sizes.tolist()])
+    place, mask, row, column = sequence(grid, own, nextline, nextframe)
+    layout = (Layout if mask is None else PaddedLayout)(x, patch_size, grid, own, place, row, column, mask)
+    (frames, rows, columns), p = grid, patch_size
+    patches = x.reshape(B, -1, frames, rows, p, columns, p).permute(0, 2, 3, 5, 1, 4, 6)
+    return layout.unpadded(layout.picked(patches.reshape(B, layout.n, -1))), layout
 
 
-class Padding(NamedTuple):
-    """Which tokens of padded rows (B, L) are real: mask (B, 1, 1, L) bool. The T real ones go through everything but
-    attention as (T, 1, D), a batch of single tokens: place (T,) in the flattened rows, image (T,) whose they are."""
-    mask: torch.Tensor
-    place: torch.Tensor
-    image: torch.Tensor
+class Layout:
+    """Where the tokens of a batch stand, for images whose sequences are all equally long: tokens are (B, N, D).
 
-    @classmethod
-    def of(cls, mask, device):
-        return cls(*(v.to(device) for v in (mask[:, None, None], mask.flatten().nonzero()[:, 0], mask.nonzero()[:, 0])))
+    grid, own, place, row, column: see `sequence`. n: patches of the canvas; patches, lengths (B or 1,) float64: of each
+    image, patches alone and tokens in all; size: (rows, columns) of each image's grid, two ints or two (B,); mask: for
+    attention, here None."""
 
-    def padded(self, x):
-        """(T, ...) -> (B, L, ...)."""
+    mask = None
+
+    def __init__(self, x, patch_size, grid, own, place, row, column, mask=None):
+        self.shape, self.patch_size, self.grid, self.n = x.shape, patch_size, grid, math.prod(grid)
+        self.place, self.row, self.column = place.to(x.device), row, column
+        self.size = grid[1:] if own is None else own.T[1:]
+        self.patches = torch.tensor([self.n]).double() if own is None else own.prod(1).double()
+        self.lengths = (place < self.n + 2).sum(1).double()
+        self.plain = own is None and place.shape[1] == self.n          # every token is its patch
+
+    def picked(self, patches):
+        """Patches of the canvas (B, n, K) -> in the order of the sequences (B, L, K), zero where a token is none."""
+        if self.plain:
+            return patches
+        place = self.place[..., None].expand(len(patches), -1, patches.shape[2])
+        return F.pad(patches, (0, 0, 0, 3)).gather(1, place)
+
+    def marked(self, tokens, nextline, nextframe, padding):
+        """The tokens with the learned vectors (D,) of [nextline], [nextframe] (None: without) and padding in place."""
+        zero = torch.zeros_like(nextline)
+        special = torch.stack([zero, nextline, zero if nextframe is None else nextframe, padding]).to(tokens.dtype)
+        place = self.unpadded(self.place[..., None])                                                # (B or 1, N, 1)
+        return torch.where(place < self.n, tokens, special[(place[..., 0] - self.n + 1).clamp(min=0)])
+
+    def unpadded(self, rows):
+        """Rows (B or 1, L, K) as tokens lie."""
+        return rows
+
+    def padded(self, tokens):
+        """Tokens as rows (B, L, K)."""
+        return tokens
+
+    def heads(self, *tokens):
+        """Heads of the tokens as attention takes them, (B, h, L, D/h) each."""
+        return tokens
+
+    def modulation(self, c, parts):
+        """Modulation (B, parts D), one for each image, as so many tensors that `modulate` takes."""
+        return c.chunk(parts, 1)
+
+    def unpack(self, tokens, channels_last=False):
+        """Tokens of C p p numbers, channels slowest or last -> (B, C, *sides), zero beyond each image."""
+        patches, (B, _, *sides), p = self.padded(tokens), self.shape, self.patch_size
+        if not self.plain:
+            place = self.place[..., None].expand(patches.shape)
+            patches = patches.new_zeros(B, self.n + 3, patches.shape[2]).scatter(1, place, patches)[:, :self.n]
+        if channels_last:
+            patches = patches.view(B, *self.grid, p, p, -1).permute(0, 6, 1, 2, 4, 3, 5)
+        else:
+            patches = patches.view(B, *self.grid, -1, p, p).permute(0, 4, 1, 2, 5, 3, 6)
+        return patches.reshape(B, -1, *sides)                          # from (B, C, frames, rows, p, columns, p)
+
+
+class PaddedLayout(Layout):
+    """For sequences of several lengths: the T real tokens of all images go through everything but attention as
+    (T, 1, D), a batch of single tokens; attention sees rows (B, L, D) and `mask` (B, 1, 1, L) bool, False at padding.
+    So padding costs nothing but in attention."""
+
+    def __init__(self, x, patch_size, grid, own, place, row, column, mask):
+        super().__init__(x, patch_size, grid, own, place, row, column)
+        self.mask = mask[:, None, None].to(x.device)
+        self.kept = mask.flatten().nonzero()[:, 0].to(x.device)        # (T,): places of real tokens in flattened rows
+        self.image = mask.nonzero()[:, 0].to(x.device)                 # (T,): whose they are
+
+    def unpadded(self, rows):
+        """(B or 1, L, K) -> (T, 1, K)."""
+        rows = rows.expand(len(self.mask), -1, -1)
+        return rows.flatten(0, 1).index_select(0, self.kept)[:, None]
+
+    def padded(self, tokens):
+        """(T, 1, K) -> (B, L, K)."""
+        return self.rows(tokens[:, 0])
+
+    def heads(self, *tokens):
+        """(T, h, 1, D/h) -> (B, h, L, D/h) each."""
+        return [self.rows(z[:, :, 0]).transpose(1, 2) for z in tokens]
+
+    def modulation(self, c, parts):
+        """(B, parts D) -> so many (T, D): each token's is that of its image."""
+        return [part.index_select(0, self.image) for part in c.chunk(parts, 1)]
+
+    def rows(self, tokens):
+        """(T, ...) -> (B, L, ...), zero at padding."""
         B, L = len(self.mask), self.mask.shape[3]
-        return x.new_zeros(B * L, *x.shape[1:]).index_copy(0, self.place, x).unflatten(0, (B, L))
-
-    def padded_heads(self, *xs):
-        """Queries, keys and values (T, h, 1, D/h) -> (B, h, L, D/h) each."""
-        return (self.padded(x[:, :, 0]).transpose(1, 2) for x in xs)
-
-    def unpadded(self, x):
-        """(B, L, K) -> (T, 1, K)."""
-        return x.flatten(0, 1).index_select(0, self.place)[:, None]
-
-
-def modulation_of(c, n, padding):
-    """Modulation (B, n D) as n times (B, D), or with Padding as n times (T, D), each token's that of its image."""
-    parts = c.chunk(n, 1)
-    return parts if padding is None else [part.index_select(0, padding.image) for part in parts]
-
-
-def put_back(tokens, place, n):
-    """tokens (B, L, D) to their places among n patches, the others zero: (B, n, D). What is no patch is dropped."""
-    index = place[..., None].expand(tokens.shape)
-    return tokens.new_zeros(len(tokens), n + 3, tokens.shape[2]).scatter(1, index, tokens)[:, :n]
+        return tokens.new_zeros(B * L, *tokens.shape[1:]).index_copy(0, self.kept, tokens).unflatten(0, (B, L))
 
 
 # ----------------------------------------------------------------------------------------------------------------- RoPE
@@ -211,17 +347,20 @@ def rope_frequencies(d, length=None, rope="direct", trained=None, theta=10000.0)
     s = (torch.as_tensor(length, dtype=torch.float64).view(-1, 1) / trained).clamp(min=1)
     linear, ntk = base / s, (theta * s ** (d / max(d - 2, 1))) ** (-2 * i / d)
 
-    def stays(fast, slow):
-        """1 for pairs that turn more than `fast` times over the trained length, 0 below `slow`, in between a ramp."""
-        pair_of = lambda turns: d * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(theta))
+    def pair_of(turns):
+        """The pair, a fractional number, that turns so many times over the trained length."""
+        return d * math.log(trained / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    def blend(slow_pairs, fast_pairs, fast, slow):
+        """fast_pairs where a pair turns more than `fast` times, slow_pairs below `slow`, in between a ramp."""
         low, high = max(math.floor(pair_of(fast)), 0), min(math.ceil(pair_of(slow)), d - 1)
-        return 1 - ((i - low) / (high - low or 0.001)).clamp(0, 1)
+        share = 1 - ((i - low) / (high - low or 0.001)).clamp(0, 1)
+        return torch.lerp(slow_pairs, fast_pairs.expand_as(linear), share.expand_as(linear))
 
     if rope == "yarn":
-        return torch.lerp(linear, base.expand_as(linear), stays(32, 1).expand_as(linear))
+        return blend(linear, base, 32, 1)
     if rope == "ntk-by-parts":
-        mixed = torch.lerp(linear, ntk, stays(1.25, 0.75).expand_as(linear))
-        return torch.lerp(mixed, base.expand_as(linear), stays(16, 2).expand_as(linear))
+        return blend(blend(linear, ntk, 1.25, 0.75), base, 16, 2)
     return linear if rope == "pi" else ntk
 
 
@@ -229,12 +368,12 @@ def rope_factor(size, rope, trained):
     """What cos and sin of queries and keys are multiplied by, (B,): the root of the attention's scale. `ROPE`."""
     rows, columns = (torch.as_tensor(side, dtype=torch.float64).view(-1) for side in size)
     longest = torch.maximum(rows, columns)
-    proportion = lambda tested, known: (tested.log() / math.log(known)).sqrt().where(tested > known, 1.0)
     if rope == "yarn":
         return 0.1 * (longest / trained).clamp(min=1).log() + 1
-    if rope == "ntk-pro1":
-        return proportion(2 * longest, trained)
-    return proportion(2 * rows * columns, trained**2) if rope == "ntk-pro2" else torch.ones_like(longest)
+    if rope not in ("ntk-pro1", "ntk-pro2"):
+        return torch.ones_like(longest)
+    tested, known = (2 * longest, trained) if rope == "ntk-pro1" else (2 * rows * columns, trained**2)
+    return (tested.log() / math.log(known)).sqrt().where(tested > known, 1.0)
 
 
 def rope_2d(rows, columns, size, d, rope="direct", trained=None, theta=10000.0):
@@ -285,6 +424,27 @@ def gate_norm_modulate(x, branch, gate, norm, shift, scale):
     return r, modulate(norm(r), shift, scale)
 
 
+def plain_norm(dim):
+    """The LayerNorm that adaLN modulates: no weight and bias of its own."""
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+
+class FinalLayer(nn.Module):
+    """adaLN, then the linear read-out of each token's patch: (B, N, D) -> (B, N, p p C_out). c (B, condition or D).
+    layout: of images of mixed sizes."""
+
+    def __init__(self, dim, patch_size, out_channels, condition=None):
+        super().__init__()
+        self.norm_final = plain_norm(dim)
+        self.linear = nn.Linear(dim, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition or dim, 2 * dim))
+
+    def forward(self, x, c, layout=None):
+        modulation = self.adaLN_modulation(c)
+        shift, scale = modulation.chunk(2, 1) if layout is None else layout.modulation(modulation, 2)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
 # ----------------------------------------------------------------------------------------- time-dependent normalisation
 
 
@@ -317,35 +477,14 @@ class TDLN(nn.Module):
         self.gain, self.bias = TimeDependent(dim, 1), None if rms else TimeDependent(dim, 0)
 
     def forward(self, x, tau):
-        gain, bias = (v and v(tau).view(len(x), *[1] * (x.ndim - 2), -1) for v in (self.gain, self.bias))
-        if bias is None:
+        of_image = len(x), *[1] * (x.ndim - 2), -1                     # (B, D) -> (B, 1, ..., D)
+        gain = self.gain(tau).view(of_image)
+        if self.bias is None:
             return x * (gain / (x.square().mean(-1, keepdim=True).sqrt() + 1e-8))
-        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), gain)
+        return torch.addcmul(self.bias(tau).view(of_image), F.layer_norm(x, x.shape[-1:]), gain)
 
 
-def adaptive_norm(dim, norm):
-    """The norm that adaLN modulates, or a time-dependent one."""
-    if norm not in ("adaln", "td-ln", "td-rms"):
-        raise ValueError(f"norm {norm!r}: choose adaln, td-ln or td-rms")
-    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) if norm == "adaln" else TDLN(dim, norm == "td-rms")
-
-
-class FinalLayer(nn.Module):
-    """adaLN, then the linear read-out of each token's patch: (B, N, D) -> (B, N, p*p*C_out). c (B, condition or D)."""
-
-    def __init__(self, dim, patch_size, out_channels, condition=None, norm="adaln"):
-        super().__init__()
-        self.norm_final = adaptive_norm(dim, norm)
-        self.linear = nn.Linear(dim, patch_size**2 * out_channels)
-        self.adaLN_modulation = None
-        if norm == "adaln":
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition or dim, 2 * dim))
-
-    def forward(self, x, c):
-        if self.adaLN_modulation is None:
-            return self.linear(self.norm_final(x, c))
-        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+# ------------------------------------------------------------------------------------------------------ initial weights
 
 
 def xavier(model):
@@ -357,6 +496,15 @@ def xavier(model):
                 nn.init.zeros_(m.bias)
 
 
+def gaussian(model, std, kinds=(nn.Linear,)):
+    """The weights of all layers of these kinds from N(0, std^2); biases zero."""
+    for m in model.modules():
+        if isinstance(m, kinds):
+            nn.init.normal_(m.weight, std=std)
+            if isinstance(m, nn.Linear) and m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
 def zeroed(layer):
     """The layer with weights and bias zero: its residual branch starts closed."""
     for p in layer.parameters():
@@ -364,7 +512,41 @@ def zeroed(layer):
     return layer
 
 
+def adaln_zero(model):
+    """The initial weights of a transformer under adaLN-Zero, as DiT (2212.09748) published them."""
+    # Linear layers as in ViT: Xavier uniform, the patch embedding on its (D, p p C) view.
+    xavier(model)
+    # Embeddings of timestep and label start small.
+    times = [linear for m in model.modules() if isinstance(m, TimestepEmbedder) for linear in m.mlp[::2]]
+    labels = [m.embedding_table for m in model.modules() if isinstance(m, LabelEmbedder)]
+    for layer in times + labels:
+        nn.init.normal_(layer.weight, std=0.02)
+    # Zero: gates closed, so that every block starts as the identity, no modulation, output 0. Of a modulation in two
+    # steps (low rank) the second.
+    for name, m in model.named_modules():
+        if name.endswith("adaLN_modulation"):
+            zeroed(m[-1])
+    zeroed(model.final_layer.linear)
+
+
 # ------------------------------------------------------------------------------------------------------ attention, MLPs
+
+
+def split_heads(x, heads):
+    """(B, N, h d) -> (B, h, N, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x):
+    """(B, h, N, d) -> (B, N, h d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def check_heads(dim, num_heads, part=1):
+    """ValueError unless the width divides into so many heads, each a multiple of `part` wide."""
+    if dim % (num_heads * part):
+        raise ValueError(f"width {dim} does not divide into {num_heads} heads"
+                         + (f" of a multiple of {part} channels, which their rotation needs" if part > 1 else ""))
 
 
 class Attention(nn.Module):
@@ -373,21 +555,56 @@ class Attention(nn.Module):
 
     def __init__(self, dim, num_heads, qk_norm=False, qkv_bias=True):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"width {dim} does not divide into {num_heads} heads")
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        norm = lambda: nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.q_norm, self.k_norm = norm(), norm()
+        self.q_norm, self.k_norm = (self.norm(dim // num_heads) if qk_norm else nn.Identity() for _ in range(2))
+
+    @staticmethod
+    def norm(width):
+        return nn.LayerNorm(width, eps=1e-6)
+
+    def heads(self, x):
+        """q, k and v of tokens x (B, N, D), (B, h, N, D/h) each, q and k normalised."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q), self.k_norm(k), v
 
     def forward(self, x, mask=None):
         """mask (B, N) bool: only these tokens are attended to."""
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)                # (B, h, N, D/h)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k, v = self.heads(x)
         mask = None if mask is None else mask[:, None, None]
-        return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B, N, D))
+        return self.proj(merge_heads(F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask)))
+
+
+class GroupedAttention(nn.Module):
+    """LLaMA's attention (B, N, D) -> (B, N, D): kv_heads heads of keys and values, each for num_heads/kv_heads heads of
+    queries (2305.13245), rotary positions, no biases. qk_norm: LayerNorm over all heads' channels of q and of k, before
+    the rotation."""
+
+    def __init__(self, dim, num_heads, kv_heads, qk_norm):
+        super().__init__()
+        check_heads(dim, num_heads, 2)
+        if num_heads % kv_heads:
+            raise ValueError(f"{num_heads} heads cannot share {kv_heads} key and value heads: that must divide them")
+        self.num_heads, self.kv_heads, kv = num_heads, kv_heads, dim // num_heads * kv_heads
+        self.wq, self.wk = nn.Linear(dim, dim, bias=False), nn.Linear(dim, kv, bias=False)
+        self.wv, self.wo = nn.Linear(dim, kv, bias=False), nn.Linear(dim, dim, bias=False)
+        self.q_norm, self.k_norm = (nn.LayerNorm(width) if qk_norm else nn.Identity() for width in (dim, kv))
+
+    def heads(self, x, rope):
+        """Rotated q (B, h, N, D/h), rotated k and v (B, kv_heads, N, D/h) of tokens x; rope: cos and sin, (B or 1, N,
+        D/2h)."""
+        q = split_heads(self.q_norm(self.wq(x)), self.num_heads)
+        k = split_heads(self.k_norm(self.wk(x)), self.kv_heads)
+        v = split_heads(self.wv(x), self.kv_heads)
+        return rotate(q, *rope).type_as(v), rotate(k, *rope).type_as(v), v
+
+    def attend(self, q, k, v, mask=None):
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=self.num_heads != self.kv_heads)
+
+    def forward(self, x, rope):
+        return self.wo(merge_heads(self.attend(*self.heads(x, rope))))
 
 
 class Mlp(nn.Module):
@@ -404,16 +621,31 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """down(SiLU(gate x) * up x), no biases: (B, N, D) -> (B, N, D). GLU Variants Improve Transformer, 2002.05202."""
+    """down(SiLU(gate x) * up x): (B, N, D) -> (B, N, D). GLU Variants Improve Transformer, 2002.05202. names: what a
+    published network calls gate, up and down."""
 
-    def __init__(self, dim, hidden):
+    activation = staticmethod(F.silu)
+
+    def __init__(self, dim, hidden, names=("gate", "up", "down"), bias=False):
         super().__init__()
-        self.gate = nn.Linear(dim, hidden, bias=False)
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        for name, (wide_in, wide_out) in zip(names, ((dim, hidden), (dim, hidden), (hidden, dim))):
+            self.add_module(name, nn.Linear(wide_in, wide_out, bias))
 
     def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up, down = self.children()
+        return down(self.activation(gate(x)) * up(x))
+
+
+class GeGlu(SwiGlu):
+    """The same with an exact GELU in SiLU's place."""
+
+    activation = staticmethod(F.gelu)
+
+
+def llama_hidden(dim, multiple_of, multiplier=None):
+    """The hidden width of LLaMA's SwiGLU: 2/3 of 4 D, times `multiplier`, rounded up to `multiple_of`."""
+    hidden = int((multiplier or 1) * int(8 * dim / 3))
+    return -(-hidden // multiple_of) * multiple_of
 
 
 # -------------------------------------------------------------------------------------------------------------- ternary
@@ -428,7 +660,7 @@ def ternary(weight):
     return q + (weight - weight.detach())
 
 
-def pack(codes):
+def pack_codes(codes):
     """Codes (out, in) in {-1, 0, 1} -> uint8 (out/4, in). Row r of the bytes holds rows r, r + out/4, r + 2 out/4 and
     r + 3 out/4 of Q + 1, the first in the highest two bits."""
     if len(codes) % 4:
@@ -437,8 +669,8 @@ def pack(codes):
     return a << 6 | b << 4 | c << 2 | d
 
 
-def unpack(packed):
-    """The inverse of `pack`: uint8 (out/4, in) -> codes (out, in), int8."""
+def unpack_codes(packed):
+    """The inverse of `pack_codes`: uint8 (out/4, in) -> codes (out, in), int8."""
     return torch.cat([packed >> shift & 3 for shift in (6, 4, 2, 0)]).to(torch.int8) - 1
 
 
@@ -463,13 +695,13 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        self.register_buffer("weight", pack(ternary(linear.weight.detach())))
+        self.register_buffer("weight", pack_codes(ternary(linear.weight.detach())))
         self.alphas, self.bias = linear.alphas, linear.bias
 
     def forward(self, x):
         if not torch.is_grad_enabled() and kernels.use("packed_linear", x):
             return kernels.packed_linear(x, self.weight, self.alphas, self.bias)
-        return F.linear(x, self.alphas * unpack(self.weight).to(self.alphas.dtype), self.bias)
+        return F.linear(x, self.alphas * unpack_codes(self.weight).to(self.alphas.dtype), self.bias)
 
 
 def ternarize(model, eps=1e-5):
@@ -486,10 +718,9 @@ def ternarize(model, eps=1e-5):
         parent, _, child = name.rpartition(".")
         parent = model.get_submodule(parent)
         setattr(parent, child, TernaryLinear(parent.get_submodule(child)))
-    for m in model.modules():
-        adaLN = getattr(m, "adaLN_modulation", None)
-        if isinstance(adaLN, nn.Sequential) and isinstance(adaLN[-1], TernaryLinear):
-            adaLN.append(nn.RMSNorm(len(adaLN[-1].weight), eps=eps))
+    for name, m in list(model.named_modules()):
+        if name.endswith("adaLN_modulation") and isinstance(m[-1], TernaryLinear):
+            m.append(nn.RMSNorm(len(m[-1].weight), eps=eps))
     return model
 
 
@@ -512,9 +743,7 @@ def dense(m):
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
-# A model of text has two attributes, `text_width` and `text_length`: it is called as model(x, t, Text) with tokens of
-# that width, and captions are cut to that length. Its preset names text_width. Optional: `null_text` (text_length,
-# text_width), the null caption where the text is precomputed.
+# A model of text (`Backbone.text_width`) is called as model(x, t, Text).
 
 
 @dataclass
@@ -572,3 +801,61 @@ def detached(module, *inputs):
     of two players can be added and sent back in one pass, each moving its own weights."""
     weights = {name: p.detach() for name, p in module.named_parameters()}
     return torch.func.functional_call(module, weights, inputs)
+
+
+# ----------------------------------------------------------------------------------------------------- multiplications
+
+
+class Multiplications(TorchDispatchMode):
+    """While it is on, `total` grows by the multiply-accumulates of every matrix product and convolution that is called
+    with a tensor of the meta device, and nothing of that is computed: of real weights only the shapes are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(isinstance(v, torch.Tensor) and v.is_meta for v in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map_only(torch.Tensor, lambda v: v.to("meta"), (args, kwargs))
+        out = function(*args, **kwargs)
+        self.total += self.products(function.overloadpacket, args, out)
+        return out
+
+    @staticmethod
+    def products(function, args, out):
+        """The multiply-accumulates of one call of an operation of torch's (aten) that gave `out`."""
+        aten = torch.ops.aten
+        if function in (aten.mm, aten.bmm):
+            return out.numel() * args[0].shape[-1]
+        if function in (aten.addmm, aten.baddbmm):
+            return out.numel() * args[1].shape[-1]
+        if function is aten.convolution:
+            x, weight, transposed = args[0], args[1], args[6]
+            return (x if transposed else out).numel() * weight[0].numel()
+        if function in (aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention,
+                        aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention):
+            q, k, v = args[:3]
+            return q.shape[:-1].numel() * k.shape[-2] * (k.shape[-1] + v.shape[-1])
+        return 0
+
+
+def count(call, *inputs):
+    """(parameters, multiply-accumulates) of call(*inputs), a module, a method of one, or a function (whose parameters
+    are 0). inputs: tensors of the meta device, for one sample.
+
+    Multiply-accumulates are those of matrix products (attention's too), convolutions and scans, as papers on
+    transformers print them as "GFLOPs": half of what torch's own counter says, which counts a multiply and an add
+    apart. Nothing is computed and no weight copied; modules are in evaluation mode meanwhile."""
+    module = call.__self__ if inspect.ismethod(call) else call
+    module = module if isinstance(module, nn.Module) else None
+    modes = [(m, m.training) for m in module.modules()] if module else []
+    try:
+        for m, _ in modes:
+            m.training = False
+        with Multiplications() as counter, torch.no_grad():
+            (call.forward if call is module else call)(*inputs)        # forward: a compiled model is not compiled again
+    finally:
+        for m, training in modes:
+            m.training = training
+    return sum(p.numel() for p in module.parameters()) if module else 0, counter.total

@@ -22,50 +22,67 @@ Contents
     Registry  names, presets, create_model
 """
 
-import copy
 import difflib
+import functools
+import inspect
+import json
 import math
 from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from layers import (
     ROPE,
     TDLN,
     Attention,
+    Backbone,
     FinalLayer,
+    GeGlu,
+    GroupedAttention,
     LabelEmbedder,
     Mlp,
-    Padding,
+    PackedLinear,
     PatchEmbed,
     SwiGlu,
+    TernaryLinear,
     Text,
     TimestepEmbedder,
-    adaptive_norm,
+    adaln_zero,
     canvas,
+    check_heads,
+    count,
     cropped,
     gated,
+    gaussian,
+    llama_hidden,
+    merge_heads,
     modulate,
-    modulation_of,
+    pack,
     pair,
     patch_grid,
-    pick,
+    plain_norm,
     position_table,
-    put_back,
+    replace_ternary,
     rope_2d,
     rotate,
-    sequence,
+    split_heads,
     ternarize,
     timestep_embedding,
+    token_grid,
     unpatchify,
     xavier,
     zeroed,
 )
-from moe import add_experts
+from moe import MoE, activated_parameters, add_experts
 from scans import bi_wkv, linear_attention, selective_scan
+
+# name -> what makes the model: a backbone's class with the arguments that the name stands for. Names and sizes are the
+# papers', every section ends with its own; `-nano` and `-pico` train in minutes on a CPU.
+MODELS: dict[str, Callable] = {}
 
 # ================================================================================================================== DiT
 # Scalable Diffusion Models with Transformers, 2212.09748. The U-Net becomes a plain ViT over patches; timestep and
@@ -74,75 +91,109 @@ from scans import bi_wkv, linear_attention, selective_scan
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each between adaLN modulation and a gate. Figure 3, "DiT Block with adaLN-Zero". norm "td-ln"
-    or "td-rms": plain residual branches behind DiMR's time-dependent norms, and c is tau."""
+    """Attention and MLP, each between adaLN modulation and a gate. Figure 3, "DiT Block with adaLN-Zero"."""
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0, norm="adaln"):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0):
         super().__init__()
-        self.norm1, self.norm2 = adaptive_norm(dim, norm), adaptive_norm(dim, norm)
+        self.norm1, self.norm2 = plain_norm(dim), plain_norm(dim)
         self.attn = Attention(dim, num_heads)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if norm == "adaln" else None
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
-        if self.adaLN_modulation is None:
-            x = x + self.attn(self.norm1(x, c))
-            return x + self.mlp(self.norm2(x, c))
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
         x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
         return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
-class DiT(nn.Module):
-    """Diffusion transformer. image_size: int or (H, W), divisible by patch_size. num_classes 0: no labels.
-    learn_sigma: 2C output channels, the second half the variance's v. null_class: a table row for the null label.
-    norm: "adaln", or DiMR's "td-ln" or "td-rms" in its place, where the class comes as a token, as in DiMR."""
+class TimeNormBlock(nn.Module):
+    """DiT's block under DiMR's time-dependent norms: plain residual branches, the time in the norms alone."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, rms=False):
+        super().__init__()
+        self.norm1, self.norm2 = TDLN(dim, rms), TDLN(dim, rms)
+        self.attn = Attention(dim, num_heads)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x, tau):
+        x = x + self.attn(self.norm1(x, tau))
+        return x + self.mlp(self.norm2(x, tau))
+
+
+class TimeNormFinalLayer(nn.Module):
+    """A time-dependent norm, then the linear read-out of each token's patch: (B, N, D) -> (B, N, p p C_out)."""
+
+    def __init__(self, dim, patch_size, out_channels, rms=False):
+        super().__init__()
+        self.norm_final = TDLN(dim, rms)
+        self.linear = nn.Linear(dim, patch_size**2 * out_channels)
+
+    def forward(self, x, tau):
+        return self.linear(self.norm_final(x, tau))
+
+
+class DiT(Backbone):
+    """A ViT over patches, told time and class by adaLN-Zero: DiT, 2212.09748.
+
+    image_size: int or (H, W), divisible by patch_size. num_classes 0: no labels. learn_sigma: 2C output channels, the
+    second half the variance's v. null_class: a table row for the null label. norm: "adaln", or DiMR's "td-ln" or
+    "td-rms" in its place, where the class comes as a token, as in DiMR."""
+
+    any_size = True
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, learn_sigma=False, null_class=True, norm="adaln"):
         super().__init__()
+        if norm not in ("adaln", "td-ln", "td-rms"):
+            raise ValueError(f"norm {norm!r}: choose adaln, td-ln or td-rms")
+        D, adaln, out_channels = hidden_size, norm == "adaln", in_channels * (2 if learn_sigma else 1)
         self.patch_size, self.grid = patch_size, patch_grid(image_size, patch_size)
         self.trained = self.grid
-        self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
-        self.t_embedder = TimestepEmbedder(hidden_size) if norm == "adaln" else None
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class) if num_classes else None
-        self.pos_embed = nn.Parameter(position_table(hidden_size, *self.grid)[None], requires_grad=False)    # (1, N, D)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, norm) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1), norm=norm)
-        self.initialise()
-
-    def initialise(self):
-        # Linear layers as in ViT: Xavier uniform, the patch embedding on its (D, p*p*C) view.
-        xavier(self)
-        # Embeddings of timestep and label start small.
-        tables = [self.y_embedder.embedding_table] if self.y_embedder else []
-        for m in (*(self.t_embedder.mlp[::2] if self.t_embedder else []), *tables):
-            nn.init.normal_(m.weight, std=0.02)
-        # Zero: gates closed (identity blocks), no modulation, output 0.
-        layers = (*self.blocks, self.final_layer)
-        modulations = [layer.adaLN_modulation[1] for layer in layers if layer.adaLN_modulation]
-        for m in (*modulations, self.final_layer.linear):
-            nn.init.zeros_(m.weight)
-            nn.init.zeros_(m.bias)
+        self.x_embedder = PatchEmbed(in_channels, D, patch_size)
+        self.t_embedder = TimestepEmbedder(D) if adaln else None
+        self.y_embedder = LabelEmbedder(num_classes, D, null_class) if num_classes else None
+        self.pos_embed = nn.Parameter(position_table(D, *self.grid)[None], requires_grad=False)              # (1, N, D)
+        block, final = DiTBlock, FinalLayer
+        if not adaln:
+            block = functools.partial(TimeNormBlock, rms=norm == "td-rms")
+            final = functools.partial(TimeNormFinalLayer, rms=norm == "td-rms")
+        self.blocks = nn.ModuleList(block(D, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = final(D, patch_size, out_channels)
+        adaln_zero(self)
 
     def forward(self, x, t, y=None):
         x = self.x_embedder(x) + self.pos_embed                     # (B, N, D)
-        c = self.t_embedder(t) if self.t_embedder else t / 500 - 1  # (B, D), or tau (B,)
-        if self.y_embedder is not None and self.t_embedder is not None:
-            c = c + self.y_embedder(y)                              # (B, D)
-        elif self.y_embedder is not None:
-            x = torch.cat([self.y_embedder(y)[:, None], x], 1)      # (B, 1 + N, D)
+        x, c = self.conditioned(x, t, y)                            # c (B, D)
         for block in self.blocks:
             x = block(x, c)                                         # (B, N, D)
-        x = self.final_layer(x[:, -self.pos_embed.shape[1]:], c)    # (B, N, p*p*C_out)
+        x = self.final_layer(x[:, -self.pos_embed.shape[1]:], c)    # (B, N, p p C_out)
         return unpatchify(x, self.grid, self.patch_size)            # (B, C_out, H, W)
+
+    def conditioned(self, x, t, y):
+        """The tokens and what modulates them: x, c (B, D); under time-dependent norms with the class as a first token,
+        (B, 1 + N, D), and tau (B,)."""
+        if self.t_embedder is not None:
+            c = self.t_embedder(t)
+            return x, c if self.y_embedder is None else c + self.y_embedder(y)
+        if self.y_embedder is not None:
+            x = torch.cat([self.y_embedder(y)[:, None], x], 1)
+        return x, t / 500 - 1
 
     def resize(self, image_size):
         """From now on images of another size: the position table of training is interpolated bicubically."""
+        super().resize(image_size)
         self.grid, D = patch_grid(image_size, self.patch_size), self.pos_embed.shape[2]
         table = position_table(D, *self.trained).T.unflatten(1, self.trained)                             # (D, h, w)
         table = F.interpolate(table[None], self.grid, mode="bicubic")
         self.pos_embed.data = table.flatten(2).mT.to(self.pos_embed)                                      # (1, N, D)
+
+
+MODELS["dit-nano"] = functools.partial(DiT, hidden_size=128, depth=6, num_heads=4, patch_size=4)
+for size, (depth, width, heads) in {"s": (12, 384, 6), "b": (12, 768, 12),                                    # table 1
+                                    "l": (24, 1024, 16), "xl": (28, 1152, 16)}.items():
+    for patch in (2, 4, 8):
+        MODELS[f"dit-{size}/{patch}"] = functools.partial(
+            DiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
 
 
 # ================================================================================================================ U-Net
@@ -160,16 +211,16 @@ class ResBlock(nn.Module):
     """norm, SiLU, conv, conditioning, norm, SiLU, dropout, conv (zero), plus the skip.
     (B, C_in, H, W) -> (B, C_out, H', W').
 
-    scale_shift: h = norm(h) (1 + scale) + shift from the embedding (ADM); else it is added before the norm (DDPM).
+    scale_shift: h = norm(h) (1 + scale) + shift, from the condition c (ADM); else that is added before the norm (DDPM).
     resample: None, "down" (average pooling) or "up" (nearest), on both paths, before the first convolution (ADM).
     """
 
-    def __init__(self, in_channels, out_channels, embedding, dropout=0.0, scale_shift=True, resample=None):
+    def __init__(self, in_channels, out_channels, condition, dropout=0.0, scale_shift=True, resample=None):
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
         self.norm1, self.norm2 = group_norm(in_channels), group_norm(out_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.condition = nn.Linear(embedding, out_channels * (2 if scale_shift else 1))
+        self.condition = nn.Linear(condition, out_channels * (2 if scale_shift else 1))
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -226,25 +277,29 @@ class Resample(nn.Module):
         return self.conv(x if self.direction == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class UNet(nn.Module):
-    """channels: width of the first level; multipliers: width of each level over it; blocks: residual blocks per level.
+class UNet(Backbone):
+    """The convolutional U-Net of DDPM, 2006.11239, with ADM's improvements, 2105.05233.
+
+    channels: width of the first level; multipliers: width of each level over it; blocks: residual blocks per level.
     attention: the levels (0 = full resolution) that attend. scale_shift, resblock_updown: ADM's choices; both off is
     DDPM. patch_size: pixels are first folded into channels, p x p at a time (pixel unshuffle), and unfolded at the
     end."""
+
+    any_size = True
 
     def __init__(self, image_size=32, in_channels=3, num_classes=10, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
                  attention=(1,), head_channels=64, dropout=0.0, scale_shift=True, resblock_updown=True,
                  learn_sigma=False, patch_size=1):
         super().__init__()
-        levels, self.base, self.patch_size = len(multipliers), channels, patch_size
-        patch_grid(image_size, patch_size * 2 ** (levels - 1))
-        E = 4 * channels
-        self.t_embedder = nn.Sequential(nn.Linear(channels, E), nn.SiLU(), nn.Linear(E, E))
-        self.y_embedder = LabelEmbedder(num_classes, E) if num_classes else None
+        levels, self.base, self.patch_size, condition = len(multipliers), channels, patch_size, 4 * channels
+        self.halvings = levels - 1
+        patch_grid(image_size, self.stride, "what its levels need,")
+        self.t_embedder = nn.Sequential(nn.Linear(channels, condition), nn.SiLU(), nn.Linear(condition, condition))
+        self.y_embedder = LabelEmbedder(num_classes, condition) if num_classes else None
         self.stem = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
 
         def res(c_in, c_out, resample=None):
-            return ResBlock(c_in, c_out, E, dropout, scale_shift, resample)
+            return ResBlock(c_in, c_out, condition, dropout, scale_shift, resample)
 
         def stage(c_in, c_out, attend):
             return Stage(res(c_in, c_out), PixelAttention(c_out, head_channels) if attend else nn.Identity())
@@ -273,8 +328,12 @@ class UNet(nn.Module):
         self.norm = group_norm(width)
         self.head = zeroed(nn.Conv2d(width, in_channels * patch_size**2 * (2 if learn_sigma else 1), 3, padding=1))
 
+    @property
+    def stride(self):
+        return self.patch_size * 2**self.halvings
+
     def forward(self, x, t, y=None):
-        c = self.t_embedder(timestep_embedding(t, self.base).to(self.stem.weight.dtype))    # (B, E)
+        c = self.t_embedder(timestep_embedding(t, self.base).to(self.stem.weight.dtype))    # (B, condition)
         if self.y_embedder is not None:
             c = c + self.y_embedder(y)
         x = self.stem(F.pixel_unshuffle(x, self.patch_size))                                # (B, channels, H/p, W/p)
@@ -290,6 +349,15 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.patch_size)            # (B, C_out, H, W)
 
 
+MODELS["unet-pico"] = functools.partial(
+    UNet, channels=32, multipliers=(1, 2), blocks=1, attention=(0, 1), head_channels=32, patch_size=2)
+MODELS["unet-nano"] = functools.partial(
+    UNet, channels=48, multipliers=(1, 2, 2), blocks=1, attention=(1, 2), head_channels=32, patch_size=2)
+MODELS["unet-cifar"] = functools.partial(            # 2006.11239, appendix B: 35.7 M parameters without classes
+    UNet, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), head_channels=256, dropout=0.1,
+    scale_shift=False, resblock_updown=False)
+
+
 # ============================================================================================================== DiT-MoE
 # Scaling Diffusion Transformers to 16 Billion Parameters, 2407.11633. DiT whose feed-forward networks are mixtures of
 # experts: of E routed SwiGLU experts each token takes K, and all tokens share one more, so that capacity grows and the
@@ -297,23 +365,37 @@ class UNet(nn.Module):
 
 
 class DiTMoE(DiT):
-    """DiT with experts. The arguments are DiT's (mlp_ratio: the hidden width of one expert over D), and:
+    """DiT whose feed-forward networks are mixtures of experts: DiT-MoE, 2407.11633.
 
+    The arguments are DiT's (mlp_ratio: the hidden width of one expert over D), and:
     num_experts, top_k: E and K. shared: hidden width of the shared experts over D. moe_blocks: the blocks with experts
     (None: all), the others keep DiT's MLP; of one half, the deep one is the better choice (section 3.3). qk_norm: the
     attention of the large models. renormalise: see `moe.Router`.
     """
 
+    balance = 0.01
+
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 mlp_ratio=4, num_classes=1000, learn_sigma=False, null_class=True, num_experts=8, top_k=2, shared=2,
-                 moe_blocks=None, qk_norm=False, renormalise=False):
+                 mlp_ratio=4.0, num_classes=1000, learn_sigma=False, null_class=True, num_experts=8, top_k=2, shared=2,
+                 moe_blocks: tuple | None = None, qk_norm=False, renormalise=False):
         super().__init__(image_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes,
                          learn_sigma, null_class)
         add_experts(self, num_experts, top_k, moe_blocks, shared, renormalise)
         if qk_norm:
             for block in self.blocks:
                 block.attn = Attention(hidden_size, num_heads, qk_norm=True)
-        self.initialise()                              # the new layers too; routers and routed experts drew their own
+        adaln_zero(self)                               # the new layers too; routers and routed experts drew their own
+
+
+MODELS["dit-moe-nano"] = functools.partial(
+    DiTMoE, depth=4, hidden_size=96, num_heads=3, mlp_ratio=2.0, patch_size=4)
+for size, (depth, width, heads, choices) in {"s": (12, 384, 6, (8, 16)), "b": (12, 768, 12, (8,)),            # table 1
+                                             "l": (24, 1024, 16, (8,)), "xl": (28, 1152, 16, (8,)),
+                                             "g": (40, 1408, 16, (16,))}.items():
+    for experts in choices:
+        MODELS[f"dit-moe-{size}/2-{experts}e2a"] = functools.partial(
+            DiTMoE, depth=depth, hidden_size=width, num_heads=heads, num_experts=experts,
+            qk_norm=size in ("l", "xl", "g"))
 
 
 # =============================================================================================================== TerDiT
@@ -322,35 +404,9 @@ class DiTMoE(DiT):
 # `layers.ternarize` makes them so, and puts an RMSNorm behind each block's adaLN projection, the paper's one change.
 
 
-class GroupedAttention(nn.Module):
-    """LLaMA's attention (B, N, D) -> (B, N, D): kv_heads heads of keys and values, each for num_heads/kv_heads heads of
-    queries (2305.13245), no biases. qk_norm: LayerNorm over all heads' channels of q and of k, before the rotation."""
-
-    def __init__(self, dim, num_heads, kv_heads, qk_norm):
-        super().__init__()
-        if dim % num_heads or num_heads % kv_heads or dim // num_heads % 2:
-            raise ValueError(f"{num_heads} heads and {kv_heads} key-value heads do not fit a width of {dim}: heads "
-                             "must divide the width into even parts, and be a multiple of the key-value heads")
-        head = dim // num_heads
-        self.num_heads, self.kv_heads = num_heads, kv_heads
-        self.wq = nn.Linear(dim, num_heads * head, bias=False)
-        self.wk = nn.Linear(dim, kv_heads * head, bias=False)
-        self.wv = nn.Linear(dim, kv_heads * head, bias=False)
-        self.wo = nn.Linear(num_heads * head, dim, bias=False)
-        self.q_norm = nn.LayerNorm(num_heads * head) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(kv_heads * head) if qk_norm else nn.Identity()
-
-    def forward(self, x, angle):
-        q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
-        q, k, v = (z.to(v.dtype).unflatten(-1, (heads, -1)).transpose(1, 2)                           # (B, h, N, D/h)
-                   for z, heads in ((q, self.num_heads), (k, self.kv_heads), (v, self.kv_heads)))
-        q, k = (rotate(z, angle.cos()[None], angle.sin()[None]) for z in (q, k))
-        k, v = (z.repeat_interleave(self.num_heads // self.kv_heads, 1) for z in (k, v))
-        return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class TerDiTBlock(nn.Module):
-    """As DiT's block, with RMSNorm, rotary attention and SwiGLU. x (B, N, D), c (B, condition), angle (N, D/2h)."""
+    """As DiT's block, with RMSNorm, rotary attention and SwiGLU. x (B, N, D), c (B, condition), rope: cos and sin
+    (1, N, D/2h)."""
 
     def __init__(self, dim, condition, num_heads, kv_heads, hidden, eps, qk_norm):
         super().__init__()
@@ -359,101 +415,138 @@ class TerDiTBlock(nn.Module):
         self.feed_forward = SwiGlu(dim, hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition, 6 * dim))
 
-    def forward(self, x, c, angle):
+    def forward(self, x, c, rope):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
-        x = gated(x, gate_attn, self.attention(modulate(self.attention_norm(x), shift_attn, scale_attn), angle))
+        x = gated(x, gate_attn, self.attention(modulate(self.attention_norm(x), shift_attn, scale_attn), rope))
         return gated(x, gate_mlp, self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp)))
 
 
-class TerDiT(nn.Module):
-    """kv_heads: of keys and values (None: as many as heads). The hidden width is 8/3 of the model's, times
+class TerDiT(Backbone):
+    """A LLaMA-style DiT whose weights are -a, 0 or a: TerDiT, 2405.14854.
+
+    kv_heads: of keys and values (None: as many as heads). The hidden width is 8/3 of the model's, times
     ffn_multiplier, rounded up to a multiple of multiple_of. ternary=False: the full-precision Large-DiT. The other
     arguments are DiT's."""
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1536, depth=16, num_heads=32,
-                 kv_heads=None, multiple_of=256, ffn_multiplier=None, norm_eps=1e-5, qk_norm=False, num_classes=1000,
-                 learn_sigma=False, null_class=True, ternary=True):
+                 kv_heads: int | None = None, multiple_of=256, ffn_multiplier: float | None = None, norm_eps=1e-5,
+                 qk_norm=False, num_classes=1000, learn_sigma=False, null_class=True, ternary=True):
         super().__init__()
         D, condition, self.patch_size = hidden_size, min(hidden_size, 1024), patch_size
-        self.grid, self.head = patch_grid(image_size, patch_size), D // num_heads
-        hidden = int((ffn_multiplier or 1) * int(8 * D / 3))
-        hidden = -(-hidden // multiple_of) * multiple_of
+        self.grid, self.head_dim = patch_grid(image_size, patch_size), D // num_heads
+        hidden = llama_hidden(D, multiple_of, ffn_multiplier)
         self.x_embedder = PatchEmbed(in_channels, D, patch_size)
         self.t_embedder = TimestepEmbedder(condition)
         self.y_embedder = LabelEmbedder(num_classes, condition, null_class) if num_classes else None
-        block = lambda: TerDiTBlock(D, condition, num_heads, kv_heads or num_heads, hidden, norm_eps, qk_norm)
-        self.layers = nn.ModuleList(block() for _ in range(depth))
+        self.layers = nn.ModuleList(
+            TerDiTBlock(D, condition, num_heads, kv_heads or num_heads, hidden, norm_eps, qk_norm)
+            for _ in range(depth))
         self.final_layer = FinalLayer(D, patch_size, in_channels * (2 if learn_sigma else 1), condition)
-        self.initialise()
+        adaln_zero(self)
         if ternary:
             ternarize(self, norm_eps)
-
-    def initialise(self):
-        # Linear layers: Xavier uniform, the patch embedding on its (D, p*p*C) view.
-        xavier(self)
-        # Embeddings of timestep and label start small.
-        tables = [self.y_embedder.embedding_table] if self.y_embedder else []
-        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *tables):
-            nn.init.normal_(m.weight, std=0.02)
-        # Zero: gates closed, no modulation, output 0.
-        for m in (*(layer.adaLN_modulation[1] for layer in (*self.layers, self.final_layer)), self.final_layer.linear):
-            zeroed(m)
 
     def forward(self, x, t, y=None):
         x = self.x_embedder(x)                                      # (B, N, D)
         c = self.t_embedder(t)                                      # (B, min(D, 1024))
         if self.y_embedder is not None:
             c = c + self.y_embedder(y)
-        # Positions are one-dimensional: the token's place in row-major order.
-        place = torch.arange(x.shape[1], device=x.device, dtype=torch.promote_types(c.dtype, torch.float32))
-        period = 10000 ** (torch.arange(0, self.head, 2, device=x.device, dtype=place.dtype) / self.head)
-        angle = place[:, None] * (1 / period)                       # (N, D/2h)
+        rope = self.positions(x.shape[1], c)                        # cos and sin, (1, N, D/2h)
         for layer in self.layers:
-            x = layer(x, c, angle)                                  # (B, N, D)
-        x = self.final_layer(x, c)                                  # (B, N, p*p*C_out)
+            x = layer(x, c, rope)                                   # (B, N, D)
+        x = self.final_layer(x, c)                                  # (B, N, p p C_out)
         return unpatchify(x, self.grid, self.patch_size)            # (B, C_out, H, W)
+
+    def positions(self, length, like):
+        """cos and sin of one-dimensional positions: the token's place in row-major order."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        place = torch.arange(length, device=like.device, dtype=dtype)
+        period = 10000 ** (torch.arange(0, self.head_dim, 2, device=like.device, dtype=dtype) / self.head_dim)
+        angle = place[:, None] * (1 / period)
+        return angle.cos()[None], angle.sin()[None]
+
+
+MODELS["terdit-nano"] = functools.partial(
+    TerDiT, depth=6, hidden_size=128, num_heads=4, multiple_of=32, qk_norm=True, patch_size=4)
+for size, (depth, width) in {"600m": (16, 1536), "4.2b": (32, 3072),          # the paper's; 7b is in its code
+                             "7b": (32, 4096)}.items():
+    MODELS[f"terdit-{size}"] = functools.partial(TerDiT, depth=depth, hidden_size=width)
 
 
 # ============================================================================================================= T-Stitch
 # T-Stitch, 2402.14167: no network, but several trained ones in one trajectory. Denoisers of all sizes agree in the
-# noisy first steps, which set layout and low frequencies; so a small model takes these and a large one the rest.
+# noisy first steps, which set layout and low frequencies; so a small model takes these and a large one the rest. Which
+# one, a rule says: a function from the process's time to the number of a model, the smallest being number 0.
 
 
-class Stitched(nn.Module):
-    """models, the smallest first, in one: model(x, t, y) is the model in whose share of sampling t lies, the first j
-    with progress 1 - t/T <= fractions[0] + ... + fractions[j] (the published rule), the last if there is none.
-
-    A threshold on t gives a model its fraction of the steps on a uniform grid only; for other grids see `stitch_steps`.
-    T: what the network is told at the noisiest end. y: a condition for all, or a tuple of one for each.
-    """
-
-    def __init__(self, models, fractions, T=1000):
-        super().__init__()
-        if len(fractions) != len(models) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=0.02):
-            raise ValueError(f"stitching {len(models)} models takes as many fractions of the steps, which sum to 1, "
-                             f"not {', '.join(f'{f:g}' for f in fractions)}")
-        self.models, self.T = nn.ModuleList(models), T
-        self.cumulative = torch.tensor(fractions).cumsum(0)            # float32 as published, where it decides a tie
-        self.cumulative[self.cumulative == 0] = -math.inf              # no share, no step
-
-    def choose(self, t):
-        """The index of the model for time t (a number)."""
-        progress = 1 - torch.as_tensor(t, dtype=torch.float32).cpu() / self.T
-        return min(int((self.cumulative < progress).sum()), len(self.models) - 1)
-
-    def forward(self, x, t, y=None):
-        j = self.choose(t[0])
-        return self.models[j](x, t, y[j] if isinstance(y, tuple) else y)
+def check_fractions(fractions, count):
+    """ValueError unless these are the shares of so many models."""
+    if len(fractions) != count or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=0.02):
+        raise ValueError(f"stitching {count} models takes as many fractions of the steps, which sum to 1, "
+                         f"not {', '.join(f'{f:g}' for f in fractions)}")
 
 
 def stitch_steps(steps, fractions):
-    """The index of the model at each of so many steps: model j has taken over round(steps * (fractions[0] + ... +
+    """The number of the model at each of so many steps: model j has taken over round(steps * (fractions[0] + ... +
     fractions[j-1])) steps from the start. 2402.14167, section 3.2, for more than two models."""
     total, ends = 0.0, []
     for f in fractions:
         total += f
         ends.append(math.floor(steps * total / sum(fractions) + 0.5))
     return [next(j for j, end in enumerate(ends) if step < end) for step in range(steps)]
+
+
+def stitch_by_steps(times, fractions):
+    """The paper's rule: fractions of the steps of this grid of the process's times, from noise to data, whatever their
+    spacing. A model's share ends just before the time at which the next one's begins."""
+    times = [float(t) for t in times]
+    plan = stitch_steps(len(times) - 1, fractions)
+    begins = [plan.index(j) for j in sorted(set(plan))[1:]]            # the step at which each later model begins
+    # Solvers call at times of the grid, whatever their rounding, and between them: begin a little before.
+    limits = {plan[k]: times[k] + 1e-3 * (times[k - 1] - times[k]) for k in begins}
+
+    def rule(t):
+        return max([plan[0], *(j for j, limit in limits.items() if t <= limit)])
+
+    return rule
+
+
+def stitch_by_time(fractions, T=1000):
+    """The published code's rule: the first model j with 1 - t/T <= fractions[0] + ... + fractions[j], the last if there
+    is none. A threshold on t gives a model its fraction of the steps on an even grid only. T: length of the process."""
+    ends = torch.tensor(fractions).cumsum(0)                           # float32 as published, where it decides a tie
+    ends[ends == 0] = -math.inf                                        # no share, no step
+
+    def rule(t):
+        progress = 1 - torch.as_tensor(t, dtype=torch.float32).cpu() / T
+        return min(int((ends < progress).sum()), len(ends) - 1)
+
+    return rule
+
+
+def stitched(denoisers, rule):
+    """One denoiser of several: denoise(xt, t) is that of the model which the rule names for t, the same time for the
+    whole batch."""
+
+    def denoise(xt, t):
+        return denoisers[rule(float(torch.as_tensor(t).max()))](xt, t)
+
+    return denoise
+
+
+class Stitched(nn.Module):
+    """The published form, a module for chains of T steps, which tell a network the process's time itself:
+    model(x, t, y) is the model that `stitch_by_time` names for t[0]."""
+
+    def __init__(self, models, fractions, T=1000):
+        super().__init__()
+        check_fractions(fractions, len(models))
+        self.models, self.rule = nn.ModuleList(models), stitch_by_time(fractions, T)
+
+    def forward(self, x, t, y=None):
+        return self.models[self.rule(t[0])](x, t, y)
+
+
 # ================================================================================================================= DiCo
 # DiCo: Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling, 2505.11196. Attention, whose maps in a
 # trained DiT are local, gives way to 1x1 and depthwise 3x3 convolutions; what that loses, because channels go idle,
@@ -521,23 +614,31 @@ class DiCoHead(nn.Module):
         return self.out_proj(torch.addcmul(shift, channel_norm(x), 1 + scale))
 
 
-class DiCo(nn.Module):
-    """hidden_size: D. depth: blocks of encoder 1, encoder 2, middle, decoder 2, decoder 1. The others as in DiT.
+class DiCo(Backbone):
+    """A U of convolutional blocks with compact channel attention: DiCo, 2505.11196.
+
+    hidden_size: D. depth: blocks of encoder 1, encoder 2, middle, decoder 2, decoder 1. The others as in DiT.
 
     As in the published code, the last decoder works at full resolution with width 2D, under the second level's
     condition: most of the compute is there. One skip a level.
     """
 
+    any_size = True
+    stride = 4
+
     def __init__(self, image_size=32, in_channels=4, num_classes=1000, hidden_size=128, depth=(5, 4, 4, 4, 4),
-                 mlp_ratio=2, learn_sigma=False, null_class=True):
+                 mlp_ratio=2.0, learn_sigma=False, null_class=True):
         super().__init__()
-        patch_grid(image_size, 4, "the coarsest level's")
+        patch_grid(image_size, self.stride, "what its levels need,")
         D = hidden_size
         self.t_embedder = nn.ModuleList(TimestepEmbedder(w) for w in (D, 2 * D, 4 * D))
         self.y_embedder = nn.ModuleList(LabelEmbedder(num_classes, w, null_class) for w in (D, 2 * D, 4 * D)
                                         ) if num_classes else None
         self.x_embedder = nn.Conv2d(in_channels, D, 3, padding=1)
-        stage = lambda width, k: nn.ModuleList(DiCoBlock(width, mlp_ratio) for _ in range(depth[k]))
+
+        def stage(width, k):
+            return nn.ModuleList(DiCoBlock(width, mlp_ratio) for _ in range(depth[k]))
+
         self.encoder1, self.down1 = stage(D, 0), nn.Conv2d(D, D // 2, 3, padding=1, bias=False)
         self.encoder2, self.down2 = stage(2 * D, 1), nn.Conv2d(2 * D, D, 3, padding=1, bias=False)
         self.middle = stage(4 * D, 2)
@@ -585,6 +686,13 @@ class DiCo(nn.Module):
         return self.final_layer(x, c2)                                              # (B, C_out, H, W)
 
 
+MODELS["dico-nano"] = functools.partial(DiCo, hidden_size=32, depth=(1, 1, 1, 1, 1))
+for size, (width, depth, ratio) in {"s": (128, (5, 4, 4, 4, 4), 2.0), "b": (256, (5, 4, 4, 4, 4), 2.0),       # table 7
+                                    "l": (352, (9, 8, 9, 8, 9), 2.0), "xl": (416, (9, 9, 10, 9, 9), 2.0),
+                                    "h": (416, (14, 12, 10, 12, 14), 4.0)}.items():
+    MODELS[f"dico-{size}"] = functools.partial(DiCo, hidden_size=width, depth=depth, mlp_ratio=ratio)
+
+
 # ================================================================================================================ U-ViT
 # All are Worth Words: A ViT Backbone for Diffusion Models, 2209.12152. Time, label or text, and noisy patches are alike
 # tokens of a plain ViT, whose first half is joined to its second by long skips, as in a U-Net. No adaLN, no change of
@@ -608,8 +716,10 @@ class UViTBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class UViT(nn.Module):
-    """depth // 2 blocks, one in the middle, depth // 2 that take the skips in. text_width: of text instead of labels; y
+class UViT(Backbone):
+    """A plain ViT with long skips, time and label or text as tokens: U-ViT, 2209.12152.
+
+    depth // 2 blocks, one in the middle, depth // 2 that take the skips in. text_width: of text instead of labels; y
     is a Text, or its tokens (B, L, text_width), L at most text_length; what is missing is zeros. time_mlp: the time
     token through Linear, SiLU, Linear. conv: the last 3x3 convolution. skip: the long skips. std: of the initial
     weights; narrow models learn sooner with more than the published 0.02. The others as in DiT."""
@@ -624,22 +734,22 @@ class UViT(nn.Module):
         self.t_embedder = nn.Sequential(
             nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D)) if time_mlp else nn.Identity()
         self.y_embedder = LabelEmbedder(num_classes, D, null_class) if num_classes and not text_width else None
-        self.text_embedder, self.text_width = nn.Linear(text_width, D) if text_width else None, text_width
-        self.text_length = text_length if text_width else 0
+        self.text_embedder = nn.Linear(text_width, D) if text_width else None
+        self.text_width, self.text_length = text_width, text_length if text_width else 0
+        self.null_text = torch.zeros(text_length, text_width) if text_width else None
         self.extras = 1 + self.text_length + (self.y_embedder is not None)          # tokens that are not patches
         self.pos_embed = nn.Parameter(torch.empty(1, self.extras + self.grid[0] * self.grid[1], D))
-        block = lambda skip: UViTBlock(D, num_heads, mlp_ratio, qkv_bias, skip)
+
+        def block(skip):
+            return UViTBlock(D, num_heads, mlp_ratio, qkv_bias, skip)
+
         self.in_blocks = nn.ModuleList(block(False) for _ in range(depth // 2))
         self.mid_block = block(False)
         self.out_blocks = nn.ModuleList(block(skip) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(D)
         self.decoder_pred = nn.Linear(D, patch_size**2 * out_channels)
         self.final_layer = nn.Conv2d(out_channels, out_channels, 3, padding=1) if conv else nn.Identity()
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.normal_(m.weight, std=std)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        gaussian(self, std)
         nn.init.normal_(self.pos_embed, std=std)
 
     def forward(self, x, t, y=None):
@@ -660,22 +770,19 @@ class UViT(nn.Module):
         return self.final_layer(unpatchify(x, self.grid, self.patch_size))          # (B, C_out, H, W)
 
 
+MODELS["uvit-nano"] = functools.partial(UViT, hidden_size=128, depth=6, num_heads=4, patch_size=4, std=0.06)
+for size, (depth, width, heads) in {"s": (12, 512, 8), "m": (16, 768, 12),                                    # table 4
+                                    "l": (20, 1024, 16), "h": (28, 1152, 16)}.items():
+    for patch in (2, 4):                                       # the published H has no last convolution
+        MODELS[f"uvit-{size}/{patch}"] = functools.partial(
+            UViT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch, conv=size != "h")
+
+
 # ================================================================================================================= DiMR
 # Alleviating Distortion in Image Generation via Multi-Resolution Diffusion Models, 2406.09416. Several branches see the
 # same noisy image, each at its own resolution: transformer blocks at the lowest, ConvNeXt blocks above. Each predicts
 # at its resolution (objectives.MultiScale trains them all) and hands its features up, the cascade. Time enters through
 # the norms alone (layers.TDLN). Long skips as in U-ViT. Everything in here is channels-last: (B, h, w, D).
-
-
-class GEGLU(nn.Module):
-    """w2(GELU(w0 x) * w1 x), exact GELU. 2002.05202."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.w0, self.w1, self.w2 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.w2(F.gelu(self.w0(x)) * self.w1(x))
 
 
 class DiMRBlock(nn.Module):
@@ -688,7 +795,7 @@ class DiMRBlock(nn.Module):
         self.mixer = (Attention(dim, num_heads, qkv_bias=False) if num_heads else
                       nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim))
         self.norm2 = TDLN(dim, rms)
-        self.mlp = GEGLU(dim, hidden)
+        self.mlp = GeGlu(dim, hidden, ("w0", "w1", "w2"), bias=True)
 
     def forward(self, x, tau):
         if self.norm1:
@@ -699,12 +806,12 @@ class DiMRBlock(nn.Module):
 
 
 class Branch(nn.Module):
-    """One resolution: x (B, C, H, W), cascade (B, h/k, w/k, L) of the branch below or None
+    """One resolution: x (B, C, H, W), cascade (B, h/k, w/k, its width) of the branch below or None
     -> prediction (B, C_out, h, w), cascade (B, h, w, dim (2 (blocks // 2) + 2)): the states of all blocks.
 
     grid: the largest (h, w). image_ratio, patch_size: area downsampling of the image, then patches, so that h is
-    H/(image_ratio patch_size). cascade: its (L, k) or None. blocks: an even number gets one more. num_heads: None for
-    ConvNeXt blocks.
+    H/(image_ratio patch_size). cascade: its (width, k) or None. blocks: an even number gets one more. num_heads: None
+    for ConvNeXt blocks.
     """
 
     def __init__(self, grid, channels, out_channels, dim, blocks, patch_size=1, num_heads=None, num_classes=0,
@@ -717,18 +824,14 @@ class Branch(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(*grid, dim))
         self.y_embedder = LabelEmbedder(num_classes, dim, null_class) if num_heads and num_classes else None
         if cascade:
-            L, self.k = cascade
-            self.cascade_norm, self.up, self.up_norm = TDLN(L), nn.Linear(L, dim * self.k**2), TDLN(dim)
+            width, self.k = cascade
+            self.cascade_norm, self.up, self.up_norm = TDLN(width), nn.Linear(width, dim * self.k**2), TDLN(dim)
         self.blocks = nn.ModuleList(DiMRBlock(dim, hidden or 2 * dim, num_heads, kernel_size, rms)
                                     for _ in range(2 * (blocks // 2) + 1))
         self.joins = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(blocks // 2))
         self.norm = TDLN(dim)
         self.head = nn.Conv2d(dim, out_channels, final_kernel, padding=final_kernel // 2)
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(m.weight, std=std)
-                if getattr(m, "bias", None) is not None:
-                    nn.init.zeros_(m.bias)
+        gaussian(self, std, (nn.Linear, nn.Embedding))
         nn.init.normal_(self.pos_embed, std=std)
 
     def forward(self, x, tau, y=None, cascade=None):
@@ -759,16 +862,21 @@ class Branch(nn.Module):
         return x.view(B, h, w, self.k, self.k, -1).transpose(2, 3).reshape(B, h * self.k, w * self.k, -1)
 
 
-class DiMR(nn.Module):
-    """hidden_size: width of the lowest branch; it halves from each to the next. depth: blocks of the lowest; the others
+class DiMR(Backbone):
+    """Branches of several resolutions, transformer below and ConvNeXt above, time in their norms: DiMR, 2406.09416.
+
+    hidden_size: width of the lowest branch; it halves from each to the next. depth: blocks of the lowest; the others
     have half as many. patch_sizes: of the branches, lowest resolution first. norm: "td-rms" or "td-ln", inside blocks.
     branches: for each branch a dict of arguments of `Branch` that differ from this rule. detach: the cascade carries no
     gradient down. image_size is the largest; a smaller image takes the top left of the position tables. std: of the
     initial weights, see `UViT`."""
 
+    any_size = True
+    multi_scale = True
+
     def __init__(self, image_size=64, in_channels=3, num_classes=1000, hidden_size=768, depth=15, num_heads=12,
-                 patch_sizes=(4, 2, 1), norm="td-rms", learn_sigma=False, null_class=True, branches=None, detach=False,
-                 std=0.02):
+                 patch_sizes=(4, 2, 1), norm="td-rms", learn_sigma=False, null_class=True,
+                 branches: tuple | None = None, detach=False, std=0.02):
         super().__init__()
         if norm not in ("td-rms", "td-ln"):
             raise ValueError(f"norm {norm!r}: choose td-rms or td-ln")
@@ -785,11 +893,23 @@ class DiMR(nn.Module):
         if self.branches[-1].reduction != 1:
             raise ValueError(f"patch_sizes {tuple(patch_sizes)}: the last branch draws the image, so it must end in 1")
 
-    def forward(self, x, t, y=None, every=False):
-        """The last branch's prediction (B, C_out, H, W); every: a list of all, (B, C_out, h, w), lowest first."""
-        (H, W), (h, w), r = x.shape[2:], self.branches[0].grid, self.branches[0].reduction
+    @property
+    def stride(self):
+        return self.branches[0].reduction
+
+    def resize(self, image_size):
+        """As long as it fits: nothing changes but what is drawn."""
+        super().resize(image_size)
+        self.check(pair(image_size))
+
+    def check(self, sides):
+        (H, W), (h, w), r = sides, self.branches[0].grid, self.stride
         if H > h * r or W > w * r or H % r or W % r:
             raise ValueError(f"an image of {H}x{W} pixels: this DiMR takes up to {h * r}x{w * r}, divisible by {r}")
+
+    def forward(self, x, t, y=None, every=False):
+        """The last branch's prediction (B, C_out, H, W); every: a list of all, (B, C_out, h, w), lowest first."""
+        self.check(x.shape[2:])
         tau, cascade, outputs = t / 500 - 1, None, []                               # (B,): -1 clean, 1 noise
         for branch in self.branches:
             output, cascade = branch(x, tau, y, cascade.detach() if self.detach and outputs else cascade)
@@ -797,39 +917,48 @@ class DiMR(nn.Module):
         return outputs if every else outputs[-1]
 
 
+MODELS["dimr-nano"] = functools.partial(DiMR, hidden_size=96, depth=5, num_heads=4, patch_sizes=(2, 1), std=0.06)
+# The 2R sizes are those of the published code; the 3R sizes follow its rule and match the published parameters.
+for size, (depth, width, heads) in {"m/3r": (15, 768, 12), "l/3r": (33, 768, 12), "xl/2r": (39, 960, 16),
+                                    "xl/3r": (39, 960, 16), "g/2r": (57, 1152, 16)}.items():
+    MODELS[f"dimr-{size}"] = functools.partial(
+        DiMR, depth=depth, hidden_size=width, num_heads=heads,
+        patch_sizes=(4, 2, 1) if size.endswith("3r") else (2, 1))
+
+
 # ======================================================================================================= Diffusion-RWKV
 # Diffusion-RWKV: Scaling RWKV-Like Architectures for Diffusion Models, 2404.04478. Self-attention becomes the spatial
 # mix of Vision-RWKV (2403.02308): keys, values and receptance from tokens mixed with their four neighbours (Q-shift),
 # then Bi-WKV, a two-sided mean with exponential decay, whose cost grows linearly with the tokens. Conditioning is
-# adaLN-Zero; the first half of the blocks sends long skips to the second (U-ViT). Tokens T = H W, width C.
+# adaLN-Zero; the first half of the blocks sends long skips to the second (U-ViT).
 
 
 def q_shift(x, grid, pixels=1, gamma=0.25):
-    """Tokens (B, T, C) of a grid (H, W), of which a band of `gamma` C channels each comes from the left, right, upper
-    and lower neighbour `pixels` away; zeros from outside, the remaining channels stay. 2403.02308, section 3.2."""
-    B, T, C = x.shape
-    x, (H, W) = x.view(B, *grid, C), grid
-    edges = [0, *(int(C * gamma * band) for band in (1, 2, 3, 4)), C]
-    left, right, up, down, same = (x[..., low:high] for low, high in zip(edges, edges[1:]))
-    n, m = min(pixels, W), min(pixels, H)
-    return torch.cat([F.pad(left[:, :, :W - n], (0, 0, n, 0)), F.pad(right[:, :, n:], (0, 0, 0, n)),
-                      F.pad(up[:, :H - m], (0, 0, 0, 0, m, 0)), F.pad(down[:, m:], (0, 0, 0, 0, 0, m)), same],
-                     -1).view(B, T, C)
+    """Tokens (B, N, D) of a grid of (rows, columns), of which a band of `gamma` D channels each comes from the left,
+    right, upper and lower neighbour `pixels` away; zeros from outside, the remaining channels stay. 2403.02308,
+    section 3.2."""
+    (rows, columns), (B, N, D) = grid, x.shape
+    edges = [0, *(int(D * gamma * band) for band in (1, 2, 3, 4)), D]
+    left, right, up, down, same = x.view(B, rows, columns, D).tensor_split(edges[1:-1], -1)
+    n, m = min(pixels, columns), min(pixels, rows)
+    return torch.cat([F.pad(left[:, :, :columns - n], (0, 0, n, 0)), F.pad(right[:, :, n:], (0, 0, 0, n)),
+                      F.pad(up[:, :rows - m], (0, 0, 0, 0, m, 0)), F.pad(down[:, m:], (0, 0, 0, 0, 0, m)), same],
+                     -1).view(B, N, D)
 
 
 class SpatialMix(nn.Module):
-    """Q-shift, Bi-WKV attention with learned decay and first-token bonus, receptance gate. (B, T, C) -> (B, T, C).
+    """Q-shift, Bi-WKV attention with learned decay and first-token bonus, receptance gate. (B, N, D) -> (B, N, D).
 
     key_norm: LayerNorm on what Bi-WKV returns. init: "fancy" (decays and mixes that vary with channel and depth),
     "local" (all 1) or "global" (no decay, mixes 1/2); block `layer` of `depth`."""
 
     def __init__(self, dim, layer=0, depth=1, key_norm=False, init="fancy"):
         super().__init__()
-        h, rest = torch.arange(dim), layer / max(1, depth - 1)              # 0 in the first block, 1 in the last
-        base, e = (h / dim)[None, None], 1 - layer / depth
-        decay = -5 + 8 * (h / max(1, dim - 1)) ** (0.7 + 1.3 * rest)
-        first = torch.full((dim,), math.log(0.3)) + 0.5 * ((h + 1) % 3 - 1)
-        mix_k, mix_v, mix_r = base**e, base**e + 0.3 * rest, base ** (0.5 * e)
+        channel, up = torch.arange(dim), layer / max(1, depth - 1)          # up: 0 in the first block, 1 in the last
+        base, e = (channel / dim)[None, None], 1 - layer / depth
+        decay = -5 + 8 * (channel / max(1, dim - 1)) ** (0.7 + 1.3 * up)
+        first = torch.full((dim,), math.log(0.3)) + 0.5 * ((channel + 1) % 3 - 1)
+        mix_k, mix_v, mix_r = base**e, base**e + 0.3 * up, base ** (0.5 * e)
         if init != "fancy":
             decay, first = (torch.full((dim,), {"local": 1.0, "global": 0.0}[init]) for _ in range(2))
             mix_k, mix_v, mix_r = (torch.full((1, 1, dim), {"local": 1.0, "global": 0.5}[init]) for _ in range(3))
@@ -841,16 +970,16 @@ class SpatialMix(nn.Module):
         self.key_norm = nn.LayerNorm(dim) if key_norm else nn.Identity()
 
     def forward(self, x, grid):
-        T, shifted = x.shape[1], q_shift(x, grid)
+        N, shifted = x.shape[1], q_shift(x, grid)
         k = self.key(torch.lerp(shifted, x, self.spatial_mix_k.to(x)))
         v = self.value(torch.lerp(shifted, x, self.spatial_mix_v.to(x)))
         r = self.receptance(torch.lerp(shifted, x, self.spatial_mix_r.to(x)))
-        mean = bi_wkv(self.spatial_decay / T, self.spatial_first / T, k, v)
+        mean = bi_wkv(self.spatial_decay / N, self.spatial_first / N, k, v)
         return self.output(torch.sigmoid(r) * self.key_norm(mean))
 
 
 class ChannelMix(nn.Module):
-    """Q-shift, then an MLP of squared ReLU with a receptance gate. (B, T, C) -> (B, T, C)."""
+    """Q-shift, then an MLP of squared ReLU with a receptance gate. (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim, layer=0, depth=1, hidden_rate=4, key_norm=False, init="fancy"):
         super().__init__()
@@ -886,7 +1015,10 @@ class DRWKVBlock(nn.Module):
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
     def branch(self, x, norm, mix, grid, shift, scale, gate):
-        y = modulate(norm(mix(x, grid)), shift, scale) if self.post_norm else mix(modulate(norm(x), shift, scale), grid)
+        if self.post_norm:
+            y = modulate(norm(mix(x, grid)), shift, scale)
+        else:
+            y = mix(modulate(norm(x), shift, scale), grid)
         return x + drop_path(gate[:, None] * y, self.drop_path if self.training else 0.0)
 
     def forward(self, x, c, grid, skip=None):
@@ -906,8 +1038,10 @@ def drop_path(x, rate):
     return x * keep / (1 - rate)
 
 
-class DRWKV(nn.Module):
-    """Diffusion-RWKV. depth must be odd. num_classes 0: no labels; y None on a model with labels: time alone."""
+class DRWKV(Backbone):
+    """A transformer whose attention is the linear-time Bi-WKV: Diffusion-RWKV, 2404.04478.
+
+    depth must be odd. num_classes 0: no labels; y None on a model with labels: time alone."""
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=384, depth=13, num_classes=1000,
                  hidden_rate=4, key_norm=False, post_norm=False, init="fancy", drop_path=0.1, learn_sigma=False):
@@ -916,7 +1050,7 @@ class DRWKV(nn.Module):
             raise ValueError(f"depth {depth} is even: Diffusion-RWKV has a middle block, choose {depth + 1}")
         self.patch_size, self.grid, D = patch_size, patch_grid(image_size, patch_size), hidden_size
         self.patch_embed = PatchEmbed(in_channels, D, patch_size)
-        self.pos_embed = nn.Parameter(position_table(D, *self.grid)[None])                          # (1, T, D)
+        self.pos_embed = nn.Parameter(position_table(D, *self.grid)[None])                          # (1, N, D)
         self.time_embed = TimestepEmbedder(D)
         self.label_emb = LabelEmbedder(num_classes, D) if num_classes else None
         blocks = [DRWKVBlock(D, i, depth, i > depth // 2, hidden_rate, key_norm, post_norm, init,
@@ -925,19 +1059,10 @@ class DRWKV(nn.Module):
         self.out_blocks = nn.ModuleList(blocks[depth // 2 + 1:])
         self.norm_f = nn.LayerNorm(D)
         self.final_layer = FinalLayer(D, patch_size, in_channels * (2 if learn_sigma else 1))
-        self.initialise()
-
-    def initialise(self):
-        xavier(self)
-        tables = [self.label_emb.embedding_table] if self.label_emb else []
-        for m in (self.time_embed.mlp[0], self.time_embed.mlp[2], *tables):
-            nn.init.normal_(m.weight, std=0.02)
-        blocks = (*self.in_blocks, self.mid_block, *self.out_blocks, self.final_layer)
-        for m in (*(block.adaLN_modulation[1] for block in blocks), self.final_layer.linear):
-            zeroed(m)
+        adaln_zero(self)
 
     def forward(self, x, t, y=None):
-        x = self.patch_embed(x) + self.pos_embed                    # (B, T, D)
+        x = self.patch_embed(x) + self.pos_embed                    # (B, N, D)
         c = self.time_embed(t)                                      # (B, D)
         if self.label_emb is not None and y is not None:
             c = c + self.label_emb(y)
@@ -948,6 +1073,13 @@ class DRWKV(nn.Module):
         for block in self.out_blocks:
             x = block(x, c, self.grid, skips.pop())
         return unpatchify(self.final_layer(self.norm_f(x), c), self.grid, self.patch_size)
+
+
+MODELS["drwkv-nano"] = functools.partial(DRWKV, depth=7, hidden_size=128, patch_size=4, drop_path=0.0)
+# 39.3, 74.8, 132.6, 439 and 780 M parameters with patch 2 on latents and 1000 classes.
+for size, (depth, width) in {"s": (13, 384), "b": (25, 384), "m": (25, 512), "l": (37, 768), "h": (37, 1024)}.items():
+    for patch in (2, 4):
+        MODELS[f"drwkv-{size}/{patch}"] = functools.partial(DRWKV, depth=depth, hidden_size=width, patch_size=patch)
 
 
 # ================================================================================================================ Dimba
@@ -968,11 +1100,10 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, text, mask=None):
-        B, N, D = x.shape
-        q = self.q_linear(x).view(B, N, self.num_heads, -1).transpose(1, 2)                         # (B, h, N, D/h)
-        k, v = self.kv_linear(text).view(B, -1, 2, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
-        return self.proj(y.transpose(1, 2).reshape(B, N, D))
+        q = split_heads(self.q_linear(x), self.num_heads)                                           # (B, h, N, D/h)
+        k, v = (split_heads(z, self.num_heads) for z in self.kv_linear(text).chunk(2, -1))          # (B, h, L, D/h)
+        mask = None if mask is None else mask[:, None, None]
+        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, mask)))
 
 
 class DimbaBlock(nn.Module):
@@ -981,10 +1112,9 @@ class DimbaBlock(nn.Module):
     def __init__(self, dim, num_heads, mlp_ratio=4.0):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm1, self.norm2 = plain_norm(dim), plain_norm(dim)
         self.attn = Attention(dim, num_heads)
         self.cross_attn = CrossAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x, text, t0, mask=None):
@@ -1068,14 +1198,16 @@ class TextProjection(nn.Module):
         return self.y_proj(tokens)
 
 
-class Dimba(nn.Module):
-    """Transformer-Mamba diffusion model of text: model(x, t, Text).
+class Dimba(Backbone):
+    """Transformer blocks that alternate with two-sided Mamba blocks, for text: Dimba, 2406.01159.
 
     mamba_ratio: Mamba blocks for each Transformer block, at most 1: the Mamba blocks follow the Transformer blocks i
     with i mod gap = 1, gap = 1/ratio (all of them for gap 1). order: "attention-first" as published, or "mamba-first",
     each Mamba block then goes before its Transformer block. repaired: the residual stream returns. image_size sets the
     position table's range, any other size stretches over it, divided by pe_interpolation. micro_condition: also told of
     the size and aspect ratio of the training image (`size` in forward; D divisible by 3)."""
+
+    any_size = True
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, mamba_ratio=1.0, text_width=4096, text_length=120, pe_interpolation=1.0,
@@ -1084,14 +1216,14 @@ class Dimba(nn.Module):
         super().__init__()
         D, self.patch_size, self.repaired, self.order = hidden_size, patch_size, repaired, order
         self.text_width, self.text_length = text_width, text_length
-        count = int(mamba_ratio * depth)
-        if not 0 < mamba_ratio <= 1 or not count:
+        mambas = int(mamba_ratio * depth)
+        if not 0 < mamba_ratio <= 1 or not mambas:
             raise ValueError(f"mamba_ratio {mamba_ratio} of depth {depth}: it must lie in (0, 1] and give one block")
         if order not in ("attention-first", "mamba-first"):
             raise ValueError(f"order {order!r} is neither attention-first nor mamba-first")
-        gap = depth // count
+        gap = depth // mambas
         self.places = {i: i // gap for i in range(depth) if gap == 1 or i % gap == 1}     # Transformer -> Mamba block
-        self.places = {i: j for i, j in self.places.items() if j < count}
+        self.places = {i: j for i, j in self.places.items() if j < mambas}
         grid = patch_grid(image_size, patch_size)
         self.base, self.pe_interpolation = grid[0], pe_interpolation
         self.x_embedder = PatchEmbed(in_channels, D, patch_size)
@@ -1101,7 +1233,7 @@ class Dimba(nn.Module):
         self.ar_embedder = TimestepEmbedder(D // 3) if micro_condition else None
         self.y_embedder = TextProjection(text_width, text_length, D)
         self.blocks = nn.ModuleList(DimbaBlock(D, num_heads, mlp_ratio) for _ in range(depth))
-        self.mamba_blocks = nn.ModuleList(MambaBlock(D, d_state=d_state, expand=expand) for _ in range(count))
+        self.mamba_blocks = nn.ModuleList(MambaBlock(D, d_state=d_state, expand=expand) for _ in range(mambas))
         self.final_layer = DimbaFinalLayer(D, patch_size, in_channels * (2 if learn_sigma else 1))
         self.initialise()
 
@@ -1166,13 +1298,21 @@ class DimbaFinalLayer(nn.Module):
 
     def __init__(self, dim, patch_size, out_channels):
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm_final = plain_norm(dim)
         self.linear = nn.Linear(dim, patch_size**2 * out_channels)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
 
     def forward(self, x, te):
         shift, scale = (self.scale_shift_table + te[:, None]).unbind(1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+MODELS["dimba-nano"] = functools.partial(
+    Dimba, depth=4, hidden_size=96, num_heads=4, mamba_ratio=0.5, d_state=8, patch_size=4, text_width=96,
+    text_length=64)
+for size, (depth, width) in {"l": (28, 1152), "g": (40, 1408)}.items():       # 859 and 1820 M parameters
+    MODELS[f"dimba-{size}/2"] = functools.partial(
+        Dimba, depth=depth, hidden_size=width, num_heads=16, text_width=4096)
 
 
 # ================================================================================================================== LiT
@@ -1187,28 +1327,26 @@ class LinearAttention(nn.Module):
 
     def __init__(self, dim, num_heads, grid, kernel_size=5, qkv_bias=True):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"width {dim} does not divide into {num_heads} heads")
+        check_heads(dim, num_heads)
         d, self.num_heads, self.grid = dim // num_heads, num_heads, grid
         self.q, self.kv = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.dwc = nn.Conv2d(d, d, kernel_size, padding=kernel_size // 2, groups=d)
         for m in (self.q, self.kv, self.proj):
-            nn.init.xavier_uniform_(m.weight)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+            xavier(m)
 
     def forward(self, x):
         B, N, D = x.shape
-        heads = lambda z: z.view(B, N, self.num_heads, -1).transpose(1, 2)                          # (B, h, N, d)
-        q, (k, v) = heads(self.q(x)), map(heads, self.kv(x).chunk(2, -1))
+        q, k, v = (split_heads(z, self.num_heads) for z in (self.q(x), *self.kv(x).chunk(2, -1)))   # (B, h, N, d)
         image = v.transpose(2, 3).reshape(B * self.num_heads, -1, *self.grid)                       # (B h, d, H, W)
         local = self.dwc(image).reshape(B, D, N).transpose(1, 2)                                    # (B, N, D)
-        return self.proj(linear_attention(q, k, v).transpose(1, 2).reshape(B, N, D) + local)
+        return self.proj(merge_heads(linear_attention(q, k, v)) + local)
 
 
 class LiT(DiT):
-    """DiT with linear attention of `num_heads` heads; everything else is DiT's."""
+    """DiT with linear attention and a depthwise convolution in attention's place: LiT, 2501.12976.
+
+    num_heads: of the linear attention; kernel_size: of the convolution. Everything else is DiT's."""
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=4,
                  mlp_ratio=4.0, num_classes=1000, learn_sigma=False, null_class=True, kernel_size=5):
@@ -1217,96 +1355,83 @@ class LiT(DiT):
         for block in self.blocks:
             block.attn = LinearAttention(hidden_size, num_heads, self.grid, kernel_size)
 
+    def resize(self, image_size):
+        super().resize(image_size)
+        for block in self.blocks:
+            block.attn.grid = self.grid
+
+
+MODELS["lit-nano"] = functools.partial(LiT, hidden_size=128, depth=6, num_heads=2, patch_size=4)
+# Its number of heads: S and XL as in its ablation; B and L are our reading.
+for size, (depth, width, heads) in {"s": (12, 384, 2), "b": (12, 768, 3), "l": (24, 1024, 4),
+                                    "xl": (28, 1152, 4)}.items():
+    MODELS[f"lit-{size}/2"] = functools.partial(LiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=2)
+
 
 # ================================================================================================================== FiT
 # FiT: Flexible Vision Transformer for Diffusion Model, 2402.12376; FiTv2, 2410.13925. An image is a token sequence of
 # any length, not a grid of one size: training keeps every image's aspect ratio, pads sequences to a common length and
 # masks the padding; positions enter by 2-D RoPE alone, so that an unseen size is only another table (`layers.ROPE`).
 # FiTv2 adds LayerNorm on queries and keys, a smaller SwiGLU, and AdaLN-LoRA: one modulation shared by all blocks plus a
-# low-rank one of each. h x w tokens, width D, rank r.
+# low-rank one of each, of rank r. A `layers.Layout` says where the tokens of each image stand.
 
 
-class FiTAttention(nn.Module):
+class FiTAttention(Attention):
     """Self-attention with 2-D RoPE and an optional LayerNorm over each head's queries and keys; gain: with weight."""
 
     def __init__(self, dim, num_heads, qk_norm=False, gain=False):
-        super().__init__()
-        if dim % (4 * num_heads):
-            raise ValueError(f"width {dim} does not divide into {num_heads} heads of a multiple of 4 (2-D RoPE)")
-        norm = lambda: (nn.LayerNorm(dim // num_heads, eps=1e-6, elementwise_affine=gain, bias=False) if qk_norm else
-                        nn.Identity())
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm, self.k_norm = norm(), norm()
-        self.proj = nn.Linear(dim, dim)
+        check_heads(dim, num_heads, 4)
+        super().__init__(dim, num_heads)
+        if qk_norm:
+            self.q_norm, self.k_norm = (nn.LayerNorm(dim // num_heads, 1e-6, gain, bias=False) for _ in range(2))
 
-    def forward(self, x, rope, padding):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)          # (B, h, N, D/h)
-        q, k = rotate(self.q_norm(q), *rope).type_as(v), rotate(self.k_norm(k), *rope).type_as(v)
-        q, k, v = (q, k, v) if padding is None else padding.padded_heads(q, k, v)
-        x = F.scaled_dot_product_attention(q, k, v, padding and padding.mask).transpose(1, 2).flatten(2)
-        return self.proj(x if padding is None else padding.unpadded(x))
-
-
-class FiTSwiGlu(nn.Module):
-    """fc2(SiLU(fc1_g x) * fc1_x x), (B, N, D) -> (B, N, D). 2002.05202."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1_g, self.fc1_x = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.silu(self.fc1_g(x)) * self.fc1_x(x))
+    def forward(self, x, rope, layout):
+        q, k, v = self.heads(x)
+        q, k = rotate(q, *rope).type_as(v), rotate(k, *rope).type_as(v)
+        q, k, v = layout.heads(q, k, v)                                                             # (B, h, L, D/h)
+        rows = merge_heads(F.scaled_dot_product_attention(q, k, v, layout.mask))                    # (B, L, D)
+        return self.proj(layout.unpadded(rows))
 
 
 class FiTBlock(nn.Module):
-    """DiT's block with FiT's attention and SwiGLU. c (B, D); common: the modulation that all blocks share, or 0."""
+    """DiT's block with FiT's attention and SwiGLU. c (B, D); common: the modulation that all blocks share, or 0; rope:
+    cos and sin of the tokens' positions."""
 
     def __init__(self, dim, num_heads, hidden, swiglu, qk_norm, gain, lora_dim):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm1, self.norm2 = plain_norm(dim), plain_norm(dim)
         self.attn = FiTAttention(dim, num_heads, qk_norm, gain)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = FiTSwiGlu(dim, hidden) if swiglu else Mlp(dim, hidden)
-        linears = ([nn.Linear(dim, lora_dim), nn.Linear(lora_dim, 6 * dim)] if lora_dim else [nn.Linear(dim, 6 * dim)])
+        self.mlp = SwiGlu(dim, hidden, ("fc1_g", "fc1_x", "fc2"), bias=True) if swiglu else Mlp(dim, hidden)
+        linears = [nn.Linear(dim, lora_dim), nn.Linear(lora_dim, 6 * dim)] if lora_dim else [nn.Linear(dim, 6 * dim)]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), *linears)
 
-    def forward(self, x, c, rope, padding, common):
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation_of(
-            self.adaLN_modulation(c) + common, 6, padding)
-        x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rope, padding))
+    def forward(self, x, c, common, rope, layout):
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = layout.modulation(
+            self.adaLN_modulation(c) + common, 6)
+        x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rope, layout))
         return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
-class FiTFinalLayer(nn.Module):
-    """adaLN, then the linear read-out of each token's patch: (B, N, D) -> (B, N, C_out p p)."""
+class FiT(Backbone):
+    """A DiT for images of any size and ratio, with 2-D RoPE: FiT, 2402.12376; FiTv2, 2410.13925.
 
-    def __init__(self, dim, patch_size, out_channels):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(dim, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
-
-    def forward(self, x, c, padding):
-        shift, scale = modulation_of(self.adaLN_modulation(c), 2, padding)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-class FiT(nn.Module):
-    """FiT, or FiTv2 with qk_norm, lora_dim and mlp_ratio 8/3. Images of any size that the patch divides, in one batch.
-
-    swiglu: False for a GELU MLP. qk_norm: True, False, or "gain" (with a weight). lora_dim: r; 0: each block has its
-    own whole modulation. image_size: int or (H, W), whose number of tokens is L^2, L the trained length of an axis.
+    FiTv2 has qk_norm, lora_dim and mlp_ratio 8/3. Images of any size that the patch divides, in one batch.
+    swiglu: False for a GELU MLP. qk_norm: True, False, or "gain" (with a weight). lora_dim: r; 0: each block has a full
+    modulation of its own. image_size: int or (H, W), whose number of tokens is L^2, L the trained length of an axis.
     trained: another L. rope: a name in `layers.ROPE`, also after "vision-"; may be set on the model at any time, and so
     may extent, the (h, w) that the scaling is for (None: of each image its own), and time_shift a, which tells the
     network a t/(1 + (a - 1) t) for t in [0, 1]. The published FiTv2 is told t in [0, 1] from noise to data.
     """
-    ropes = [*ROPE, *(f"vision-{name}" for name in ROPE if name != "direct")]
+
+    any_size = True
+    mixed_sizes = True
+    ropes = (*ROPE, *(f"vision-{name}" for name in ROPE if name != "direct"))
+    post_trains = "^x_embedder|^final_layer|adaLN|bias$"               # 14% of FiTv2-XL/2. 2410.13925, section 3.4
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=36, num_heads=16,
-                 mlp_ratio=8 / 3, num_classes=1000, learn_sigma=False, null_class=True, swiglu=True, qk_norm=True,
-                 lora_dim=0, rope="direct", trained=None, theta=10000.0, extent=None, time_shift=1.0):
+                 mlp_ratio=8 / 3, num_classes=1000, learn_sigma=False, null_class=True, swiglu=True,
+                 qk_norm: bool | str = True, lora_dim=0, rope="direct", trained: float | None = None, theta=10000.0,
+                 extent: tuple | None = None, time_shift=1.0):
         super().__init__()
         self.patch_size, self.head_dim = patch_size, hidden_size // num_heads
         self.trained = trained or math.prod(patch_grid(image_size, patch_size)) ** 0.5
@@ -1319,25 +1444,8 @@ class FiT(nn.Module):
         self.blocks = nn.ModuleList(
             FiTBlock(hidden_size, num_heads, int(hidden_size * mlp_ratio + 1e-6), swiglu, bool(qk_norm),
                      qk_norm == "gain", lora_dim) for _ in range(depth))
-        self.final_layer = FiTFinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
-        self.initialise()
-
-    def initialise(self):
-        # Linear layers as in ViT: Xavier uniform.
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
-        # Embeddings of timestep and label start small.
-        tables = [self.y_embedder.embedding_table] if self.y_embedder else []
-        for m in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], *tables):
-            nn.init.normal_(m.weight, std=0.02)
-        # Zero: gates closed (identity blocks; of a low-rank pair the second layer), no modulation, output 0.
-        modulations = [layer.adaLN_modulation[-1] for layer in (*self.blocks, self.final_layer)]
-        common = [self.global_adaLN_modulation[1]] if self.global_adaLN_modulation else []
-        for m in (*modulations, *common, self.final_layer.linear):
-            nn.init.zeros_(m.weight)
-            nn.init.zeros_(m.bias)
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
+        adaln_zero(self)
 
     def forward(self, x, t, y=None, sizes=None):
         """x (B, C, H, W), of which image i fills the upper left sizes[i] = (H_i, W_i), None: all; the output is zero
@@ -1345,34 +1453,38 @@ class FiT(nn.Module):
         if isinstance(x, list):
             x, sizes = canvas(x)
             return cropped(self(x, t, y, sizes), sizes)
-        p, (h, w) = self.patch_size, patch_grid(x.shape[2:], self.patch_size)
-        size = patch_sizes(sizes, p)                                                # (B, 2) in patches, or None
-        place, mask, row, column = sequence((1, h, w), None if sizes is None else F.pad(size, (1, 0), value=1))
-        grid = self.extent or ((h, w) if sizes is None else size.T)
-        rope = [v.to(x.device) for v in rope_2d(row, column, grid, self.head_dim, self.rope, self.trained, self.theta)]
-        place, padding = place.to(x.device), None if mask is None else Padding.of(mask, x.device)
-        if padding is not None:
-            rope = [padding.unpadded(v.expand(len(x), -1, -1)) for v in rope]       # (T, 1, D/2h)
-        z = F.pixel_unshuffle(x, p).flatten(2).mT                                   # (B, h w, C p p)
-        z = z if sizes is None else pick(F.pad(z, (0, 0, 0, 3)), place)             # (B, N, C p p)
-        z = self.x_embedder["proj"](z if padding is None else padding.unpadded(z))  # (B, N, D), or (T, 1, D)
-        if self.time_shift != 1:
-            t = (self.time_shift * t / (1 + (self.time_shift - 1) * t)).clamp(max=1)
-        c = self.t_embedder(t)                                                      # (B, D)
+        tokens, layout = pack(x, self.patch_size, sizes)            # (B, N, C p p)
+        rope = self.positions(layout, x.device)                     # cos and sin, (B, N, D/2h)
+        z = self.x_embedder["proj"](tokens)                         # (B, N, D)
+        c = self.t_embedder(self.shifted(t))                        # (B, D)
         if self.y_embedder is not None:
-            c = c + self.y_embedder(y)                                              # (B, D)
+            c = c + self.y_embedder(y)
         common = self.global_adaLN_modulation(c) if self.global_adaLN_modulation else 0.0
         for block in self.blocks:
-            z = block(z, c, rope, padding, common)                                  # (B, N, D), or (T, 1, D)
-        z = self.final_layer(z, c, padding)                                         # (B, N, C_out p p), or (T, 1, ...)
-        z = z if padding is None else padding.padded(z[:, 0])
-        z = z if sizes is None else put_back(z, place, h * w)                       # (B, h w, C_out p p)
-        return F.pixel_shuffle(z.mT.unflatten(2, (h, w)), p)                        # (B, C_out, H, W)
+            z = block(z, c, common, rope, layout)                   # (B, N, D)
+        return layout.unpack(self.final_layer(z, c, layout))        # (B, C_out, H, W)
 
-    @staticmethod
-    def post_trains(name):
-        """Whether post-training for a higher resolution changes this parameter: 14% of FiTv2-XL/2. 2410.13925, 3.4."""
-        return name.startswith(("x_embedder", "final_layer")) or name.endswith("bias") or "adaLN" in name
+    def positions(self, layout, device):
+        rope = rope_2d(layout.row, layout.column, self.extent or layout.size, self.head_dim, self.rope, self.trained,
+                       self.theta)
+        return [layout.unpadded(v.to(device)) for v in rope]
+
+    def shifted(self, t):
+        """What the network is told for t: the same, or a t/(1 + (a - 1) t)."""
+        if self.time_shift == 1:
+            return t
+        return (self.time_shift * t / (1 + (self.time_shift - 1) * t)).clamp(max=1)
+
+
+# FiT, table 1; FiTv2, table 3. Parameters with 1000 classes: 158.7, 823.6; 128.1, 671.0, 2971.9 M.
+for name, (depth, width, heads, patch) in {"fit-nano": (6, 128, 4, 4), "fit-b/2": (12, 768, 12, 2),
+                                           "fit-xl/2": (28, 1152, 16, 2)}.items():
+    MODELS[name] = functools.partial(FiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch,
+                                     mlp_ratio=4.0, qk_norm=False)
+for name, (depth, width, heads, patch) in {"fitv2-nano": (6, 128, 4, 4), "fitv2-b/2": (15, 768, 12, 2),
+                                           "fitv2-xl/2": (36, 1152, 16, 2), "fitv2-3b/2": (40, 2304, 24, 2)}.items():
+    MODELS[name] = functools.partial(FiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch,
+                                     lora_dim=width // 4)
 
 
 # ============================================================================================================= Flag-DiT
@@ -1380,113 +1492,79 @@ class FiT(nn.Module):
 # 2405.05945. The block of a language model (RMSNorm, rotary positions in one dimension, LayerNorm of queries and keys,
 # SwiGLU, no biases) under adaLN-Zero, for every modality: what is to be drawn is one sequence of tokens, in which the
 # learned tokens [nextline] after each row and [nextframe] after each frame tell the layout. Text comes in through
-# cross-attention inside each self-attention layer, behind a gate of each head that starts at zero. E = min(D, 1024).
+# cross-attention inside each self-attention layer, behind a gate of each head that starts at zero. The condition c is
+# min(D, 1024) wide.
 
 
-class FlagAttention(nn.Module):
-    """Grouped-query self-attention plus tanh(gate) times attention to the text. Queries and keys are normalised over
-    all heads at once; the text's keys have no positions."""
+class FlagAttention(GroupedAttention):
+    """Grouped-query self-attention plus tanh(gate) times attention to the text, whose keys have no positions."""
 
-    def __init__(self, dim, num_heads, num_kv_heads, qk_norm, text_width):
-        super().__init__()
-        if dim % (2 * num_heads) or num_heads % num_kv_heads:
-            raise ValueError(f"width {dim} does not divide into {num_heads} heads of an even width "
-                             f"that share {num_kv_heads} key and value heads")
-        self.num_heads, self.num_kv_heads, kv = num_heads, num_kv_heads, dim // num_heads * num_kv_heads
-        norm = lambda width: nn.LayerNorm(width) if qk_norm else nn.Identity()
-        self.wq, self.wk, self.wv, self.wo = (nn.Linear(*io, bias=False) for io in ((dim, dim), (dim, kv), (dim, kv),
-                                                                                   (dim, dim)))
-        self.q_norm, self.k_norm = norm(dim), norm(kv)
+    def __init__(self, dim, num_heads, kv_heads, qk_norm, text_width):
+        super().__init__(dim, num_heads, kv_heads, qk_norm)
         if text_width:
+            kv = dim // num_heads * kv_heads
             self.wk_y, self.wv_y = nn.Linear(text_width, kv, bias=False), nn.Linear(text_width, kv, bias=False)
-            self.ky_norm, self.gate = norm(kv), nn.Parameter(torch.zeros(num_heads))
+            self.ky_norm = nn.LayerNorm(kv) if qk_norm else nn.Identity()
+            self.gate = nn.Parameter(torch.zeros(num_heads))
 
-    def forward(self, x, rope, padding, stretch, text=None):
+    def forward(self, x, rope, stretch, layout, text=None):
         """stretch (B, 1, 1, 1): factor of the scores of self-attention. text: the normalised `Text`, or None."""
-        heads = lambda z, n: z.unflatten(2, (n, -1)).transpose(1, 2)                                # (B, n, N, D/h)
-        q, k, v = self.q_norm(self.wq(x)), self.k_norm(self.wk(x)), self.wv(x)
-        v, grouped = heads(v, self.num_kv_heads), self.num_heads != self.num_kv_heads
-        q = rotate(heads(q, self.num_heads), *rope).type_as(v)
-        k = rotate(heads(k, self.num_kv_heads), *rope).type_as(v)
-        q, k, v = (q, k, v) if padding is None else padding.padded_heads(q, k, v)
-        out = F.scaled_dot_product_attention(q * stretch, k, v, padding and padding.mask, enable_gqa=grouped)
+        q, k, v = layout.heads(*self.heads(x, rope))                                                # (B, h, L, D/h)
+        rows = self.attend(q * stretch, k, v, layout.mask)                                          # (B, h, L, D/h)
         if text is not None:
-            k, v = self.ky_norm(self.wk_y(text.tokens)), self.wv_y(text.tokens)
-            k, v = (heads(z, self.num_kv_heads).type_as(q) for z in (k, v))
-            read = F.scaled_dot_product_attention(q, k, v, text.mask[:, None, None], enable_gqa=grouped)
-            out = out + self.gate.tanh()[:, None, None] * read
-        out = out.transpose(1, 2).flatten(2)                                                        # (B, N, D)
-        return self.wo(out if padding is None else padding.unpadded(out))
-
-
-class FlagFeedForward(nn.Module):
-    """w2(SiLU(w1 x) * w3 x) without biases. hidden: 2/3 of 4 D, times `multiplier`, rounded up to `multiple_of`."""
-
-    def __init__(self, dim, multiple_of, multiplier):
-        super().__init__()
-        hidden = int(int(2 * 4 * dim / 3) * (multiplier or 1))
-        hidden = -(-hidden // multiple_of) * multiple_of
-        self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+            k = split_heads(self.ky_norm(self.wk_y(text.tokens)), self.kv_heads).type_as(q)
+            v = split_heads(self.wv_y(text.tokens), self.kv_heads).type_as(q)
+            rows = rows + self.gate.tanh()[:, None, None] * self.attend(q, k, v, text.mask[:, None, None])
+        return self.wo(layout.unpadded(merge_heads(rows)))
 
 
 class FlagBlock(nn.Module):
     """Attention and feed-forward, each between adaLN modulation of an RMSNorm and a gate."""
 
-    def __init__(self, dim, num_heads, num_kv_heads, qk_norm, text_width, multiple_of, multiplier, eps):
+    def __init__(self, dim, num_heads, kv_heads, qk_norm, text_width, multiple_of, multiplier, eps):
         super().__init__()
         self.attention_norm, self.ffn_norm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
-        self.attention = FlagAttention(dim, num_heads, num_kv_heads, qk_norm, text_width)
-        self.feed_forward = FlagFeedForward(dim, multiple_of, multiplier)
+        self.attention = FlagAttention(dim, num_heads, kv_heads, qk_norm, text_width)
+        self.feed_forward = SwiGlu(dim, llama_hidden(dim, multiple_of, multiplier), ("w1", "w3", "w2"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(dim, 1024), 6 * dim))
         if text_width:
             self.attention_y_norm = nn.RMSNorm(text_width, eps)
 
-    def forward(self, x, c, rope, padding, stretch, text):
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation_of(
-            self.adaLN_modulation(c), 6, padding)
-        text = text and Text(self.attention_y_norm(text.tokens), text.mask)
+    def forward(self, x, c, rope, stretch, layout, text=None):
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = layout.modulation(
+            self.adaLN_modulation(c), 6)
+        if text is not None:
+            text = Text(self.attention_y_norm(text.tokens), text.mask)
         h = modulate(self.attention_norm(x), shift_attn, scale_attn)
-        x = gated(x, gate_attn, self.attention(h, rope, padding, stretch, text))
+        x = gated(x, gate_attn, self.attention(h, rope, stretch, layout, text))
         return gated(x, gate_mlp, self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp)))
 
 
-class FlagFinalLayer(nn.Module):
-    """adaLN of a LayerNorm, then the linear read-out of each token's patch: (B, N, D) -> (B, N, p*p*C_out)."""
+class FlagDiT(Backbone):
+    """A language model's transformer that draws images, clips and sounds as one sequence: Lumina-T2X, 2405.05945.
 
-    def __init__(self, dim, patch_size, out_channels):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(dim, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(dim, 1024), 2 * dim))
-
-    def forward(self, x, c, padding):
-        shift, scale = modulation_of(self.adaLN_modulation(c), 2, padding)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-class FlagDiT(nn.Module):
-    """Flag-DiT on images (B, C, H, W), clips or sets of views (B, C, F, H, W), spectrograms (B, C, T): one token for
-    each p x p patch, for a spectrogram one for each time step.
-
-    image_size: side, (H, W), (F, H, W) or (T,) in training, which extrapolation goes by. text_width: F, for `Text` as
+    Images (B, C, H, W), clips or sets of views (B, C, F, H, W), spectrograms (B, C, frames): one token for each p x p
+    patch, for a spectrogram one for each of its frames.
+    image_size: side, (H, W), (F, H, W) or (frames,) in training, which extrapolation goes by. text_width: of `Text` as
     condition instead of labels. nextline: [nextline] and [nextframe] tokens; by default with text, as published.
     spare_channels: the published read-out's 2C channels, of which the second half is thrown away.
     rope, which may be set on the model at any time: "direct"; "ntk" (base times the number of patches over that of
     training), "pi" (positions over the sequence's length over that of training), "proportional" (scores times
-    sqrt(log L/log L trained)), "ntk-proportional". ntk_factor, rope_scaling, base_length: the same as numbers.
+    sqrt(log N/log N trained)), "ntk-proportional". ntk_factor, rope_scaling, base_length: the same as numbers.
     """
-    ropes = ["direct", "ntk", "pi", "proportional", "ntk-proportional"]
+
+    sides = (1, 2, 3)
+    any_size = True
+    mixed_sizes = True
+    ropes = ("direct", "ntk", "pi", "proportional", "ntk-proportional")
 
     def __init__(self, image_size=32, patch_size=2, in_channels=4, hidden_size=1536, depth=16, num_heads=32,
-                 num_kv_heads=None, multiple_of=256, multiplier=None, norm_eps=1e-5, qk_norm=True, num_classes=1000,
-                 null_class=True, learn_sigma=False, spare_channels=False, text_width=0, text_length=128, nextline=None,
-                 rope="direct", ntk_factor=1.0, rope_scaling=1.0, base_length=None):
+                 num_kv_heads: int | None = None, multiple_of=256, multiplier: float | None = None, norm_eps=1e-5,
+                 qk_norm=True, num_classes=1000, null_class=True, learn_sigma=False, spare_channels=False, text_width=0,
+                 text_length=128, nextline: bool | None = None, rope="direct", ntk_factor=1.0, rope_scaling=1.0,
+                 base_length: float | None = None):
         super().__init__()
-        sides, D, E = pair(image_size), hidden_size, min(hidden_size, 1024)
+        sides, D, condition = pair(image_size), hidden_size, min(hidden_size, 1024)
         self.patch_size = p = patch_size if len(sides) > 1 else 1
         self.head_dim = D // num_heads
         self.nextline = len(sides) > 1 and (bool(text_width) if nextline is None else nextline)
@@ -1495,58 +1573,27 @@ class FlagDiT(nn.Module):
         self.null_text = torch.zeros(text_length, text_width)              # where the text is precomputed
         self.channels_out = in_channels * (2 if learn_sigma else 1)
         self.x_embedder = nn.Linear(p * p * in_channels, D)
-        self.t_embedder = TimestepEmbedder(E)
-        self.y_embedder = LabelEmbedder(num_classes, E, null_class) if num_classes and not text_width else None
-        self.cap_embedder = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, E)) if text_width else None
+        self.t_embedder = TimestepEmbedder(condition)
+        self.y_embedder = LabelEmbedder(num_classes, condition, null_class) if num_classes and not text_width else None
+        self.cap_embedder = None
+        if text_width:
+            self.cap_embedder = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, condition))
         if self.nextline:
             self.eol_token, self.pad_token = nn.Parameter(torch.empty(D)), nn.Parameter(torch.empty(D))
             self.eof_token = nn.Parameter(torch.empty(D)) if len(sides) > 2 else None
         self.layers = nn.ModuleList(FlagBlock(D, num_heads, num_kv_heads or num_heads, qk_norm, text_width, multiple_of,
                                               multiplier, norm_eps) for _ in range(depth))
-        self.final_layer = FlagFinalLayer(D, p, in_channels * (2 if learn_sigma or spare_channels else 1))
+        self.final_layer = FinalLayer(D, p, in_channels * (2 if learn_sigma or spare_channels else 1), condition)
         self.initialise()
 
     def initialise(self):
-        # Linear layers: Xavier uniform.
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
-        # Embeddings of timestep and label, and the special tokens, start small.
-        small = [self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight]
-        small += [self.y_embedder.embedding_table.weight] if self.y_embedder else []
-        small += [w for name, w in self.named_parameters() if name.endswith("_token")]
-        for w in small:
-            nn.init.normal_(w, std=0.02)
-        # Zero: gates closed (identity blocks), no modulation, no pooled text, output 0; the gates of the text already.
-        modulations = [layer.adaLN_modulation[1] for layer in (*self.layers, self.final_layer)]
-        for m in (*modulations, self.final_layer.linear, *([self.cap_embedder[1]] if self.cap_embedder else [])):
-            nn.init.zeros_(m.weight)
-            nn.init.zeros_(m.bias)
-
-    def counts(self, sides):
-        """(number of patches, length of the sequence) of something with these sides."""
-        frames, rows, columns = self.grid(sides)
-        special = rows + (len(sides) > 2) if self.nextline else 0
-        return frames * rows * columns, frames * (rows * columns + special)
-
-    def grid(self, sides):
-        """(frames, rows, columns) of the patches of an image (H, W), a clip (F, H, W), a spectrogram (T,)."""
-        if len(sides) == 1:
-            return 1, 1, sides[0]
-        return sides[0] if len(sides) == 3 else 1, *patch_grid(sides[-2:], self.patch_size)
-
-    def positions(self, lengths, patches):
-        """cos and sin (B, L, D/2h) of the sequence's places, and the factor (B, 1, 1, 1) of the scores."""
-        n, L = self.trained
-        ntk = (patches / n).clamp(min=1) if self.rope.startswith("ntk") else torch.full_like(patches, self.ntk_factor)
-        shrink = (lengths / L).clamp(min=1) if self.rope == "pi" else torch.full_like(lengths, self.rope_scaling)
-        base = L if self.rope.endswith("proportional") else self.base_length
-        stretch = (lengths.log() / math.log(base)).sqrt() if base else torch.ones_like(lengths)
-        i = torch.arange(self.head_dim // 2, dtype=torch.float64) * 2 / self.head_dim
-        angle = (torch.arange(int(lengths.max()))[:, None] / shrink[:, None, None]) * (1e4 * ntk[:, None, None]) ** -i
-        return angle.cos().float(), angle.sin().float(), stretch[:, None, None, None].float()
+        adaln_zero(self)
+        # The special tokens start small, and the pooled text says nothing, as its gates in the blocks.
+        for name, w in self.named_parameters():
+            if name.endswith("_token"):
+                nn.init.normal_(w, std=0.02)
+        if self.cap_embedder is not None:
+            zeroed(self.cap_embedder[1])
 
     def forward(self, x, t, y=None, sizes=None):
         """x (B, C, *sides), of which sample i fills the upper left sizes[i] (sizes (B, dims), None: all); the output is
@@ -1554,160 +1601,150 @@ class FlagDiT(nn.Module):
         if isinstance(x, list):
             x, sizes = canvas(x)
             return cropped(self(x, t, y, sizes), sizes)
-        B, _, *sides = x.shape
-        p, grid, ndim = self.patch_size, self.grid(sides), len(sides)
-        own = [self.counts(s) for s in ([sides] if sizes is None else sizes.tolist())]
-        patches, lengths = torch.tensor(own, dtype=torch.float64).T                                     # (B or 1,)
-        size = None if sizes is None else torch.tensor([self.grid(s) for s in sizes.tolist()])
-        special = self.nextline, self.nextline and ndim > 2
-        place, mask, _, _ = sequence(grid, size, *special)
-        place, padding = place.to(x.device), None if mask is None else Padding.of(mask, x.device)
-        *rope, stretch = (v.to(x.device) for v in self.positions(lengths, patches))
-        if padding is not None:
-            rope = [padding.unpadded(v.expand(B, -1, -1)) for v in rope]            # (T, 1, D/2h)
-
-        z = x.reshape(B, -1, grid[0], grid[1], p, grid[2], p).permute(0, 2, 3, 5, 1, 4, 6)
-        z = self.x_embedder(z.reshape(B, math.prod(grid), -1))                      # (B, n, D)
-        if padding is not None or special[0]:
-            z = pick(torch.cat([z, self.special_tokens(z)], 1), place)              # (B, N, D)
-        z = z if padding is None else padding.unpadded(z)                           # or (T, 1, D)
-        c = self.t_embedder(t)                                                      # (B, E)
-        if self.cap_embedder is not None:
-            c = c + self.cap_embedder((y.tokens * y.mask[..., None]).sum(1) / y.mask.sum(1, keepdim=True))
-        elif self.y_embedder is not None:
-            c = c + self.y_embedder(y)
+        tokens, layout = pack(x, self.patch_size, sizes, self.nextline, self.nextline and x.ndim == 5)
+        rope, stretch = self.positions(layout, x.device)            # cos and sin, (B, N, D/2h)
+        z = self.x_embedder(tokens)                                 # (B, N, D)
+        if self.nextline:
+            z = layout.marked(z, self.eol_token, self.eof_token, self.pad_token)
+        c = self.condition(t, y)                                    # (B, min(D, 1024))
+        text = y if self.cap_embedder is not None else None
         for layer in self.layers:
-            z = layer(z, c, rope, padding, stretch, y if self.cap_embedder else None)
-        z = self.final_layer(z, c, padding)                                         # (B, N, p p C_out), or (T, 1, ...)
-        z = z if padding is None else padding.padded(z[:, 0])
-        if padding is not None or special[0]:
-            z = put_back(z, place, math.prod(grid))                                 # (B, n, p p C_out)
-        z = z.view(B, *grid, p, p, -1).permute(0, 6, 1, 2, 4, 3, 5)
-        return z.reshape(B, -1, *sides)[:, :self.channels_out]                      # (B, C_out, *sides)
+            z = layer(z, c, rope, stretch, layout, text)            # (B, N, D)
+        z = self.final_layer(z, c, layout)                          # (B, N, p p C_out)
+        return layout.unpack(z, channels_last=True)[:, :self.channels_out]                  # (B, C_out, *sides)
 
-    def special_tokens(self, z):
-        """[nextline], [nextframe] and padding, for each sample of z: (B, 3, D)."""
-        zero = z.new_zeros(z.shape[2])
-        rows = [getattr(self, name, None) for name in ("eol_token", "eof_token", "pad_token")]
-        return torch.stack([zero if w is None else w.to(z.dtype) for w in rows]).expand(len(z), -1, -1)
+    def condition(self, t, y):
+        c = self.t_embedder(t)
+        if self.cap_embedder is not None:                           # the mean of the text's tokens
+            return c + self.cap_embedder((y.tokens * y.mask[..., None]).sum(1) / y.mask.sum(1, keepdim=True))
+        return c if self.y_embedder is None else c + self.y_embedder(y)
+
+    def counts(self, sides):
+        """(number of patches, length of the sequence) of something with these sides."""
+        frames, rows, columns = token_grid(sides, self.patch_size)
+        special = rows + (len(sides) > 2) if self.nextline else 0
+        return frames * rows * columns, frames * (rows * columns + special)
+
+    def positions(self, layout, device):
+        """cos and sin (B, N, D/2h) of the places in the sequence, and the factor (B, 1, 1, 1) of the scores."""
+        (patches, length), lengths = self.trained, layout.lengths
+        ntk = torch.full_like(layout.patches, self.ntk_factor)
+        shrink = torch.full_like(lengths, self.rope_scaling)
+        if self.rope.startswith("ntk"):
+            ntk = (layout.patches / patches).clamp(min=1)
+        if self.rope == "pi":
+            shrink = (lengths / length).clamp(min=1)
+        base = length if self.rope.endswith("proportional") else self.base_length
+        stretch = (lengths.log() / math.log(base)).sqrt() if base else torch.ones_like(lengths)
+        i = torch.arange(self.head_dim // 2, dtype=torch.float64) * 2 / self.head_dim
+        angle = (torch.arange(int(lengths.max()))[:, None] / shrink[:, None, None]) * (1e4 * ntk[:, None, None]) ** -i
+        rope = [layout.unpadded(v.float().to(device)) for v in (angle.cos(), angle.sin())]
+        return rope, stretch[:, None, None, None].float().to(device)
 
 
-def patch_sizes(sizes, p):
-    """sizes (B, dims) in pixels -> in patches; None stays None. ValueError if the patch does not divide them."""
-    if sizes is not None and (sizes % p).any():
-        raise ValueError(f"an image of {'x'.join(map(str, sizes[(sizes % p).any(1)][0].tolist()))} pixels is not "
-                         f"divisible by the patch size {p}")
-    return None if sizes is None else sizes // p
+MODELS["flag-dit-nano"] = functools.partial(        # reads [nextline] tokens, which the published ones of labels do not
+    FlagDiT, depth=6, hidden_size=128, num_heads=4, patch_size=4, multiple_of=32, nextline=True)
+MODELS["flag-dit-text-nano"] = functools.partial(
+    FlagDiT, depth=6, hidden_size=128, num_heads=4, patch_size=4, multiple_of=32, text_width=128)
+for name, (depth, width, text) in {"flag-dit-600m": (16, 1536, 0), "flag-dit-3b": (32, 3072, 0),
+                                   "flag-dit-7b": (32, 4096, 0), "flag-dit-text-5b": (32, 3072, 4096)}.items():
+    MODELS[name] = functools.partial(FlagDiT, depth=depth, hidden_size=width, text_width=text)
 
 
 # ============================================================================================================= Registry
-# name -> (constructor, its arguments). Names and sizes are the papers'; `-nano` trains in minutes on a CPU.
-
-MODELS: dict[str, tuple[type, dict]] = {"dit-nano": (DiT, dict(hidden_size=128, depth=6, num_heads=4, patch_size=4))}
-# 2212.09748, table 1.
-for size, (depth, width, heads) in {"s": (12, 384, 6), "b": (12, 768, 12),
-                                    "l": (24, 1024, 16), "xl": (28, 1152, 16)}.items():
-    for patch in (2, 4, 8):
-        MODELS[f"dit-{size}/{patch}"] = (DiT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch))
-MODELS["unet-pico"] = (UNet, dict(channels=32, multipliers=(1, 2), blocks=1, attention=(0, 1), head_channels=32,
-                                  patch_size=2))
-MODELS["unet-nano"] = (UNet, dict(channels=48, multipliers=(1, 2, 2), blocks=1, attention=(1, 2), head_channels=32,
-                                  patch_size=2))
-# 2006.11239, appendix B: 35.7 M parameters without classes.
-MODELS["unet-cifar"] = (UNet, dict(channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,), head_channels=256,
-                                   dropout=0.1, scale_shift=False, resblock_updown=False))
-# 2407.11633, table 1: E experts, K activated.
-MODELS["dit-moe-nano"] = (DiTMoE, dict(depth=4, hidden_size=96, num_heads=3, mlp_ratio=2, patch_size=4))
-for size, (depth, width, heads, experts) in {"s": (12, 384, 6, (8, 16)), "b": (12, 768, 12, (8,)),
-                                             "l": (24, 1024, 16, (8,)), "xl": (28, 1152, 16, (8,)),
-                                             "g": (40, 1408, 16, (16,))}.items():
-    for E in experts:
-        MODELS[f"dit-moe-{size}/2-{E}e2a"] = (DiTMoE, dict(
-            depth=depth, hidden_size=width, num_heads=heads, num_experts=E, qk_norm=size in ("l", "xl", "g")))
-# 2405.14854: 600M and 4.2B are the paper's, 7b is in its code.
-MODELS["terdit-nano"] = (TerDiT, dict(depth=6, hidden_size=128, num_heads=4, multiple_of=32, qk_norm=True,
-                                      patch_size=4))
-for size, (depth, width) in {"600m": (16, 1536), "4.2b": (32, 3072), "7b": (32, 4096)}.items():
-    MODELS[f"terdit-{size}"] = (TerDiT, dict(depth=depth, hidden_size=width))
-# 2505.11196, table 7.
-MODELS["dico-nano"] = (DiCo, dict(hidden_size=32, depth=(1, 1, 1, 1, 1)))
-for size, (width, depth, ratio) in {"s": (128, (5, 4, 4, 4, 4), 2), "b": (256, (5, 4, 4, 4, 4), 2),
-                                    "l": (352, (9, 8, 9, 8, 9), 2), "xl": (416, (9, 9, 10, 9, 9), 2),
-                                    "h": (416, (14, 12, 10, 12, 14), 4)}.items():
-    MODELS[f"dico-{size}"] = (DiCo, dict(hidden_size=width, depth=depth, mlp_ratio=ratio))
-# 2209.12152, table 4; its H has no last convolution.
-MODELS["uvit-nano"] = (UViT, dict(hidden_size=128, depth=6, num_heads=4, patch_size=4, std=0.06))
-for size, (depth, width, heads) in {"s": (12, 512, 8), "m": (16, 768, 12),
-                                    "l": (20, 1024, 16), "h": (28, 1152, 16)}.items():
-    for patch in (2, 4):
-        MODELS[f"uvit-{size}/{patch}"] = (UViT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch,
-                                                     conv=size != "h"))
-# 2406.09416: the 2R sizes as in the published code; the 3R sizes follow its rule and match the published parameters.
-MODELS["dimr-nano"] = (DiMR, dict(hidden_size=96, depth=5, num_heads=4, patch_sizes=(2, 1), std=0.06))
-for size, (depth, width, heads) in {"m/3r": (15, 768, 12), "l/3r": (33, 768, 12), "xl/2r": (39, 960, 16),
-                                    "xl/3r": (39, 960, 16), "g/2r": (57, 1152, 16)}.items():
-    MODELS[f"dimr-{size}"] = (DiMR, dict(depth=depth, hidden_size=width, num_heads=heads,
-                                         patch_sizes=(4, 2, 1) if size.endswith("3r") else (2, 1)))
-# 2404.04478: 39.3, 74.8, 132.6, 439 and 780 M parameters with patch 2 on latents and 1000 classes.
-for size, (depth, width) in {"s": (13, 384), "b": (25, 384), "m": (25, 512), "l": (37, 768), "h": (37, 1024)}.items():
-    for patch in (2, 4):
-        MODELS[f"drwkv-{size}/{patch}"] = (DRWKV, dict(depth=depth, hidden_size=width, patch_size=patch))
-MODELS["drwkv-nano"] = (DRWKV, dict(depth=7, hidden_size=128, patch_size=4, drop_path=0.0))
-# 2406.01159: 859 and 1820 M parameters.
-for size, (depth, width) in {"l": (28, 1152), "g": (40, 1408)}.items():
-    MODELS[f"dimba-{size}/2"] = (Dimba, dict(depth=depth, hidden_size=width, num_heads=16, text_width=4096))
-MODELS["dimba-nano"] = (Dimba, dict(depth=4, hidden_size=96, num_heads=4, mamba_ratio=0.5, d_state=8, patch_size=4,
-                                    text_width=96, text_length=64))
-# 2501.12976, its number of heads (S and XL as in its ablation; B and L are our reading).
-for size, (depth, width, heads) in {"s": (12, 384, 2), "b": (12, 768, 3), "l": (24, 1024, 4),
-                                    "xl": (28, 1152, 4)}.items():
-    MODELS[f"lit-{size}/2"] = (LiT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=2))
-MODELS["lit-nano"] = (LiT, dict(hidden_size=128, depth=6, num_heads=2, patch_size=4))
-# 2402.12376, table 1; 2410.13925, table 3. Parameters with 1000 classes: 158.7, 823.6; 128.1, 671.0, 2971.9 M.
-FITS = {"fit-nano": (6, 128, 4, 4), "fit-b/2": (12, 768, 12, 2), "fit-xl/2": (28, 1152, 16, 2),
-        "fitv2-nano": (6, 128, 4, 4), "fitv2-b/2": (15, 768, 12, 2), "fitv2-xl/2": (36, 1152, 16, 2),
-        "fitv2-3b/2": (40, 2304, 24, 2)}
-for name, (depth, width, heads, patch) in FITS.items():
-    own = dict(lora_dim=width // 4) if name.startswith("fitv2") else dict(mlp_ratio=4.0, qk_norm=False)
-    MODELS[name] = (FiT, dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch, **own))
-# 2405.05945. The nano reads [nextline] tokens, which the published class-conditional models do without.
-MODELS["flag-dit-nano"] = (FlagDiT, dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, multiple_of=32,
-                                         nextline=True))
-MODELS["flag-dit-text-nano"] = (FlagDiT, dict(depth=6, hidden_size=128, num_heads=4, patch_size=4, multiple_of=32,
-                                              text_width=128))
-for name, (depth, width, text) in {"flag-dit-600m": (16, 1536, 0), "flag-dit-3b": (32, 3072, 0),
-                                   "flag-dit-7b": (32, 4096, 0), "flag-dit-text-5b": (32, 3072, 4096)}.items():
-    MODELS[name] = (FlagDiT, dict(depth=depth, hidden_size=width, text_width=text))
 
 
-def create_model(name, image_size=32, in_channels=3, num_classes=10, **overrides):
+def create_model(name, image_size=32, in_channels=3, num_classes=10, **options):
     """A model of the registry by name, with freshly initialised weights.
 
-    image_size: int or (H, W); num_classes: 0 for none (models of text have none anyway); overrides: any argument of the
-    model's class.
-    Raises ValueError: unknown name (with the nearest ones), unknown override, a size that the patches do not divide.
+    image_size: int or (H, W), or as many sides as it draws; num_classes: 0 for none (models of text have none anyway);
+    options: any of `options_of(name)`.
+    Raises ValueError: unknown name (with the nearest ones), unknown option, a size that the patches do not divide.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, 3, 0.3)
         raise ValueError(f"unknown model {name!r}: did you mean {' or '.join(near)}?" if near else
                          f"unknown model {name!r}: `python train.py --list` prints all of them")
-    model, preset = MODELS[name]
-    known = model.__init__.__code__.co_varnames[1:model.__init__.__code__.co_argcount]
-    if unknown := [k for k in overrides if k not in known]:
-        raise ValueError(f"{name} has no option {unknown[0]!r}: choose from {', '.join(known)}")
-    classes = {"num_classes": num_classes} if "num_classes" in known else {}
-    return model(image_size=image_size, in_channels=in_channels, **classes, **{**preset, **overrides})
+    known, own = options_of(name), inspect.signature(MODELS[name]).parameters
+    if unknown := [option for option in options if option not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 3)
+        raise ValueError(f"{name} has no option {unknown[0]!r}: " + (
+            f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"))
+    facts = {"image_size": image_size, "in_channels": in_channels, "num_classes": num_classes}
+    model = MODELS[name](**{fact: value for fact, value in facts.items() if fact in own},
+                         **{option: value for option, value in options.items() if option in own})
+    return changed(model, **{option: value for option, value in options.items() if option not in own})
+
+
+def options_of(name):
+    """The options of a model of the registry, {name: inspect.Parameter}: of its preset the values are the defaults.
+    Those of `changed`, which every model has, come last."""
+    facts = "image_size", "in_channels", "num_classes", "model"
+    own, common = inspect.signature(MODELS[name]).parameters, inspect.signature(changed).parameters
+    return {option: p for option, p in {**common, **own}.items() if option not in facts}
+
+
+def backbone(name):
+    """The class of a model of the registry, whose attributes (`layers.Backbone`) say what it can."""
+    entry = MODELS[name]
+    return entry.func if isinstance(entry, functools.partial) else entry
+
+
+def changed(model, moe: tuple = (), balance: float | None = None, ternary=False, packed=False):
+    """A backbone with its layers changed, in place. -> the model. ValueError if it has no such layers.
+
+    moe: (E, K), every feed-forward network becomes E experts, K of them for each token, as in DiT-MoE; balance: weight
+    of the loss that keeps experts equally busy (None: the model's own, 0.01 with experts). ternary: weights of -a, 0 or
+    a in all linear layers of the blocks, as in TerDiT; packed: these in two bits each, for inference alone."""
+    if moe:
+        if len(moe) != 2 or not all(isinstance(number, int) for number in moe):
+            raise ValueError(f"moe={moe} takes two numbers, the experts and how many of them a token uses: moe=(8,2)")
+        add_experts(model, *moe)
+        model.balance = DiTMoE.balance
+    if balance is not None:
+        model.balance = balance
+    if ternary:
+        if any(isinstance(m, MoE) for m in model.modules()):
+            raise ValueError("ternary knows linear layers only, not stacks of experts: leave out one of the two")
+        ternarize(model)
+    if packed:
+        if not any(isinstance(m, TernaryLinear) for m in model.modules()):
+            raise ValueError(f"packed=True is for ternary weights, and this {type(model).__name__} has none")
+        replace_ternary(model, PackedLinear)
+    return model
 
 
 def cost(model, shape):
-    """(parameters, multiply-accumulates of one image) of model for images of `shape` (C, H, W). Half of what torch's
-    own FLOP counter says, which counts a multiply and an add apart; papers on transformers print this number as
-    "GFLOPs". Nothing is computed: the count runs on the meta device."""
-    model = copy.deepcopy(model).to("meta").eval()
-    y = torch.empty(1, dtype=torch.long, device="meta")
-    if width := getattr(model, "text_width", 0):
-        length = model.text_length
-        y = Text(torch.empty(1, length, width, device="meta"), torch.empty(1, length, dtype=torch.bool, device="meta"))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"), y)
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+    """(parameters, multiply-accumulates of one image) of a backbone for images of `shape` (C, *sides), see
+    `layers.count`."""
+    def empty(*sizes, dtype=torch.float32):
+        return torch.empty(1, *sizes, dtype=dtype, device="meta")
+
+    y = empty(dtype=torch.long)
+    if model.text_width:
+        y = Text(empty(model.text_length, model.text_width), empty(model.text_length, dtype=torch.bool))
+    return count(model, empty(*shape), empty(), y)
+
+
+COSTS = Path(__file__).with_name("costs.json")
+
+
+def counted(name):
+    """[parameters, those that a token meets, multiply-accumulates] of a model of the registry for images of 3 x 32 x 32
+    and 10 classes, without any weights."""
+    with torch.device("meta"):
+        model = create_model(name)
+    parameters, macs = cost(model, (3, 32, 32))
+    return [parameters, activated_parameters(model), macs]
+
+
+def costs(names):
+    """{name: counted(name)}. To count all models takes half a minute: costs.json holds what is known, `python
+    models.py` writes it anew, and a test compares."""
+    known = json.loads(COSTS.read_text())
+    return {name: known.get(name) or counted(name) for name in names}
+
+
+if __name__ == "__main__":
+    lines = [f"  {json.dumps(name)}: {json.dumps(counted(name))}" for name in MODELS]
+    COSTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")

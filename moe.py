@@ -6,7 +6,7 @@
     balanced       the balance loss, an explicit term of the training loss
     add_experts    the feed-forward networks of any backbone -> MoE;   upcycle: their weights from a dense run
 
-Letters: B batch, N tokens of an image, T = B N tokens in all, D width, H hidden width, E experts, K experts a token.
+Letters as in layers.py, where T are the tokens of all images in one row; and H, the hidden width of an expert.
 """
 
 import json
@@ -28,6 +28,7 @@ from layers import Mlp, SwiGlu
 
 
 def swiglu(x, gate, up, down):
+    """One expert: down(SiLU(gate x) * up x), x (n, D)."""
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
@@ -91,10 +92,16 @@ def products(x, ends, gate, up, down):
     return F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends.int())
 
 
-@torch.compiler.disable
 def slices(x, ends, gate, up, down):
-    """The same, expert by expert, which a CPU does as fast. On the meta device, where nothing is chosen, loads are
-    even."""
+    """The same, expert by expert, which a CPU does as fast. torch.compile leaves this to Python, since the lengths
+    change with every batch."""
+    # As a decorator, torch.compiler.disable would import the whole compiler, 1.5 s, whenever this file is imported.
+    run = torch.compiler.disable(by_expert) if torch.compiler.is_compiling() else by_expert
+    return run(x, ends, gate, up, down)
+
+
+def by_expert(x, ends, gate, up, down):
+    """`slices`, as Python runs it. On the meta device, where nothing is chosen, loads are even."""
     n, E = len(x), len(gate)
     ends = [n * (e + 1) // E for e in range(E)] if x.is_meta else ends.tolist()
     rows = x.split([b - a for a, b in pairwise([0, *ends])])
@@ -142,19 +149,20 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
         for stack in (self.gate, self.up, self.down):                  # Xavier uniform, each expert by itself
             nn.init.uniform_(stack, -(6 / (dim + hidden)) ** 0.5, (6 / (dim + hidden)) ** 0.5)
+            stack.stacked = True                                       # for the optimiser: a matrix for each expert
         self.shared = SwiGlu(dim, shared) if shared else None
-        self.dispatch, self.balance = grouped, None
+        self.dispatch, self.routed = grouped, None
 
     def forward(self, x):
         tokens = x.flatten(0, -2)                                                                     # (T, D)
         weight, index, probs = self.router(tokens)
         if self.training:
-            self.balance = balance_loss(probs, index)
+            self.routed = balance_loss(probs, index)
         y = self.dispatch(tokens, index, weight, self.gate, self.up, self.down).view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
     def __getstate__(self):                                            # a copy takes no graph along
-        return {**self.__dict__, "balance": None}
+        return {**self.__dict__, "routed": None}
 
 
 # -------------------------------------------------------------------------------------------------------------- balance
@@ -169,19 +177,28 @@ def balance_loss(probs, index):
     return (load * probs.mean(0)).sum(), load
 
 
-def balanced(model, loss, alpha):
-    """What training adds for a model with experts: {"loss": loss + alpha * the sum of the layers' balance losses,
-    "balance": their mean (1: even), "load_cv": the mean coefficient of variation of the loads (0: even)}. {} for a
-    model without experts, or after a call in evaluation mode."""
-    layers = [m for m in model.modules() if isinstance(m, MoE) and m.balance is not None]
+def balance_losses(model):
+    """What the layers with experts have left behind in their last training call, each once: (losses (layers,), loads
+    (layers, E)), or None."""
+    layers = [m for m in model.modules() if isinstance(m, MoE) and m.routed is not None]
     if not layers:
-        return {}
-    losses, loads = zip(*(layer.balance for layer in layers))
+        return None
+    losses, loads = zip(*(layer.routed for layer in layers))
     for layer in layers:
-        layer.balance = None
-    total = torch.stack(losses).sum()
-    return {"loss": loss + alpha * total, "balance": total.detach() / len(layers),
-            "load_cv": torch.stack(loads).std(1, correction=0).mean()}
+        layer.routed = None
+    return torch.stack(losses), torch.stack(loads)
+
+
+def balanced(model, loss):
+    """What training adds for a backbone with experts: {"loss": loss + model.balance * the sum of the layers' balance
+    losses, "balance": their mean (1: even), "load_cv": the mean coefficient of variation of the loads (0: even)}. {}
+    for a model without experts, or after a call in evaluation mode."""
+    routed = balance_losses(model)
+    if routed is None:
+        return {}
+    losses, loads = routed
+    return {"loss": loss + model.balance * losses.sum(), "balance": losses.detach().mean(),
+            "load_cv": loads.std(1, correction=0).mean()}
 
 
 def activated_parameters(model):
@@ -200,7 +217,7 @@ def add_experts(model, num_experts, top_k, blocks=None, shared=2, renormalise=Fa
     blocks: only those, counted from 0 in the order of the network (None: all). Raises ValueError if there are none.
     """
     if any(isinstance(m, MoE) for m in model.modules()):
-        raise ValueError("this model has experts already: change them by --model-options num_experts=8,top_k=2")
+        raise ValueError(f"{type(model).__name__} has experts already: change them by num_experts=8,top_k=2")
     names = [name for name, m in model.named_modules() if isinstance(m, (Mlp, SwiGlu))]
     if not names or any(b not in range(len(names)) for b in blocks or ()):
         raise ValueError(f"experts replace feed-forward networks, and {type(model).__name__} has {len(names)} of them"
@@ -227,7 +244,7 @@ def upcycle(model, dense):
         else:
             raise ValueError(f"these weights cannot be upcycled: {name} is {tuple(own.shape)} here and "
                              f"{'absent' if given is None else tuple(given.shape)} there; upcycling starts from a "
-                             "run of the same model with --model-options num_experts=1,top_k=1")
+                             "run of the same model with num_experts=1,top_k=1")
 
 
 # ------------------------------------------------------------------------------------------------------------- analysis
@@ -248,7 +265,9 @@ class Counter:
         self.positions = None                                          # the number of tokens is known at the first call
 
     def __enter__(self):
-        hear = lambda module, args: setattr(self, "labels", args[2])
+        def hear(module, args):
+            self.labels = args[2]
+
         self.hooks = [self.model.register_forward_pre_hook(hear)]
         for k, layer in enumerate(self.layers):
             self.hooks.append(layer.router.register_forward_hook(

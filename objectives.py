@@ -27,11 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import GUIDANCE, SAMPLERS, Discrete, choose, clipped, ddim_inversion, guided
+from diffusion import Discrete
+from guidance import compose
 from layers import Text, canvas
-from models import Stitched, cost, patch_grid, stitch_steps
+from models import check_fractions, cost, stitch_by_steps, stitch_by_time, stitched
 from moe import balanced
 from runs import Run
+from samplers import draw, times_of
 
 
 def seeded(*numbers, device="cpu"):
@@ -86,42 +88,6 @@ class StepNoise:
         return self.normal(*shape[1:])
 
 
-def power_cosine(scale, share, power):
-    """Guidance that falls from `scale` at pure noise (share = 1) to 1 at the data (share = 0): 1 + (scale - 1)
-    (1 - cos(pi share^power))/2. Masked Diffusion Transformer, 2303.14389; FiTv2, 2410.13925."""
-    return 1 + (scale - 1) * (1 - math.cos(math.pi * share**power)) / 2
-
-
-def generate(process, model, x, y=None, null=None, sampler="dpmpp-2m", steps=30, guidance=1.0, guide_channels=None,
-             clip=True, noise=torch.randn, grid=None, last="clean", rule="cfg", interval=None, quantile=None,
-             weak=None, power=None, **options) -> Iterator[torch.Tensor]:
-    """Sample: yields the images after each step, starting from standard normal x (B, C, H, W), without gradients.
-
-    y, null: the condition and the null condition that guidance moves away from (both as the model takes them); rule:
-    how, a name in `GUIDANCE`; interval: only at those times; power: falling by `power_cosine`; weak: another objective
-    to move away from instead of the null condition (autoguidance, 2406.02507). grid, last: see `Process.times`. clip:
-    keep x0 in [-1, 1] (pixels), quantile: by dynamic thresholding. options go to the sampler.
-    """
-    draw = sampler if callable(sampler) else choose(SAMPLERS, sampler, "sampler")
-    make = rule if callable(rule) else choose(GUIDANCE, rule, "guidance")
-    denoise = cond = process.denoiser(model, y)
-    if guidance != 1 and (weak or null is not None):
-        other = weak.process.denoiser(weak.model, y) if weak else process.denoiser(model, null)
-        scaled = lambda scale: guided(cond, other, scale, guide_channels, process, None if rule == "cfg" else make,
-                                      interval)
-        share = lambda t: (float(torch.as_tensor(t).max()) - process.t_clean) / (process.t_noisy - process.t_clean)
-        denoise = scaled(guidance)
-        if power is not None:
-            denoise = lambda xt, t: scaled(power_cosine(guidance, share(t), power))(xt, t)
-    if clip:
-        denoise = clipped(denoise, process, quantile=quantile)
-    times = process.times(steps, grid, last)
-    if process.exploding and draw is not ddim_inversion:
-        x = x * process.sigma(times[:1]).item()
-    with torch.no_grad():
-        yield from draw(denoise, x, times, process, noise, **options)
-
-
 class Diffusion(nn.Module):
     """The training objective of a denoising backbone.
 
@@ -153,7 +119,7 @@ class Diffusion(nn.Module):
     def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, encoder=None, examples=None):
         super().__init__()
         self.encoder, self.examples = encoder, examples
-        self.conditional = num_classes or getattr(model, "text_width", 0)
+        self.conditional = num_classes or model.text_width
         self.model, self.process, self.shape = model, process, shape
         self.num_classes, self.label_drop = num_classes, label_drop
 
@@ -215,13 +181,21 @@ class Diffusion(nn.Module):
         y, null = self.told(conditions)
         yield from self.generated(noise((len(noise), *self.shape)), y, null, noise, **options)
 
+    def denoiser(self, y):
+        """denoise(xt, t) under the condition y, as the model takes it."""
+        return self.process.denoiser(self.model, y)
+
     def generated(self, x, y, null, noise, **options):
-        """`generate` with this objective's names of its options."""
+        """Images after each step from standard normal x: the denoiser composed as the options say, then a sampler."""
         options = {key: value for key, value in (self.options | options).items() if key not in EXTRAPOLATE}
-        power, quantile = options.pop("guidance_power"), options.pop("threshold")
-        rule, weak = options.pop("guidance_rule"), options.pop("weak") or None
-        yield from generate(self.process, self.model, x, y, null, noise=noise, rule=rule, weak=weak, power=power,
-                            quantile=quantile, **options)
+        scale, weak, other = options.pop("guidance"), options.pop("weak"), None
+        if scale != 1 and (weak or null is not None):
+            other = weak.denoiser(y) if weak else self.denoiser(null)
+        denoise = compose(self.process, self.denoiser(y), other, guidance=scale, rule=options.pop("guidance_rule"),
+                          interval=options.pop("interval"), power=options.pop("guidance_power"),
+                          channels=options.pop("guide_channels"), clip=options.pop("clip"),
+                          quantile=options.pop("threshold"))
+        yield from draw(self.process, denoise, x, noise=noise, **options)
 
     @torch.no_grad()
     def told(self, conditions):
@@ -242,17 +216,13 @@ def extrapolate(objective, size=None, rope=None, shift=None):
     """Let a denoiser draw images of another size, sides in pixels (one number: a square), with other rotary
     frequencies, and with sigma/alpha of every time multiplied by `shift`: above 1 for larger images, which need more
     steps at noise. A plain DiT interpolates its position table. ValueError if the model cannot."""
-    model, sides = getattr(objective.model, "model", objective.model), len(objective.shape) - 1
+    model, sides = objective.model, len(objective.shape) - 1
     own = "x".join(map(str, objective.shape[1:]))
     if size is not None:
         size = (size,) if isinstance(size, int) else tuple(size)
         size = size * sides if len(size) == 1 and sides == 2 else size
         if len(size) != sides:
             raise ValueError(f"size {'x'.join(map(str, size))}: give {sides} sides, this run draws {own}")
-        if not model.any_size:
-            raise ValueError(f"size {'x'.join(map(str, size))}: this model draws {own} only")
-        if sides > 1:
-            patch_grid(size[-2:], model.patch_size)
         model.resize(size)
         objective.shape = objective.shape[0], *size
     if rope is not None:
@@ -316,24 +286,28 @@ class Stitch(Diffusion):
         if len({(p.shape, type(p.process), p.process.prediction, p.process.learned_variance) for p in parts}) > 1:
             raise ValueError("only models of one process can be stitched, whose images have the same shape, and which "
                              "predict the same, with learned variances or without")
-        model, last = Stitched([part.model for part in parts], fractions), parts[-1]
-        super().__init__(model, last.process, last.shape, last.num_classes, examples=last.examples)
-        self.runs, self.fractions, self.rule = list(parts), fractions, rule
+        check_fractions(fractions, len(parts))
+        last = parts[-1]
+        super().__init__(last.model, last.process, last.shape, last.num_classes, examples=last.examples)
+        self.runs, self.fractions, self.rule = nn.ModuleList(parts), fractions, rule
 
     def trajectory(self, noise, conditions, **options):
         if options.get("weak"):
             raise ValueError("stitched models cannot be guided by a weak one: leave out --weak or --stitch")
         if self.rule == "steps":
-            steps = options.get("steps", self.options["steps"])
-            told = self.process.network_time(self.process.times(steps, options.get("grid"))[:-1])
-            plan = torch.tensor(stitch_steps(len(told), self.fractions))
-            progress = torch.cat([told.new_tensor([-math.inf]), 1 - told / self.model.T, told.new_tensor([math.inf])])
-            ends = torch.stack([(plan <= j).sum() for j in range(len(self.fractions))])
-            self.model.cumulative = (progress[ends] + progress[ends + 1]).float() / 2    # half-way to the next step
-        y, null = None, None
+            steps, sampler = (options.get(key, self.options[key]) for key in ("steps", "sampler"))
+            times = times_of(self.process, steps, sampler, options.get("grid"))
+            self.chosen = stitch_by_steps(times, self.fractions)
+        else:
+            self.chosen = stitch_by_time(self.fractions, self.process.t_noisy - self.process.t_clean)
+        y, null = [None] * len(self.runs), None
         if conditions is not None:                     # each model's own null label or captions
             y, null = zip(*(run.told(conditions) for run in self.runs))
         yield from self.generated(noise((len(noise), *self.shape)), y, null, noise, **options)
+
+    def denoiser(self, y):
+        """denoise(xt, t) under each model's own form of a condition."""
+        return stitched([run.denoiser(own) for run, own in zip(self.runs, y)], self.chosen)
 
 
 class MultiScale(Diffusion):

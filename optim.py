@@ -1,6 +1,7 @@
-"""What moves the weights: parameter groups by their marks, the learning rate over the steps, averaged weights.
+"""What moves the weights: parameter groups by their marks, Muon and AdamW, the rate over the steps, averaged weights.
 
 A layer or an objective marks its parameters: `no_decay`, no weight decay; `rate`, a share of the learning rate;
+`hidden`, False for a matrix that is no hidden one (a read-out); `stacked`, True for a stack (E, out, in) of matrices;
 `paused`, set while the loss is computed: this step leaves them as they are (a critic that rests, an actor that waits).
 """
 
@@ -8,6 +9,7 @@ import copy
 import math
 
 import torch
+from torch import nn
 
 
 def trained(objective):
@@ -15,19 +17,138 @@ def trained(objective):
     return [p for p in objective.parameters() if p.requires_grad]
 
 
-def groups(parameters, weight_decay):
+# ---------------------------------------------------------------------------------------------------------- optimisers
+
+
+def orthogonalised(matrices, steps=5):
+    """For each of a batch of matrices (k, n, m) about the nearest semi-orthogonal one: U V^T of its singular value
+    decomposition U S V^T, with singular values between 0.7 and 1.2.
+
+    A Newton-Schulz iteration whose quintic polynomial a x + b x^3 + c x^5 lifts small singular values fast. Muon,
+    Jordan et al. 2024 (kellerjordan.github.io/posts/muon); Muon is Scalable for LLM Training, 2502.16982, section 2.1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    X = matrices.mT if tall else matrices
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for hidden matrices (2502.16982, algorithm 1).
+
+    A matrix W (out, in) moves by lr sqrt(max(1, out/in)) O, with O the orthogonalised Nesterov momentum: every
+    singular direction of the step is equally long, whatever the gradient's spectrum. A convolution counts as (out, in k
+    k), a stack of experts (E, out, in) as E matrices. The factor is that of the first implementation; it keeps the
+    size of a change of the layer's outputs the same over widths, so that a rate that is best for a narrow model is
+    about best for a wide one (A Spectral Condition for Feature Learning, 2310.17813).
+
+    Matrices of one shape go through one batched product, in float32, on CUDA in bfloat16.
+    """
+
+    def __init__(self, groups, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}                              # (out, in) -> [(parameter, its matrices (k, out, in))]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                average = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                nesterov = as_matrices(p.grad.lerp(average, group["momentum"]))
+                shapes.setdefault(nesterov.shape[-2:], []).append((p, nesterov))
+            for (rows, columns), found in shapes.items():
+                batch = torch.cat([matrices for _, matrices in found])
+                whole = orthogonalised(batch.bfloat16() if batch.is_cuda else batch, group["steps"]).to(batch.dtype)
+                length = group["lr"] * max(1.0, rows / columns) ** 0.5
+                for (p, _), part in zip(found, whole.split([len(matrices) for _, matrices in found])):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(part.reshape(p.shape), alpha=length)
+
+
+def as_matrices(x):
+    """A parameter as a batch of matrices (k, out, in): a matrix alone, a convolution (out, in, k, k) as one of (out, in
+    k k), a stack (E, out, in) as it is."""
+    return x if x.ndim == 3 else x.flatten(1)[None]
+
+
+def hidden_matrices(objective):
+    """The parameters that Muon moves: weights of linear layers and of convolutions over all channels, and stacks of
+    them, but those marked hidden = False."""
+    found = []
+    for module in objective.modules():
+        for p in module.parameters(recurse=False):
+            dense = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and getattr(module, "groups", 1) == 1
+            matrix = dense and p.ndim > 1 or getattr(p, "stacked", False)
+            if matrix and getattr(p, "hidden", True) and p.requires_grad:
+                found.append(p)
+    return found
+
+
+class Pair:
+    """Two optimisers as one: Muon for the hidden matrices, AdamW for all else."""
+
+    def __init__(self, muon, adamw):
+        self.parts = {"muon": muon, "adamw": adamw}
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts.values():
+            part.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state):
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+def groups(parameters, weight_decay, share=1.0):
     """Parameter groups for an optimiser: those of one mark together. Each group knows its share of the rate."""
     kinds = {}
     for p in parameters:
         kinds.setdefault((hasattr(p, "no_decay"), getattr(p, "rate", 1.0)), []).append(p)
-    return [{"params": kind, "rate": rate, "weight_decay": 0.0 if no_decay else weight_decay}
+    return [{"params": kind, "rate": share * rate, "weight_decay": 0.0 if no_decay else weight_decay}
             for (no_decay, rate), kind in kinds.items()]
 
 
-def optimiser(objective, config):
-    """AdamW (Decoupled Weight Decay Regularization, 1711.05101) over the parameters that learn."""
-    return torch.optim.AdamW(groups(trained(objective), config["weight_decay"]), config["lr"], tuple(config["betas"]),
-                             fused=True)
+def adamw(objective, lr, weight_decay, *, betas=(0.9, 0.99)):
+    """AdamW, Decoupled Weight Decay Regularization, 1711.05101, for all parameters."""
+    return torch.optim.AdamW(groups(trained(objective), weight_decay), lr, tuple(betas), fused=True)
+
+
+def muon(objective, lr, weight_decay, *, momentum=0.95, steps=5, adamw_lr=3e-3, betas=(0.9, 0.99)):
+    """Muon, 2502.16982, for hidden matrices, which --lr is for; AdamW at adamw_lr for all else.
+
+    momentum: Nesterov's. steps: of the Newton-Schulz iteration. betas: AdamW's."""
+    hidden = hidden_matrices(objective)
+    if not hidden:
+        raise ValueError("this model has no hidden matrix for Muon: choose --optimiser adamw")
+    ours = {id(p) for p in hidden}
+    others = [p for p in trained(objective) if id(p) not in ours]
+    return Pair(Muon(groups(hidden, weight_decay), lr, momentum, weight_decay, steps),
+                torch.optim.AdamW(groups(others, weight_decay, adamw_lr / lr), adamw_lr, tuple(betas), fused=True))
+
+
+OPTIMISERS = {"adamw": adamw, "muon": muon}
+
+
+# ------------------------------------------------------------------------------------------------- rates and averages
 
 
 def learning_rate(config, step):

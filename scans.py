@@ -2,7 +2,7 @@
 slow as the paper writes it; the fast form computes the same numbers and gradients in O(N) time and memory.
 
     selective_scan      Mamba, 2312.00752         selective_scan_plain     the recurrence, token by token
-    bi_wkv              Vision-RWKV, 2403.02308   bi_wkv_plain             the mean over all tokens, T x T weights
+    bi_wkv              Vision-RWKV, 2403.02308   bi_wkv_plain             the mean over all tokens, N x N weights
     linear_attention    LiT, 2501.12976           linear_attention_plain   the N x N matrix of weights
 
 The fast forms rest on one routine, `recur`. Nowhere is anything divided by a cumulative decay: that underflows. States
@@ -22,39 +22,39 @@ import kernels
 
 
 def recur(a, x, start=None, reverse=False, chunk=None):
-    """h_t = a_t h_{t-1} + x_t along the first dimension, in place: x (T, ...) becomes h. Every a_t, broadcastable to
+    """h_t = a_t h_{t-1} + x_t along the first dimension, in place: x (N, ...) becomes h. Every a_t, broadcastable to
     x_t, must be at most about 1. start: h_{-1}. reverse: h_t = a_t h_{t+1} + x_t.
 
     With large slices x_t this is a loop over t. Small ones are cut into chunks of `chunk` tokens: all chunks step
     together, and then each receives its predecessor's last state, decayed by the product of its a, which is at most 1.
     """
-    T = len(x)
-    if not T:
+    N = len(x)
+    if not N:
         return x
-    order = range(T - 1, -1, -1) if reverse else range(T)
+    order = range(N - 1, -1, -1) if reverse else range(N)
     if start is not None:
         x[order[0]].addcmul_(a[order[0]], start)
     if chunk is None:
         many = 2**20 if x.is_cuda else 2**11
-        chunk = T if T < 16 or x[0].numel() >= many else math.isqrt(T)
-    if chunk >= T:
+        chunk = N if N < 16 or x[0].numel() >= many else math.isqrt(N)
+    if chunk >= N:
         rows, rates = x.unbind(), a.unbind()
         for before, t in zip(order, order[1:]):
             rows[t].addcmul_(rates[t], rows[before])
         return x
-    J, back = T // chunk, T % chunk
-    head = slice(back, None) if reverse else slice(0, J * chunk)          # whole chunks first, in the order of time
-    X, P = (z[head].unflatten(0, (J, chunk)) for z in (x, a.clone()))
-    steps, chunks = (range(n)[::-1] if reverse else range(n) for n in (chunk, J))
+    chunks, rest = divmod(N, chunk)
+    whole = slice(rest, None) if reverse else slice(0, chunks * chunk)     # whole chunks first, in the order of time
+    X, P = (z[whole].unflatten(0, (chunks, chunk)) for z in (x, a.clone()))
+    steps, places = (range(n)[::-1] if reverse else range(n) for n in (chunk, chunks))
     rows, decays = X.unbind(1), P.unbind(1)
     for before, k in zip(steps, steps[1:]):
         rows[k].addcmul_(decays[k], rows[before])
         decays[k].mul_(decays[before])
-    for before, j in zip(chunks, chunks[1:]):
+    for before, j in zip(places, places[1:]):
         X[j].addcmul_(P[j], X[before, steps[-1]])
-    if back:
-        rest, last = (slice(0, back), back) if reverse else (slice(J * chunk, T), J * chunk - 1)
-        recur(a[rest], x[rest], x[last].clone(), reverse, chunk)
+    if rest:
+        left, last = (slice(0, rest), rest) if reverse else (slice(chunks * chunk, N), chunks * chunk - 1)
+        recur(a[left], x[left], x[last].clone(), reverse, chunk)
     return x
 
 
@@ -79,8 +79,8 @@ def selective_scan_plain(u, delta, A, B, C, D=None, z=None, delta_bias=None, del
         h_t = exp(d_t A) h_{t-1} + d_t B_t u_t                  A by zero-order hold, B to first order
         y_t = (C_t . h_t + D u_t) silu(z_t)
 
-    u, delta, z (B, L, D); A (D, S) negative; B, C (B, L, S); D, delta_bias (D,); state: h before the first token
-    (B, D, S), zero by default. Returns (y (B, L, D), last state (B, D, S)).
+    u, delta, z (B, N, D); A (D, S) negative; B, C (B, N, S); D, delta_bias (D,); state: h before the first token
+    (B, D, S), zero by default. Returns (y (B, N, D), last state (B, D, S)).
     """
     dtype = u.dtype
     u, delta, A, B, C, D, z, delta_bias, h = wide(u, delta, A, B, C, D, z, delta_bias, state)
@@ -97,8 +97,9 @@ def selective_scan_plain(u, delta, A, B, C, D=None, z=None, delta_bias=None, del
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, state=None):
     """`selective_scan_plain` in segments of tokens whose states fit the processor's cache; the backward pass computes
     the states of a segment again from the one at its start."""
-    if u.is_meta:                                                           # shapes only: models.cost
-        return torch.empty_like(u), u.new_empty(len(u), *A.shape)
+    if u.is_meta:                                                           # shapes only: layers.count
+        products = u.new_empty(u.numel(), 1, 3 * A.shape[1])                # three a state: decay, input, read-out
+        return (products @ products.mT).view(u.shape), u.new_empty(len(u), *A.shape)
     if kernels.use("selective_scan", u, A, state_size=A.shape[1]):
         return kernels.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
     dtype = u.dtype
@@ -122,7 +123,7 @@ def gate(y, u, D, z):
 
 
 class SelectiveScan(torch.autograd.Function):
-    """(u, d (L, B, D), B, C (L, B, S), A (S, D), start (B, S, D)) -> (y (L, B, D), last state)."""
+    """(u, d (N, B, D), B, C (N, B, S), A (S, D), start (B, S, D)) -> (y (N, B, D), last state)."""
 
     @staticmethod
     def segments(u, A):
@@ -131,7 +132,7 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def states(u, d, B, A, start):
-        """(decays a, states h), both (L, B, S, D)."""
+        """(decays a, states h), both (N, B, S, D)."""
         a = (d[:, :, None] * A).exp_()
         return a, recur(a, (d * u)[:, :, None] * B[..., None], start)
 
@@ -178,54 +179,71 @@ def bi_wkv_plain(w, u, k, v):
 
         y_t = sum_i p_ti v_i,   p_ti ~ exp(k_i - (|t - i| - 1) w) for i != t,   p_tt ~ exp(u + k_t)
 
-    w, u (C,), w of either sign (the block divides both by T); k, v (B, T, C). Returns (B, T, C).
+    w, u (D,), w of either sign (the block divides both by N); k, v (B, N, D). Returns (B, N, D). In float64 where the
+    device has it: with a weight that grows (w < 0) exponents reach |w| N, and where one token outweighs all others the
+    gradients are differences of nearly equal numbers.
     """
     dtype = v.dtype
-    w, u, k, v = wide(w, u, k, v)
+    w, u, k, v = doubles(w, u, k, v)
     i = torch.arange(k.shape[1], device=k.device)
-    far = ((i - i[:, None]).abs() - 1).to(k)[..., None]                                     # (T, T, 1)
-    logits = torch.where(far < 0, u + k[:, None], k[:, None] - far * w)                     # (B, T, T, C)
+    far = ((i - i[:, None]).abs() - 1).to(k)[..., None]                                     # (N, N, 1)
+    logits = torch.where(far < 0, u + k[:, None], k[:, None] - far * w)                     # (B, N, N, D)
     return torch.einsum("btic,bic->btc", logits.softmax(2), v).to(dtype)
 
 
 def bi_wkv(w, u, k, v):
     """`bi_wkv_plain` by a sweep from the left and one from the right. Both carry the sums relative to their largest
     term, so that no exponential exceeds 1. Channels go in groups that fit the processor's cache."""
-    if v.is_meta:
-        return torch.empty_like(v)
+    if v.is_meta:                                                           # shapes only: layers.count
+        products = v.new_empty(v.numel(), 1, 12)                            # two sweeps of three, six to join them
+        return (products @ products.mT).view(v.shape)
     if kernels.use("bi_wkv", v):
         return kernels.bi_wkv(w, u, k, v)
     dtype = v.dtype
-    w, u, k, v = wide(w, u, k, v)
+    w, u, k, v = doubles(w, u, k, v) if spread_out(w, k) else wide(w, u, k, v)
     group = max(16, (2**24 if v.is_cuda else 2**17) // max(1, len(v) * v.shape[1]))
     with exact(v):
         parts = zip(w.split(group), u.split(group), *(z.transpose(0, 1).split(group, 2) for z in (k, v)))
         return torch.cat([BiWKV.apply(*part) for part in parts], 2).transpose(0, 1).to(dtype)
 
 
+def doubles(*tensors):
+    """The tensors in float64, or as they are on a device without it."""
+    return [z if z.device.type == "mps" else z.double() for z in tensors]
+
+
+def spread_out(w, k):
+    """Whether, on a CPU, exponents differ so much that one token may outweigh all others by more than float32 resolves
+    (e^-16): no trained network comes near. A GPU would have to be waited for, and a compiler cannot know."""
+    if k.device.type != "cpu" or not k.numel() or torch.compiler.is_compiling():
+        return False
+    low, high = k.detach().aminmax()
+    return bool(torch.maximum(high - low, w.detach().abs().max()) > 32)
+
+
 def running_max(x, chunk=None):
     """Cumulative maximum along the first dimension, in place; in chunks like `recur`."""
-    T = len(x)
-    chunk = chunk or (T if T < 16 else math.isqrt(T))
-    J = T // chunk
-    X = x[:J * chunk].unflatten(0, (J, chunk))
+    N = len(x)
+    chunk = chunk or (N if N < 16 else math.isqrt(N))
+    chunks = N // chunk
+    X = x[:chunks * chunk].unflatten(0, (chunks, chunk))
     for t in range(1, chunk):
         torch.maximum(X[:, t], X[:, t - 1], out=X[:, t])
-    for j in range(1, J):
+    for j in range(1, chunks):
         torch.maximum(X[j], X[j - 1, -1:], out=X[j])
-    for t in range(J * chunk, T):
+    for t in range(chunks * chunk, N):
         torch.maximum(x[t], x[t - 1], out=x[t])
     return x
 
 
 def sweep(k, values, w, reverse=False):
     """For each t the sums over i < t (reverse: i > t) of exp(k_i - (|t - i| - 1) w) values_i, as (m, sums): each is
-    exp(m) sums, m (T, B, C) the largest exponent. k (T, B, C), values (T, n, B, C), w (C,)."""
-    T, n, B, C = values.shape
-    tilt = w * torch.arange(T, dtype=k.dtype, device=k.device)[:, None, None]
+    exp(m) sums, m (N, B, D) the largest exponent. k (N, B, D), values (N, n, B, D), w (D,)."""
+    N, n, B, D = values.shape
+    tilt = w * torch.arange(N, dtype=k.dtype, device=k.device)[:, None, None]
     k = (k.flip(0) if reverse else k) + tilt
     largest = running_max(k.clone())                                        # max over i <= t of k_i + i w
-    sums = values.new_zeros(T + 1, n, B, C)                                 # one row more: before the first t, nothing
+    sums = values.new_zeros(N + 1, n, B, D)                                 # one row more: before the first t, nothing
     torch.mul((k - largest).to(values).exp_()[:, None], values.flip(0) if reverse else values, out=sums[1:])
     decay = torch.zeros_like(values[:, :1])
     decay[1:, 0] = (largest[:-1] - largest[1:]).to(values).exp_()
@@ -235,25 +253,23 @@ def sweep(k, values, w, reverse=False):
 
 
 class BiWKV(torch.autograd.Function):
-    """w, u (C,), k, v (T, B, C) -> y (T, B, C). Exponents are added in float64 where the device has it: with a weight
-    that grows (w < 0) they reach |w| T."""
+    """w, u (D,), k, v (N, B, D) -> y (N, B, D). Exponents are always added in float64."""
 
     @staticmethod
     def both(k, values, w):
         return [sweep(k, values, w, reverse) for reverse in (False, True)]
 
     @staticmethod
-    def logs(*tensors):
-        return [z if z.device.type == "mps" else z.double() for z in tensors]
-
-    @staticmethod
     def forward(ctx, w, u, k, v):
-        w_, u_, k_ = BiWKV.logs(w, u, k.contiguous())
-        values = torch.stack([v, torch.ones_like(v)], 1)                                    # (T, 2, B, C)
+        w_, u_, k_ = doubles(w, u, k.contiguous())
+        values = torch.stack([v, torch.ones_like(v)], 1)                                    # (N, 2, B, D)
         (m, left), (q, right) = BiWKV.both(k_, values, w_)
         own = u_ + k_
         top = torch.maximum(torch.maximum(m, q), own)
-        weight = lambda z: (z - top).to(v).exp_()[:, None]
+
+        def weight(z):
+            return (z - top).to(v).exp_()[:, None]
+
         total = (weight(own) * values).addcmul_(weight(m), left).addcmul_(weight(q), right)
         y = total[:, 0] / total[:, 1]
         ctx.save_for_backward(w, u, k, v, y, top + total[:, 1].log(), m, left, q, right)
@@ -264,7 +280,7 @@ class BiWKV(torch.autograd.Function):
     def backward(ctx, g):
         w, u, k, v, y, Z, m, left, q, right = ctx.saved_tensors
         with exact(v):
-            w_, u_, k_ = BiWKV.logs(w, u, k.contiguous())
+            w_, u_, k_ = doubles(w, u, k.contiguous())
             gv = (u_ + k_ - Z).to(v).exp_().mul_(g)                         # p_tt g_t
             gk = gv * (v - y)
             gu, gw = gk.sum((0, 1)), torch.zeros_like(w)

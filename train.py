@@ -60,6 +60,7 @@ def flags(every=True):
     group("how long and how fast",
           ("--steps", 2000, "optimiser steps", whole),
           ("--batch", 32, "images a step, over all GPUs and micro-batches together", whole),
+          ("--optimiser", "adamw", "what moves the weights: adamw, or muon (on small models usually faster)", word),
           ("--lr", 1e-3, "learning rate", {"type": number(0, 1e30), "metavar": "RATE"}),
           ("--warmup", 100, "steps in which it rises from 0", {"type": build.count(0, 10**9), "metavar": "N"}),
           ("--decay", "linear", "then: constant, or linear or cosine down to 0",
@@ -96,7 +97,6 @@ def flags(every=True):
           *((f"--{name}", None, build.line(way), run) for name, way in build.WAYS.items()), common=False)
     group("optimisation, more",
           ("--accum", 1, "micro-batches a step: less memory, same result", whole),
-          ("--betas", [0.9, 0.99], "AdamW's betas", {"type": build.numbers(2, 0, 0.999999), "metavar": "B1,B2"}),
           ("--weight-decay", 0.0, "weight decay", {"type": number(0, 1e6), "metavar": "W"}),
           ("--clip", 1.0, "largest norm of the gradient; 0 does not clip",
            {"type": number(0, 1e30), "metavar": "NORM"}),
@@ -255,8 +255,8 @@ def assemble(config, checkpoint, place):
     learner = objective
     for way, run, more in begin:
         learner = way.wrap(learner, config, run, **more)
-    return dataset, objective, learner, optim.Averages(objective, config["ema"]), optim.optimiser(objective, config), \
-        options
+    averages, optimiser = optim.Averages(objective, config["ema"]), build.build_optimiser(objective, config)
+    return dataset, objective, learner, averages, optimiser, options
 
 
 def resume(checkpoint, config, folder, objective, averages, optimiser):

@@ -24,6 +24,7 @@ import objectives
 import optim
 import runs
 import sample
+import samplers
 import train
 
 # --------------------------------------------------------------------------------------------- one entry, nothing else
@@ -118,7 +119,7 @@ def plain_loop(config, steps):
     weights_ = dict(objective.named_parameters())
     averages = {name: p.detach().clone() for name, p in weights_.items()}
     first, second = ({name: torch.zeros_like(p) for name, p in weights_.items()} for _ in range(2))
-    b1, b2 = config["betas"]
+    b1, b2 = 0.9, 0.99
     for step in range(steps):
         rate = config["lr"] * min(1, (step + 1) / config["warmup"]) * (1 - step / config["steps"])
         torch.manual_seed(objectives.seeded(config["seed"], step, 0).initial_seed())
@@ -160,7 +161,7 @@ def test_the_loop_against_a_plain_one(here, accum):  # noqa: F811
 def test_grids_of_a_chain():
     """The published spacings of T = 1000 in 4 steps, by hand (2305.08891, table 2)."""
     process = diffusion.create_process("linear")
-    times = lambda grid: process.times(4, grid).tolist()
+    times = lambda grid: samplers.grid_times(process, 4, grid).tolist()
     assert times("leading") == [750, 500, 250, 0, -1] and times("trailing") == [999, 749, 499, 249, -1]
     assert times("spaced") == [999, 666, 333, 0, -1]
 
@@ -231,7 +232,7 @@ def test_runs_of_version_1_open(here, capsys):  # noqa: F811
 
 FLOORS = {"train": 4, "sample": 4, "evaluate": 4, "build": 3, "objectives": 3, "speed": 3, "scores": 3, "claims": 3,
           "report": 3, "models": 2, "autoencoders": 2, "masked": 2, "ppgn": 2, "cropping": 2, "convert": 2, "layers": 1,
-          "moe": 1, "scans": 1, "diffusion": 1, "samplers": 1, "guidance": 1, "optim": 1, "data": 1, "metrics": 1,
+          "moe": 1, "scans": 1, "diffusion": 1, "samplers": 1, "guidance": 1, "optim": 1, "data": 1, "metrics": 1, "distance": 1,
           "figures": 1, "runs": 0, "kernels": 0}
 
 

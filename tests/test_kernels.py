@@ -209,9 +209,9 @@ def test_a_split_scan_goes_on_and_padding_is_silent():
 def test_packed_weights(dtype):
     byte = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(16, 16)
     unpacked = kernels.packed_linear(torch.eye(16, device=DEVICE).repeat(5, 1), byte, torch.ones(1, device=DEVICE))
-    assert torch.equal(unpacked[:16].T, layers.unpack(byte).float()), "all bytes, by way of the unpacked weights"
+    assert torch.equal(unpacked[:16].T, layers.unpack_codes(byte).float()), "all bytes, by way of the unpacked weights"
     few = kernels.packed_linear(torch.eye(16, device=DEVICE), byte, torch.ones(1, device=DEVICE))
-    assert torch.equal(few.T, layers.unpack(byte).float()), "all bytes, in the product"
+    assert torch.equal(few.T, layers.unpack_codes(byte).float()), "all bytes, in the product"
     g = torch.Generator().manual_seed(0)
     for rows, K, out in ((5, 48, 40), (33, 20, 36), (70, 48, 40)):
         x = torch.randn(rows, K, generator=g).to(DEVICE, dtype)

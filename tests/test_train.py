@@ -20,9 +20,11 @@ import data
 import diffusion
 import evaluate
 import figures
+import guidance
 import objectives
 import runs
 import sample
+import samplers
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -257,7 +259,8 @@ def test_one_writer(here, capsys):
     (["--steps", "0"], "argument --steps: '0' is not a whole number of at least 1"),
     (["--batch", "-4"], "argument --batch: '-4' is not a whole number"),
     (["--ema", "nan"], "argument --ema: 'nan' is not a number"),
-    (["--betas=0.9"], "argument --betas: '0.9': 2 numbers are wanted"),
+    (["--optimiser", "adamw:betas=(0.9,)"], "adamw:betas=.* cannot be built"),
+    (["--optimiser", "adam"], "unknown --optimiser 'adam': did you mean adamw"),
     (["--data", "shapes:size=10"], "10x10 is not divisible by the patch size 4: try 8x8"),
     (["--data", "shapes:size=0"], "size is 0, and must lie between 1 and"),
     (["--accum", "3"], "--batch 8 does not divide into 1 processes x 3 micro-batches"),
@@ -400,13 +403,13 @@ def test_what_sample_writes(run, capsys):
     assert "ends in .png or .npz" in refused(capsys, sample.sample, "r", "--out", "x.jpg")
 
 
-@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_every_sampler_draws(run, sampler):
     x = torch.cat(list(build.open_run("r").images(4, sampler=sampler, steps=6)))
     assert x.shape == (4, 3, 8, 8) and x.isfinite().all()
 
 
-@pytest.mark.parametrize("rule", diffusion.GUIDANCE)
+@pytest.mark.parametrize("rule", guidance.RULES)
 def test_every_guidance_rule_draws(run, rule):
     argv = ["--guidance", "3", "--guidance-rule", rule, "--interval", "0.1,0.9", "--grid", "karras:rho=5"]
     call(sample.sample, "r", "--n", "4", *argv)
@@ -486,7 +489,7 @@ def test_score_and_speed(run, capsys):
     result = json.load(open("r/score.json"))
     assert 0 <= result["class_accuracy"] <= 1 and result["frechet_classifier"] > result["frechet_classifier_real"] >= 0
     clock = time.perf_counter()
-    call(evaluate.evaluate, "score", "r", "--n", "16")
+    call(evaluate.evaluate, "score", "r", "--n", "16", "--classifier-steps", "3")
     assert "training a classifier" not in capsys.readouterr().err and time.perf_counter() - clock < 20
     call(evaluate.evaluate, "samplers", "r", "--n", "8", "--counts", "2,4", "--samplers", "ddim,heun")
     assert "heun" in capsys.readouterr().out and Image.open("r/samplers.png").size == (800, 460)
