@@ -413,15 +413,20 @@ def gated(x, gate, branch):
     return torch.addcmul(x, gate[:, None], branch)
 
 
-def gate_norm_modulate(x, branch, gate, norm, shift, scale):
-    """From one branch of a block to the next: (r, y) with r = gated(x, gate, branch), or x where branch is None, and
-    y = modulate(norm(r), shift, scale)."""
+def gate_norm_modulate(x, gate, branch, norm, shift, scale):
+    """From a branch of a block to the next: (r, y) with r = gated(x, gate, branch), or x where branch is None, and y =
+    modulate(norm(r), shift, scale)."""
     rms, bare = type(norm) is nn.RMSNorm, type(norm) is nn.LayerNorm and norm.weight is None
     if (rms or bare) and norm.eps and kernels.use("gate_norm_modulate", x, width=x.shape[-1]):
         weight = norm.weight if rms else None
         return kernels.gate_norm_modulate(x, branch, gate, shift, scale, weight, norm.eps, rms)
     r = x if branch is None else gated(x, gate, branch)
     return r, modulate(norm(r), shift, scale)
+
+
+def norm_modulate(x, norm, shift, scale):
+    """modulate(norm(x), shift, scale)."""
+    return gate_norm_modulate(x, None, None, norm, shift, scale)[1]
 
 
 def plain_norm(dim):
@@ -442,7 +447,7 @@ class FinalLayer(nn.Module):
     def forward(self, x, c, layout=None):
         modulation = self.adaLN_modulation(c)
         shift, scale = modulation.chunk(2, 1) if layout is None else layout.modulation(modulation, 2)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(norm_modulate(x, self.norm_final, shift, scale))
 
 
 # ----------------------------------------------------------------------------------------- time-dependent normalisation

@@ -217,7 +217,7 @@ def test_packed_weights(dtype):
         x = torch.randn(rows, K, generator=g).to(DEVICE, dtype)
         codes, bias = torch.randint(-1, 2, (out, K), generator=g), torch.randn(out, generator=g).to(DEVICE)
         alphas = torch.full((1,), 0.3, device=DEVICE)
-        y = kernels.packed_linear(x[:, None], layers.pack(codes).to(DEVICE), alphas, bias)
+        y = kernels.packed_linear(x[:, None], layers.pack_codes(codes).to(DEVICE), alphas, bias)
         exact = nn.functional.linear(x.double(), (alphas * codes.to(DEVICE)).double(), bias.double())
         bar = 2e-6 if dtype == torch.float32 else 8e-3
         assert y.shape == (rows, 1, out) and ((y[:, 0].double() - exact).norm() / exact.norm()) < bar
@@ -231,8 +231,8 @@ CALLS = {
                        ((1, 3, 2), (1, 3, 2), (2, 2), (1, 3, 2), (1, 3, 2))),
     "bi_wkv": (scans.bi_wkv, ((2,), (2,), (1, 3, 2), (1, 3, 2))),
     "linear_attention": (scans.linear_attention, 3 * ((1, 1, 3, 2),)),
-    "gate_norm_modulate": (lambda x, y, gate, shift, scale: layers.gate_norm_modulate(
-        x, y, gate, nn.LayerNorm(3, 1e-6, False), shift, scale)[1], ((1, 2, 3), (1, 2, 3), (1, 3), (1, 3), (1, 3))),
+    "gate_norm_modulate": (lambda x, gate, y, shift, scale: layers.gate_norm_modulate(
+        x, gate, y, nn.LayerNorm(3, 1e-6, False), shift, scale)[1], ((1, 2, 3), (1, 3), (1, 2, 3), (1, 3), (1, 3))),
     "rotate": (lambda x, angle: layers.rotate(x, angle.detach().cos(), angle.detach().sin()),
                ((1, 1, 2, 4), (1, 2, 2))),
 }
