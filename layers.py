@@ -392,12 +392,19 @@ def rope_2d(rows, columns, size, d, rope="direct", trained=None, theta=10000.0):
 
 
 def rotate(x, cos, sin):
-    """x (B, h, N, d) with each pair of adjacent dimensions turned: cos, sin (B or 1, N, d/2). 2104.09864, eq. 34."""
+    """x (B, h, N, d) with each pair of adjacent dimensions turned: cos, sin (B or 1, N, d/2). 2104.09864, eq. 34, where a
+    pair is a complex number and a turn a product."""
     if kernels.use("rotate", x, width_of_a_head=x.shape[-1]):
         return kernels.rotate(x, cos, sin)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).type_as(x)
+    pairs = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling() or x.device.type == "mps":             # neither is good at complex numbers
+        a, b = pairs.unbind(-1)
+        cos, sin = cos[:, None], sin[:, None]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).type_as(x)
+    if any(place % 2 for place in (x.storage_offset(), *x.stride()[:-1])) or x.stride(-1) != 1:
+        pairs = pairs.contiguous()
+    turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)[:, None]
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------- adaLN
