@@ -392,8 +392,8 @@ def rope_2d(rows, columns, size, d, rope="direct", trained=None, theta=10000.0):
 
 
 def rotate(x, cos, sin):
-    """x (B, h, N, d) with each pair of adjacent dimensions turned: cos, sin (B or 1, N, d/2). 2104.09864, eq. 34, where a
-    pair is a complex number and a turn a product."""
+    """x (B, h, N, d) with each pair of adjacent dimensions turned: cos, sin (B or 1, N, d/2). 2104.09864, eq. 34:
+    as a product of complex numbers."""
     if kernels.use("rotate", x, width_of_a_head=x.shape[-1]):
         return kernels.rotate(x, cos, sin)
     pairs = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2))
