@@ -21,6 +21,7 @@ pytest.importorskip("triton", minversion="3.7")
 import kernels  # noqa: E402
 import layers  # noqa: E402
 import scans  # noqa: E402
+import speed  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parent.parent
@@ -341,6 +342,30 @@ def test_the_choice(monkeypatch):
     with pytest.warns(UserWarning, match=r"no driver\); torch's own forms are used"):
         assert kernels.trial(torch.device("cpu")).startswith("Triton does not work here")
     assert kernels.trial(torch.device("cpu")), "told once"
+
+
+def test_the_benchmark(monkeypatch):
+    """`evaluate.py speed --kernels` at tiny sizes: agreement, shares of bounds, who lost; the tables that it tunes."""
+    machine = speed.Machine(1e9, 1e9, 1e9, 1e9)
+    for operation, size in {"rotate": (1, 2, 3, 4), "gate_norm_modulate": (1, 2, 4), "packed_linear": (3, 8, 8)}.items():
+        times, difference, first, work = speed.compare(operation, size, torch.float32, torch.device(DEVICE), 1)
+        assert difference < 1e-5 and first > 0 and set(times) == {"forward"} | {"both"} * bool(work.backward)
+        times["forward"] |= {"fast": 1.0, "triton": 2.0}
+        if work.backward:
+            times["both"] |= {"fast": 2.0, "triton": 1.0}
+        lost = speed.print_comparison(operation, size, (times, difference, first, work), machine)
+        assert len(lost) == 1 and lost[0].endswith("forward")
+    for operation, tables in speed.CANDIDATES.items():
+        module = sys.modules[f"kernels.{kernels.OPERATIONS[operation][0]}"]
+        for table, candidates in tables.items():
+            assert getattr(module, table)["default"] in candidates and len(candidates) <= 4
+    assert set(speed.CANDIDATES) == set(speed.BENCHMARKS) == set(kernels.OPERATIONS)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    used = speed.utilisation(118.64e9, 500, gpu, world=2)
+    assert used["tflops"] == pytest.approx(355.9, abs=0.1) and used["mfu"] == pytest.approx(0.18, abs=1e-3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another GPU")
+    assert speed.utilisation(1e9, 500, gpu) == {} == speed.utilisation(1e9, 500, torch.device("cpu"))
 
 
 def test_sources():
