@@ -594,7 +594,7 @@ def kernel_speed(args):
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     print(f"{torch.cuda.get_device_name(device)}, {args.precision}: measured {machine.bytes / 1e12:.2f} TB/s, "
           f"{machine.dot / 1e12:.0f} TFLOP/s in bf16; reckoned {machine.exp / 1e12:.1f}e12 exponentials/s, "
-          f"{machine.flop / 1e12:.0f} TFLOP/s in float32\nmilliseconds, medians of interleaved rounds; shares of bounds")
+          f"{machine.flop / 1e12:.0f} TFLOP/s in float32\nmedians of interleaved rounds in ms, shares of these bounds")
     print(f"{'operation, size':44}{'':9}" + "".join(f"{form:>11}" for form in FORMS)
           + f"{'bytes':>8}{'exp':>8}{'flop':>8}{'dot':>8}{'first s':>9}{'difference':>12}")
     try:
