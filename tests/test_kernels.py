@@ -349,7 +349,7 @@ def test_the_benchmark(monkeypatch):
     machine = speed.Machine(1e9, 1e9, 1e9, 1e9)
     for operation, size in (("rotate", (1, 2, 3, 4)), ("gate_norm_modulate", (1, 2, 4)), ("packed_linear", (3, 8, 8))):
         times, difference, first, work = speed.compare(operation, size, torch.float32, torch.device(DEVICE), 1)
-        assert difference < 1e-5 and first > 0 and list(times) == (["forward", "both"] if work.backward else ["forward"])
+        assert difference < 1e-5 and first > 0 and ("both" in times) == bool(work.backward)
         times["forward"] |= {"fast": 1.0, "triton": 2.0}
         if work.backward:
             times["both"] |= {"fast": 2.0, "triton": 1.0}
