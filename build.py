@@ -246,7 +246,7 @@ def unknown(what, name, choices):
 FACTS = {"image_size": "--data NAME:size=", "in_channels": "the data", "num_classes": "the data",
          "classes": "the data", "learn_sigma": "--process NAME:learned_variance=True", "codes": "--tokenizer",
          "process": "--process", "data_dir": "--data-dir", "split": "the command", "stride": "the model's patch_size",
-         "memory": "the walk itself", "prediction": "--prediction", "weighting": "--weighting", "density": "--density", "betas": "--process"}
+         "memory": "the walk itself", "prediction": "--prediction", "weighting": "--weighting", "density": "--density"}
 # Options whose values have bounds of their own. Every other whole number lies in 0 .. 10^6, every other number is
 # finite.
 RANGES = {"hidden_size": (1, 65536), "channels": (1, 65536), "depth": (1, 1024), "num_heads": (1, 1024),

@@ -385,7 +385,7 @@ def infer_flag_dit(state_dict):
 
 
 # -------------------------------------------------------------------------------------------------------------- dit-moe
-# Published experts are one by one, ours are stacked: experts.<e>.gate_proj.weight, e = 0 .. E-1 -> gate (E, H, D).
+# Published experts are one by one, ours are stacked: experts.<e>.gate_proj.weight, e = 0 .. E-1 -> gate (E, M, D).
 
 
 def dit_moe(config, state_dict):

@@ -434,17 +434,15 @@ def v_diffusion(process, u, *, sigma_data=0.5, low=1e-3, high=1e3):
 
 
 def cosine_interpolated(process, u, *, image=64, noise_low=32, noise_high=64, sigma_data=0.5, low=1e-3, high=1e3):
-    """The cosine schedule's log SNR, shifted from an image of noise_low pixels to one of noise_high as the noise falls
-    (simple diffusion, 2301.11093, eq. 7; k-diffusion)."""
-    ends = 2 * torch.log(sigma_data / double(high, low))                    # of log SNR, from the noisiest
+    """The cosine schedule, log s moved from an image of noise_low pixels to one of noise_high as the noise falls (simple
+    diffusion, 2301.11093, eq. 7; k-diffusion)."""
 
-    def log_snr(share, size):                                               # of the cosine schedule, for this image size
-        shift = 2 * math.log(size / image)
-        places = torch.atan(torch.exp((shift - ends) / 2)).to(share)
-        return -2 * torch.log(torch.tan(places[1] + share * (places[0] - places[1]))) + shift
+    def log_s(size):                                 # even angles of v, for noise as an image of this size shows it
+        scale = size / image / sigma_data
+        ends = torch.atan(scale * double(high, low)).to(u)
+        return torch.log(torch.tan(torch.lerp(ends[0], ends[1], u)) / scale)
 
-    between = torch.lerp(log_snr(u, noise_low), log_snr(u, noise_high), u)
-    return process.time(sigma_data * torch.exp(-between / 2))
+    return process.time(torch.exp(torch.lerp(log_s(noise_low), log_s(noise_high), u)))
 
 
 DENSITIES: dict[str, Callable] = {
@@ -627,12 +625,14 @@ class Process:
 
     def denoiser(self, model, y=None):
         """model(x, t, y) as `denoise(xt, t) -> Denoised`, with y bound; t a number or (B,). r: the time to go to, for
-        networks of two times (flow maps): model(x, t, y, r=r)."""
+        networks of two times (flow maps), which are called as model(x, t, y, r=r)."""
 
         def denoise(xt, t, r=None):
             xt = single(xt)
-            told = model if r is None else partial(model, r=self.network_time(batch_time(r, xt)))
-            return self.denoised(self.network(told, xt, t, y), xt, t)
+            network = model
+            if r is not None and getattr(model, "two_times", False):
+                network = partial(model, r=self.network_time(batch_time(r, xt)))
+            return self.denoised(self.network(network, xt, t, y), xt, t)
 
         return denoise
 
@@ -697,20 +697,20 @@ class Discrete(Process):
             self.tables[device] = self.alpha_bar.to(device, kind)
         return self.tables[device]
 
-    def alpha(self, t):
-        table, low = self.table(t.device), t.floor().long().clamp(-1, self.T - 1)
-        part = (t - low).clamp(0, 1)
-        if not part.any():
-            return table[low + 1].sqrt()
-        below, above = ((1 / table[(low + k).clamp(max=self.T)] - 1).sqrt() for k in (1, 2))
-        s = torch.lerp(below, above, part.to(table.dtype))
-        return 1 / (1 + s * s).sqrt()
-
     def path(self, t):
         if not isinstance(t, torch.Tensor):
             return super().path(t)
-        alpha = self.alpha(t)
-        return alpha, (1 - alpha * alpha).clamp(min=0).sqrt()
+        table, low = self.table(t.device), t.floor().long().clamp(-1, self.T - 1)
+        part = (t - low).clamp(0, 1)
+        if not part.any():
+            alpha_bar = table[low + 1]
+            return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        below, above = ((1 / table[(low + k).clamp(max=self.T)] - 1).sqrt() for k in (1, 2))
+        s = torch.lerp(below, above, part.to(table.dtype))
+        return 1 / (1 + s * s).sqrt(), s / (1 + s * s).sqrt()
+
+    def alpha(self, t):
+        return self.path(t)[0]
 
     def sigma(self, t):
         return self.path(t)[1]

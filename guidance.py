@@ -156,10 +156,26 @@ def stitch_steps(steps, fractions):
     return [next(j for j, end in enumerate(ends) if step < end) for step in range(steps)]
 
 
+def check_fractions(fractions, count):
+    """ValueError unless these are the shares of so many models."""
+    if len(fractions) != count or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=0.02):
+        raise ValueError(f"stitching {count} models takes as many fractions of the steps, which sum to 1, "
+                         f"not {', '.join(f'{f:g}' for f in fractions)}")
+
+
 def stitch_by_steps(times, fractions):
-    """choose_model of `stitched`: the paper's rule, whole numbers of steps on any grid of times (steps + 1,)."""
-    plan = dict(zip(times[:-1].tolist(), stitch_steps(len(times) - 1, fractions)))
-    return lambda t: plan[min(plan, key=lambda time: abs(time - t))]
+    """choose_model of `stitched`: the paper's rule, fractions of the steps of this grid of the process's times, from
+    noise to data (steps + 1,), whatever their spacing. A model's share ends just before the next one's first time."""
+    times = [float(t) for t in times]
+    plan = stitch_steps(len(times) - 1, fractions)
+    begins = [plan.index(j) for j in sorted(set(plan))[1:]]                # the step at which each later model begins
+    # Solvers call at times of the grid, whatever their rounding, and between them: begin a little before.
+    limits = {plan[k]: times[k] + 1e-3 * (times[k - 1] - times[k]) for k in begins}
+
+    def choose_model(t):
+        return max([plan[0], *(j for j, limit in limits.items() if t <= limit)])
+
+    return choose_model
 
 
 def stitch_by_time(fractions, t_noisy=1000.0):

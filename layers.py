@@ -230,7 +230,8 @@ def pack(x, patch_size, sizes=None, nextline=False, nextframe=False):
 
 
 class Layout:
-    """Where the tokens of a batch stand, for images whose sequences are all equally long: tokens are (B, N, D).
+    """Where the tokens of a batch stand, and how a network goes from tokens to rows of them and back. This one is for
+    images whose sequences are all equally long: tokens lie as rows, (B, N, D), and most methods do nothing.
 
     grid, own, place, row, column: see `sequence`. n: patches of the canvas; patches, lengths (B or 1,) float64: of each
     image, patches alone and tokens in all; size: (rows, columns) of each image's grid, two ints or two (B,); mask: for
@@ -247,7 +248,7 @@ class Layout:
         self.plain = own is None and place.shape[1] == self.n          # every token is its patch
 
     def picked(self, patches):
-        """Patches of the canvas (B, n, K) -> in the order of the sequences (B, L, K), zero where a token is none."""
+        """Patches of the canvas (B, n, D) -> in the order of the sequences (B, L, D), zero where a token is none."""
         if self.plain:
             return patches
         place = self.place[..., None].expand(len(patches), -1, patches.shape[2])
@@ -261,11 +262,11 @@ class Layout:
         return torch.where(place < self.n, tokens, special[(place[..., 0] - self.n + 1).clamp(min=0)])
 
     def unpadded(self, rows):
-        """Rows (B or 1, L, K) as tokens lie."""
+        """Rows (B or 1, L, D) as tokens lie."""
         return rows
 
     def padded(self, tokens):
-        """Tokens as rows (B, L, K)."""
+        """Tokens as rows (B, L, D)."""
         return tokens
 
     def heads(self, *tokens):
@@ -301,12 +302,12 @@ class PaddedLayout(Layout):
         self.image = mask.nonzero()[:, 0].to(x.device)                 # (T,): whose they are
 
     def unpadded(self, rows):
-        """(B or 1, L, K) -> (T, 1, K)."""
+        """(B or 1, L, D) -> (T, 1, D)."""
         rows = rows.expand(len(self.mask), -1, -1)
         return rows.flatten(0, 1).index_select(0, self.kept)[:, None]
 
     def padded(self, tokens):
-        """(T, 1, K) -> (B, L, K)."""
+        """(T, 1, D) -> (B, L, D), zero at padding."""
         return self.rows(tokens[:, 0])
 
     def heads(self, *tokens):
@@ -318,7 +319,7 @@ class PaddedLayout(Layout):
         return [part.index_select(0, self.image) for part in c.chunk(parts, 1)]
 
     def rows(self, tokens):
-        """(T, ...) -> (B, L, ...), zero at padding."""
+        """(T, ...) -> (B, L, ...)."""
         B, L = len(self.mask), self.mask.shape[3]
         return tokens.new_zeros(B * L, *tokens.shape[1:]).index_copy(0, self.kept, tokens).unflatten(0, (B, L))
 

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from guidance import check_fractions, stitch_by_time
 from layers import (
     ROPE,
     TDLN,
@@ -480,75 +481,20 @@ for size, (depth, width) in {"600m": (16, 1536), "4.2b": (32, 3072),          # 
 # ============================================================================================================= T-Stitch
 # T-Stitch, 2402.14167: no network, but several trained ones in one trajectory. Denoisers of all sizes agree in the
 # noisy first steps, which set layout and low frequencies; so a small model takes these and a large one the rest. Which
-# one, a rule says: a function from the process's time to the number of a model, the smallest being number 0.
-
-
-def check_fractions(fractions, count):
-    """ValueError unless these are the shares of so many models."""
-    if len(fractions) != count or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=0.02):
-        raise ValueError(f"stitching {count} models takes as many fractions of the steps, which sum to 1, "
-                         f"not {', '.join(f'{f:g}' for f in fractions)}")
-
-
-def stitch_steps(steps, fractions):
-    """The number of the model at each of so many steps: model j has taken over round(steps * (fractions[0] + ... +
-    fractions[j-1])) steps from the start. 2402.14167, section 3.2, for more than two models."""
-    total, ends = 0.0, []
-    for f in fractions:
-        total += f
-        ends.append(math.floor(steps * total / sum(fractions) + 0.5))
-    return [next(j for j, end in enumerate(ends) if step < end) for step in range(steps)]
-
-
-def stitch_by_steps(times, fractions):
-    """The paper's rule: fractions of the steps of this grid of the process's times, from noise to data, whatever their
-    spacing. A model's share ends just before the time at which the next one's begins."""
-    times = [float(t) for t in times]
-    plan = stitch_steps(len(times) - 1, fractions)
-    begins = [plan.index(j) for j in sorted(set(plan))[1:]]            # the step at which each later model begins
-    # Solvers call at times of the grid, whatever their rounding, and between them: begin a little before.
-    limits = {plan[k]: times[k] + 1e-3 * (times[k - 1] - times[k]) for k in begins}
-
-    def rule(t):
-        return max([plan[0], *(j for j, limit in limits.items() if t <= limit)])
-
-    return rule
-
-
-def stitch_by_time(fractions, T=1000):
-    """The published code's rule: the first model j with 1 - t/T <= fractions[0] + ... + fractions[j], the last if there
-    is none. A threshold on t gives a model its fraction of the steps on an even grid only. T: length of the process."""
-    ends = torch.tensor(fractions).cumsum(0)                           # float32 as published, where it decides a tie
-    ends[ends == 0] = -math.inf                                        # no share, no step
-
-    def rule(t):
-        progress = 1 - torch.as_tensor(t, dtype=torch.float32).cpu() / T
-        return min(int((ends < progress).sum()), len(ends) - 1)
-
-    return rule
-
-
-def stitched(denoisers, rule):
-    """One denoiser of several: denoise(xt, t) is that of the model which the rule names for t, the same time for the
-    whole batch."""
-
-    def denoise(xt, t):
-        return denoisers[rule(float(torch.as_tensor(t).max()))](xt, t)
-
-    return denoise
+# one, `guidance.stitch_by_steps` says, or `stitch_by_time`; `guidance.stitched` makes one denoiser of several.
 
 
 class Stitched(nn.Module):
-    """The published form, a module for chains of T steps, which tell a network the process's time itself:
-    model(x, t, y) is the model that `stitch_by_time` names for t[0]."""
+    """The published form, a module for chains of T steps, which tell a network the process's own time: model(x, t, y)
+    is the model that `guidance.stitch_by_time` names for t[0]."""
 
     def __init__(self, models, fractions, T=1000):
         super().__init__()
         check_fractions(fractions, len(models))
-        self.models, self.rule = nn.ModuleList(models), stitch_by_time(fractions, T)
+        self.models, self.choose_model = nn.ModuleList(models), stitch_by_time(fractions, T)
 
     def forward(self, x, t, y=None):
-        return self.models[self.rule(t[0])](x, t, y)
+        return self.models[self.choose_model(t[0].item())](x, t, y)
 
 
 # ================================================================================================================= DiCo
@@ -1146,24 +1092,29 @@ class Mamba(nn.Module):
             setattr(self, f"dt_proj{b}", nn.Linear(self.rank, D))
             setattr(self, f"A{b}_log", nn.Parameter(torch.arange(1, d_state + 1.0).log().repeat(D, 1)))
             setattr(self, f"D{b}", nn.Parameter(torch.ones(D)))
-            getattr(self, f"A{b}_log").no_decay = getattr(self, f"D{b}").no_decay = True
+            *_, A_log, skip = self.branch(b)
+            A_log.no_decay = skip.no_decay = True
         self.initialise_steps()
+
+    def branch(self, b):
+        """conv1d, x_proj, dt_proj, A_log and D of the branch with this suffix, as published files name them."""
+        return [getattr(self, name) for name in (f"conv1d{b}", f"x_proj{b}", f"dt_proj{b}", f"A{b}_log", f"D{b}")]
 
     def initialise_steps(self):
         """Step sizes: log-uniform in 0.001 .. 0.1 through the bias of dt_proj, the inverse of softplus."""
         for b in self.branches:
-            dt_proj = getattr(self, f"dt_proj{b}")
+            _, _, dt_proj, _, _ = self.branch(b)
             nn.init.uniform_(dt_proj.weight, -self.rank**-0.5, self.rank**-0.5)
             dt = torch.empty_like(dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
             dt_proj.bias.data = dt + torch.log(-torch.expm1(-dt))
 
     def scan(self, x, z, b):
         """The convolution and scan of branch b on x, z (B, N, d_inner)."""
-        conv, dt_proj = getattr(self, f"conv1d{b}"), getattr(self, f"dt_proj{b}")
-        x = F.silu(conv(F.pad(x.transpose(1, 2), (self.d_conv - 1, 0)))).transpose(1, 2)
-        dt, B, C = getattr(self, f"x_proj{b}")(x).split([self.rank, self.d_state, self.d_state], -1)
-        A = -torch.exp(getattr(self, f"A{b}_log").float())
-        return selective_scan(x, dt @ dt_proj.weight.T, A, B, C, getattr(self, f"D{b}"), z, dt_proj.bias, True)[0]
+        conv1d, x_proj, dt_proj, A_log, skip = self.branch(b)
+        x = F.silu(conv1d(F.pad(x.transpose(1, 2), (self.d_conv - 1, 0)))).transpose(1, 2)
+        dt, B, C = x_proj(x).split([self.rank, self.d_state, self.d_state], -1)
+        A = -torch.exp(A_log.float())
+        return selective_scan(x, dt @ dt_proj.weight.T, A, B, C, skip, z, dt_proj.bias, True)[0]
 
     def forward(self, x):
         x, z = self.in_proj(x).chunk(2, -1)
@@ -1576,7 +1527,7 @@ class FlagDiT(Backbone):
         self.nextline = len(sides) > 1 and (bool(text_width) if nextline is None else nextline)
         self.rope, self.ntk_factor, self.rope_scaling, self.base_length = rope, ntk_factor, rope_scaling, base_length
         self.trained, self.text_width, self.text_length = self.counts(sides), text_width, text_length
-        self.null_text = torch.zeros(text_length, text_width)              # where the text is precomputed
+        self.null_text = torch.zeros(text_length, text_width) if text_width else None
         self.channels_out = in_channels * (2 if learn_sigma else 1)
         self.x_embedder = nn.Linear(p * p * in_channels, D)
         self.t_embedder = TimestepEmbedder(condition)
@@ -1687,13 +1638,16 @@ def options_of(name):
     Those of `changed`, which every model has, come last."""
     facts = "image_size", "in_channels", "num_classes", "model"
     own, common = inspect.signature(MODELS[name]).parameters, inspect.signature(changed).parameters
-    return {option: p for option, p in {**common, **own}.items() if option not in facts}
+    return {option: p for option, p in [*own.items(), *((o, p) for o, p in common.items() if o not in own)]
+            if option not in facts}
 
 
 def backbone(name):
-    """The class of a model of the registry, whose attributes (`layers.Backbone`) say what it can."""
+    """The class of a model of the registry, whose attributes (`layers.Backbone`) say what it can before it is built; of
+    an entry that is a function Backbone itself, with the defaults."""
     entry = MODELS[name]
-    return entry.func if isinstance(entry, functools.partial) else entry
+    entry = entry.func if isinstance(entry, functools.partial) else entry
+    return entry if isinstance(entry, type) else Backbone
 
 
 def changed(model, moe: tuple = (), balance: float | None = None, ternary=False, packed=False):
@@ -1723,7 +1677,9 @@ def changed(model, moe: tuple = (), balance: float | None = None, ternary=False,
 def cost(model, shape):
     """(parameters, multiply-accumulates of one image) of a backbone for images of `shape` (C, *sides), see
     `layers.count`."""
-    def empty(*sizes, dtype=torch.float32):
+    own = next(model.parameters()).dtype
+
+    def empty(*sizes, dtype=own):
         return torch.empty(1, *sizes, dtype=dtype, device="meta")
 
     y = empty(dtype=torch.long)

@@ -6,7 +6,7 @@
     balanced       the balance loss, an explicit term of the training loss
     add_experts    the feed-forward networks of any backbone -> MoE;   upcycle: their weights from a dense run
 
-Letters as in layers.py, where T are the tokens of all images in one row; and H, the hidden width of an expert.
+Letters as in layers.py, and M, the hidden width of an expert.
 """
 
 import json
@@ -23,7 +23,7 @@ import runs
 from layers import Mlp, SwiGlu
 
 # ------------------------------------------------------------------------------------------------------------- dispatch
-# dispatch(x (T, D), index (T, K), weight (T, K), gate (E, H, D), up (E, H, D), down (E, D, H)) -> (T, D): the sum of
+# dispatch(x (T, D), index (T, K), weight (T, K), gate (E, M, D), up (E, M, D), down (E, D, M)) -> (T, D): the sum of
 # weight * expert(x) over the experts that `index` names, an expert being down(SiLU(gate x) * up x).
 
 
@@ -270,9 +270,15 @@ class Counter:
 
         self.hooks = [self.model.register_forward_pre_hook(hear)]
         for k, layer in enumerate(self.layers):
-            self.hooks.append(layer.router.register_forward_hook(
-                lambda module, args, output, k=k: self.count(k, output[1])))
+            self.hooks.append(layer.router.register_forward_hook(self.listener(k)))
         return self
+
+    def listener(self, layer):
+        def hear(module, args, output):
+            _, index, _ = output
+            self.count(layer, index)
+
+        return hear
 
     def __exit__(self, *error):
         for hook in self.hooks:

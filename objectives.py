@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import Discrete
-from guidance import compose
+from guidance import check_fractions, compose, stitch_by_steps, stitch_by_time, stitched
 from layers import Text, canvas
-from models import check_fractions, cost, stitch_by_steps, stitch_by_time, stitched
+from models import cost
 from moe import balanced
 from runs import Run
 from samplers import draw, times_of

@@ -2,7 +2,8 @@
 
     config.json     every setting, enough to rebuild the model        ckpt.pt        the newest checkpoint
     metrics.jsonl   one line per log step                             ckpt.prev.pt   the one before
-    loss.png        the curve                                         samples/       step_0001000.png, ...
+    loss.png        the curve                                         ckpt.best.pt   that of the best score, if scored
+    samples/        step_0001000.png, ...
 
 A checkpoint is {config, step, model, ema, optimiser}, plain types and tensors only. Nothing random is stored: data
 order, noise and dropout are functions of (seed, step), so that a run killed at any moment goes on as if it had not
@@ -20,8 +21,8 @@ import torch
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
 HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "device", "accum", "compile", "data_dir",
-            "dry_run", "draw"}
-FILES = ("metrics.jsonl", "loss.png", "score.json", "ckpt.prev.pt", "ckpt.pt", "config.json")
+            "dry_run", "draw", "score_every", "score_n"}
+FILES = ("metrics.jsonl", "loss.png", "score.json", "ckpt.best.pt", "ckpt.prev.pt", "ckpt.pt", "config.json")
 
 
 class Run(str):

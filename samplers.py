@@ -216,7 +216,7 @@ def steps(process, times):
     grid = levels(process, times)
     require(all(i.sigma > 0 for i in grid[:-1]), "no step can begin at the clean image: it may only be the last of the times")
     require(all(i.lam <= j.lam + 1e-9 for i, j in pairwise(grid)), "the times of a walk fall, from noise to the image")
-    return [(i, j._replace(lam=max(i.lam, j.lam))) for i, j in pairwise(grid)]
+    return [(i, j if j.lam - i.lam > 1e-9 else j._replace(lam=i.lam)) for i, j in pairwise(grid)]
 
 
 def at(process, t=None, lam=None, p=None):
@@ -272,13 +272,16 @@ def with_churn(sampler):
     noise takes x up to 1 + gamma times its noise level, gamma = min(s_churn/n, sqrt(2) - 1) between the levels s_min and
     s_max. The sampler then takes one step from there, with what it remembers."""
 
+    has_noise = {"s_noise"} & set(inspect.signature(sampler).parameters)
+
     @functools.wraps(sampler)
     def churned(denoise, x, times, process, noise, memory=None, *, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0,
                 **options):
-        memory = {} if memory is None else memory
+        memory, options = {} if memory is None else memory, options | dict.fromkeys(has_noise, s_noise)
         if not s_churn:
             yield from sampler(denoise, x, times, process, noise, memory, **options)
             return
+        times = torch.as_tensor(times, dtype=torch.float64)
         for n, (i, j) in enumerate(steps(process, times)):
             gamma = min(s_churn / (len(times) - 1), math.sqrt(2) - 1) if s_min <= i.sigma / i.alpha <= s_max else 0.0
             rest = times[n:].clone()
@@ -612,11 +615,9 @@ def dpm3(denoise, x, times, process, noise, memory=None):
         yield x
 
 
-@with_churn
-def singlestep(denoise, x, times, process, noise, memory=None, *, order=2, form="x0", solver="paper", eta=0.0):
-    """DPM-Solver(++) in blocks of `order` grid points, each reached from the block's start with all outputs since:
-    2206.00927, algorithms 1-2; 2211.01095, algorithm 1. One network call a point. solver: "paper", or diffusers'
-    "midpoint" and "heun", says how the second and third point of a block use their slopes."""
+def singlestep(denoise, x, times, process, noise, memory, order, form, solver, eta=0.0, s_noise=1.0):
+    """DPM-Solver(++) in blocks of `order` grid points, each reached from the block's start with all outputs since. solver:
+    "paper", or diffusers' "midpoint" and "heun", says how the second and third point of a block use their slopes."""
     memory = {} if memory is None else memory
     block, grid = memory.setdefault("block", []), steps(process, times)
     for n, (i, j) in enumerate(grid):
@@ -629,17 +630,30 @@ def singlestep(denoise, x, times, process, noise, memory=None, *, order=2, form=
         slopes = [(m_k - m) / (k.lam - start.lam) for k, _, m_k in others if k.lam > start.lam]
         if not j.sigma or start.noise:
             x = ddim_step(d, j)
-        elif len(slopes) == 2 and solver == "heun":
-            curvature = 2 * (slopes[1] - slopes[0]) / (others[1][0].lam - others[0][0].lam)
-            slope = slopes[0] - curvature * (others[0][0].lam - start.lam) / 2
-            x = taylor_step(x, start, j, form, m, slope, curvature, eta=eta)
-        else:
+        elif len(slopes) == 2 and solver == "heun":                            # a parabola through all three
+            (s1, s2), (D1, D2) = [k for k, *_ in others], slopes
+            curvature = 2 * (D2 - D1) / (s2.lam - s1.lam)
+            x = taylor_step(x, start, j, form, m, D1 - (s1.lam - start.lam) / 2 * curvature, curvature, eta=eta)
+        else:                                                                  # a line through the first and the newest
             half = len(slopes) == 1 and (solver == "midpoint" or solver == "paper" and memory["size"] == 2)
             x = taylor_step(x, start, j, form, m, *slopes[-1:], solver="midpoint" if half else "heun", eta=eta)
-        if eta and j.sigma:
-            x = x + noise_of(form, eta, start, j) * fresh(noise, x, start, j)
+        if eta and j.sigma and not start.noise:
+            x = x + s_noise * noise_of(form, eta, start, j) * fresh(noise, x, start, j)
         block[:] = [] if len(block) >= memory["size"] else block
         yield x
+
+
+@with_churn
+def dpm_solver(denoise, x, times, process, noise, memory=None, *, order=3, solver="paper"):
+    """DPM-Solver-3 in blocks of 3 grid points, on eps, 2206.00927, algorithm 2: one network call a point."""
+    yield from singlestep(denoise, x, times, process, noise, memory, order, "eps", solver)
+
+
+@with_churn
+def dpmpp_singlestep(denoise, x, times, process, noise, memory=None, *, order=2, solver="paper", eta=0.0, s_noise=1.0):
+    """DPM-Solver++ in blocks of 2 grid points, on x0, 2211.01095, algorithm 1: one network call a point (eta 1: its
+    SDE)."""
+    yield from singlestep(denoise, x, times, process, noise, memory, order, "x0", solver, eta, s_noise)
 
 
 def noise_of(form, eta, i, j):
@@ -870,7 +884,8 @@ def dpmpp_3m_sde(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_n
 
 def dpm_solver_2m_sde(denoise, x, times, process, noise, memory=None, *, s_noise=1.0, solver="midpoint",
                       lower_final=True):
-    """SDE-DPM-Solver(2M), 2211.01095, section 5: the SDE with eps, not x0, extrapolated from two points."""
+    """SDE-DPM-Solver(2M), 2211.01095, section 5: the SDE with eps, not x0, extrapolated from two points. Not among the
+    names: its noise grows as e^h, so that it diverges in the 20 steps for which one takes a solver."""
     outputs, grid = outputs_of(memory), steps(process, times)
     for n, (i, j) in enumerate(grid, 1):
         d, h = denoise(x, i.t), j.lam - i.lam
@@ -1009,9 +1024,9 @@ def diffusion_coefficient(process, i, form, norm):
 
 
 def sit_sde(denoise, x, times, process, noise, memory=None, *, diffusion="sigma", norm=1.0, method="euler",
-            last="mean", s_noise=1.0):
-    """SiT's SDE sampler, 2401.08740: drift velocity - w score, noise sqrt(2 w dt), any diffusion w(t) >= 0. last: into
-    the clean image by "mean" (the drift alone), "tweedie" (x0) or "ode" (the velocity alone)."""
+            last_step="tweedie", s_noise=1.0):
+    """SiT's SDE sampler, 2401.08740: drift velocity - w score, noise sqrt(2 w dt), any diffusion w(t) >= 0. last_step:
+    into the clean image by "mean" (the drift alone), "tweedie" (x0), "ode" (the velocity alone) or "none" (as any)."""
 
     def drift(x, i, score=1.0):                                                           # towards the data
         d = denoise(x, i.t)
@@ -1020,9 +1035,9 @@ def sit_sde(denoise, x, times, process, noise, memory=None, *, diffusion="sigma"
 
     for i, j in steps(process, times):
         dt = i.t - j.t
-        if j.t == times[-1]:
-            x0, k = drift(x, i, score=float(last != "ode"))
-            x = x0 if last == "tweedie" else x + dt * k
+        if j.t == times[-1] and last_step != "none":
+            x0, k = drift(x, i, score=float(last_step != "ode"))
+            x = x0 if last_step == "tweedie" else x + dt * k
         else:
             w = diffusion_coefficient(process, i, diffusion, norm)
             x_hat = x + math.sqrt(2 * w * dt) * s_noise * fresh(noise, x, i, j)
@@ -1099,8 +1114,8 @@ def tcd(denoise, x, times, process, noise, memory=None, *, eta=0.3, s_noise=1.0)
 
 
 def flow_map(denoise, x, times, process, noise, memory=None):
-    """Flow maps, AnyFlow, 2605.13724: a network of two times gives the mean velocity from t to r; x_r = x_t + (r - t) u.
-    It is told r too: model(x, t, y, r=r)."""
+    """Flow maps, AnyFlow, 2605.13724: a network of two times gives the mean velocity u from t to r, x_r = x_t + (r - t) u.
+    It is called as model(x, t, y, r=r) and says so by an attribute two_times; any other gives Euler's step."""
     for i, j in steps(process, times):
         x = along(x, i, j, process.slope(denoise(x, i.t, j.t)))
         yield x
@@ -1239,13 +1254,6 @@ class Brownian:
 # -------------------------------------------------------------------------------------------------------------- drawing
 
 
-def instance(sampler, line, **fixed):
-    """A sampler with other defaults; line: what it is."""
-    sampler = functools.partial(sampler, **fixed)
-    sampler.__doc__ = line
-    return sampler
-
-
 SAMPLERS: dict[str, Callable] = {
     "ddpm": ddpm,
     "ddim": ddim,
@@ -1264,14 +1272,13 @@ SAMPLERS: dict[str, Callable] = {
     "dpm2-ancestral": dpm2_ancestral,
     "dpm3": dpm3,
     "dpm-adaptive": dpm_adaptive,
-    "dpm-solver": instance(singlestep, "DPM-Solver-3, 2206.00927, in blocks of 3 grid points, on eps", order=3, form="eps"),
+    "dpm-solver": dpm_solver,
     "dpm-solver-2m": dpm_solver_2m,
-    "dpm-solver-2m-sde": dpm_solver_2m_sde,
     "dpm-solver-3m": dpm_solver_3m,
     "dpmpp-2s": dpmpp_2s,
     "dpmpp-2s-ancestral": dpmpp_2s_ancestral,
     "dpmpp-sde": dpmpp_sde,
-    "dpmpp-singlestep": instance(singlestep, "DPM-Solver++ singlestep, 2211.01095: blocks of 2 grid points, on x0"),
+    "dpmpp-singlestep": dpmpp_singlestep,
     "dpmpp-2m": dpmpp_2m,
     "dpmpp-2m-sde": dpmpp_2m_sde,
     "dpmpp-3m": dpmpp_3m,
@@ -1326,8 +1333,17 @@ def draw(process, denoise, x, *, sampler="dpmpp-2m", steps=30, grid=None, times=
         yield from walk(denoise, x, times, process, noise, **options)
 
 
+# On a chain these walk the process's own grid, improved DDPM's, which ends with a long step in lambda from t = T/n to 0.
+# Over that no solver can extrapolate: the others begin at the noisiest step and end at T/n (trailing), and leave out the
+# steps of the cosine table above sigma/alpha = e^5.1, as DPM-Solver does. docs/samplers.md has the experiment.
+FIRST_ORDER = (ddpm, ddim, ddim_inversion, euler, euler_ancestral, flow_ancestral, repaint)
+
+
 def times_of(process, steps, sampler="dpmpp-2m", grid=None, last="clean", lambda_min=None):
-    """`grid_times` with the grid that suits the sampler where none is asked for."""
+    """`grid_times`, with what suits the sampler where no grid is asked for."""
+    walk = choose(SAMPLERS, sampler, "sampler")
+    if grid is None and isinstance(process, Discrete) and getattr(walk, "func", walk) not in FIRST_ORDER:
+        grid, lambda_min = "trailing", -5.1 if lambda_min is None else lambda_min
     return grid_times(process, steps, grid, last, lambda_min)
 
 

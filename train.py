@@ -28,6 +28,7 @@ import figures
 import objectives
 import optim
 import runs
+import scores
 from build import number, positive
 
 RECIPE = Path(__file__).parent / "recipes" / "shapes.txt"            # read where no flag is given
@@ -109,6 +110,10 @@ def flags(every=True):
           ("--log-every", 20, "steps between lines of metrics.jsonl", whole),
           ("--save-every", 500, "steps between checkpoints", whole),
           ("--sample-n", 64, "images in a picture", whole),
+          ("--score-every", 0, "steps between measurements of class accuracy and Frechet distance (a classifier of the "
+           "data set, trained once); the best checkpoint is kept as ckpt.best.pt; 0: none",
+           {"type": build.count(0, 10**9), "metavar": "N"}),
+          ("--score-n", 256, "images drawn for one", whole),
           ("--dry-run", False, "print the settings as JSON and leave", switch),
           ("--list", None, "print everything there is to choose from (what holds WORD) and leave",
            {"nargs": "?", "const": "", "metavar": "WORD"}),
@@ -222,6 +227,7 @@ def picture(objective, config, options, stop):
 
 def loss_curve(entries):
     """The loss over the steps, raw and averaged, as a picture."""
+    entries = [e for e in entries if "loss" in e]                   # not those of a score
     steps, raw = [e["step"] for e in entries], [e["loss"] for e in entries]
     width = max(1, len(raw) // 50)
     windows = [raw[max(0, k - width):k + 1] for k in range(len(raw))]
@@ -297,6 +303,17 @@ class Record:
             "config": self.config, "step": step, "model": objective.state_dict(),
             "ema": averages.model.state_dict(), "optimiser": optimiser.state_dict()})
 
+    def score(self, step, scorer, averages, options):
+        """Measure what the averaged weights draw, log it, and keep the checkpoint (just saved) if it is the best."""
+        result = scorer(averages.model, options)
+        best = min((e["frechet"] for e in self.entries if "frechet" in e), default=math.inf)
+        entry = {"step": step} | result
+        runs.log(self.folder, entry)
+        self.entries.append(entry)
+        if result["frechet"] < best:
+            runs.write(self.folder / "ckpt.best.pt", lambda path: runs.link(self.folder / "ckpt.pt", path))
+        self.clock = time.perf_counter()
+
     def show(self, step, averages, options, stop):
         """The pictures, after the checkpoint: what goes wrong here is a warning."""
         try:
@@ -344,6 +361,7 @@ def train():
     writer = place.rank == 0
     if writer:
         print(headline(config, dataset, parameters, macs, place), "|", folder, f"from step {first:,}" if first else "")
+    scorer = scores.Scorer(config, dataset, place.device) if writer and config["score_every"] else None
     record = Record(folder, config, first, writer)
     weights = optim.trained(objective)
     stop, step = runs.Stop(), first
@@ -372,9 +390,12 @@ def train():
         if entry := record.log(step, means, last, grad_norm=norm, lr=rate):
             bar.set_postfix_str(f"loss {entry['loss']:.4f}, {entry['images_per_s']:,.0f} images/s", refresh=False)
         drawn = step == config["steps"] or (config["sample_every"] and step % config["sample_every"] == 0)
-        saved = step % config["save_every"] == 0 or last
+        scored = scorer and (step % config["score_every"] == 0 or last)
+        saved = step % config["save_every"] == 0 or last or scored
         if writer and saved:
             record.save(step, objective, averages, optimiser)
+        if scored and not stop:
+            record.score(step, scorer, averages, options)
         if writer and (saved or drawn):
             record.show(step, averages, options if drawn else None, stop)
         if stopping > 0:

@@ -6,8 +6,11 @@ from published import chain, compare, gradients, guided, output_of, watched
 import convert
 import diffusion
 import objectives
+from guidance import clipped
+from guidance import guided as guide
 from layers import Backbone, position_table, timestep_embedding
 from models import create_model
+from samplers import SAMPLERS
 
 
 def check(case):
@@ -38,7 +41,7 @@ def guidance(case, model):
     unconditional = model(x, t, null)
     # The published batch holds both halves: the second keeps the unconditional variance and fourth channel.
     return {"cond": model(x, t, y), "uncond": unconditional, "out_first3": first3,
-            "out_all_channels": output_of(diffusion.guided(cond, uncond, scale)(x, t)),
+            "out_all_channels": output_of(guide(cond, uncond, scale)(x, t)),
             "out_first3_second_half": torch.cat([first3[:, :3], unconditional[:, 3:]], 1)}
 
 
@@ -68,18 +71,17 @@ def sampling(case, model):
     times = torch.tensor([*reversed(kept), -1], dtype=torch.float64)
     denoise = guided(process, model, y, torch.full_like(y, case.config["num_classes"]), case.meta["cfg_scale"])
     if case.meta["clip_denoised"]:
-        denoise = diffusion.clipped(denoise, process)
+        denoise = clipped(denoise, process)
 
     def walk(sampler, **options):
         pool = iter(noises)
-        return torch.stack(list(diffusion.SAMPLERS[sampler](denoise, z, times, process, lambda shape: next(pool),
-                                                            **options)))
+        return torch.stack(list(SAMPLERS[sampler](denoise, z, times, process, lambda shape: next(pool), **options)))
 
     t, s = times[:-1], times[1:]
     _, _, log_small, log_large = process.posterior(t, s)
     log_small = torch.cat([log_small[:-1], log_small[-2:-1]])           # the last, -inf, is published as its neighbour
     with torch.no_grad():
-        ddpm, ddim, d = walk("ddpm"), walk("ddim", eta=case.meta["ddim_eta"]), denoise(z, times[0])
+        ddpm, ddim, d = walk("ddpm"), walk("ddim", eta=case.meta["ddim_eta"]), denoise(z, times[0].item())
         x0_factor, xt_factor, small, large = process.posterior(t[:1], s[:1])
     ours = {"timestep_map": torch.tensor(kept), "betas_respaced": log_large.exp().flip(0),
             "posterior_log_variance_clipped": log_small.flip(0), "ddpm_steps": ddpm, "ddpm_final": ddpm[-1],

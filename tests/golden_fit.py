@@ -10,7 +10,9 @@ import convert
 import data
 import diffusion
 import objectives
+from guidance import guided, power_cosine
 from layers import Text, canvas, rope_2d, rope_factor, rope_frequencies, rotate
+from samplers import SAMPLERS, grid_times
 
 ROPES = {"normal": "direct", "linear": "pi", "ntk-aware": "ntk", "ntk-aware-pro1": "ntk-pro1",
          "ntk-aware-pro2": "ntk-pro2"}
@@ -62,30 +64,30 @@ def guidance(case, model, y, null):
             return diffusion.Denoised(model(x, t, y), model(x, t, y))
         return denoise
 
-    def guided(x, t):
+    def denoise(x, t):
         rows = [slice(k, k + 1) for k in range(len(x))]
-        return torch.cat([diffusion.guided(output(y[row]), output(null[row]), scale(case.meta, t[row]), channels=3)(
+        return torch.cat([guided(output(y[row]), output(null[row]), scale(case.meta, t[row]), channels=3)(
             x[row], t[row]).eps for row in rows])
 
-    return guided
+    return denoise
 
 
 def scale(meta, t):
     """FiT's guidance at t = 1 - share; scale_pow 0 is a constant one."""
     if not meta.get("scale_pow"):
         return meta["cfg_scale"]
-    return objectives.power_cosine(meta["cfg_scale"], 1 - min(t.item(), 1), meta["scale_pow"])
+    return power_cosine(meta["cfg_scale"], 1 - min(t.item(), 1), meta["scale_pow"])
 
 
-def euler(case, guided, x):
+def euler(case, network, x):
     process = convert.Reversed("flow", shift=case.meta["euler"]["shift"])
-    times = process.times(case.meta["euler"]["num_steps"] - 1, "uniform")
+    times = grid_times(process, case.meta["euler"]["num_steps"] - 1, "uniform")
 
     def denoise(x, t):
         t = torch.as_tensor(t).float().expand(len(x))
-        return process.denoised(guided(x, process.network_time(t)), x, t)
+        return process.denoised(network(x, process.network_time(t)), x, t)
 
-    *_, last = diffusion.SAMPLERS["euler"](denoise, x, times, process, torch.randn)
+    *_, last = SAMPLERS["euler"](denoise, x, times, process, torch.randn)
     return {"sample": last, "times": (1 - times).float()}
 
 

@@ -7,6 +7,7 @@ from published import compare, gradients, output_of, same, watched
 import convert
 import diffusion
 import scans
+from guidance import guided
 from layers import Text
 from models import DRWKVBlock, q_shift
 
@@ -58,7 +59,7 @@ def guidance(case, model, condition):
 
     halves = [half_of(slice(half)), half_of(slice(half, None))]
     with torch.no_grad():
-        first = diffusion.guided(*halves, case.config["cfg_scale"], channels=3)(x, None).eps[:, :3]
+        first = guided(*halves, case.config["cfg_scale"], channels=3)(x, None).eps[:, :3]
         rest = [output_of(denoise(x, None))[:, 3:] for denoise in halves]
     same(torch.cat([torch.cat([first, r], 1) for r in rest]), case.outputs["y_cfg"], "y_cfg")
 

@@ -7,7 +7,9 @@ from published import chain, compare, guided, same, watched
 import convert
 import diffusion
 import moe
+from guidance import guided as guide
 from models import create_model
+from samplers import SAMPLERS, grid_times
 
 
 def check(case):
@@ -120,14 +122,14 @@ def flow(case, model):
     ours = {"t": t, "loss_per_sample": process.loss(model, x0, y, t, noise)["loss"]}
     ours["loss"] = ours["loss_per_sample"].mean()[None]
     null, kept = torch.full_like(y, case.config["num_classes"]), []
-    denoise = diffusion.guided(process.denoiser(model, y), process.denoiser(model, null), case.meta["cfg_scale"])
+    denoise = guide(process.denoiser(model, y), process.denoiser(model, null), case.meta["cfg_scale"])
 
     def keeping(x, t):
         kept.append(denoise(x, t))
         return kept[-1]
 
     with torch.no_grad():
-        walk = diffusion.SAMPLERS["euler"](keeping, z, process.times(case.meta["sample_steps"]), process, None)
+        walk = SAMPLERS["euler"](keeping, z, grid_times(process, case.meta["sample_steps"]), process, None)
         ours["trajectory"] = torch.stack([z, *walk])
     return ours | {"x0_predictions": torch.stack([d.x0 for d in kept]), "final": ours["trajectory"][-1]}
 
@@ -162,7 +164,7 @@ def routing_of_samples(case, model):
         for z, y, noises in zip(case.inputs["z"], case.inputs["y"], case.inputs["noises"]):
             denoise = guided(process, model, y[None], torch.full_like(y[None], null), case.meta["cfg_scale"])
             pool = iter(noises)
-            walk = diffusion.SAMPLERS["ddpm"](denoise, z[None], times, process, lambda shape: next(pool)[None])
+            walk = SAMPLERS["ddpm"](denoise, z[None], times, process, lambda shape: next(pool)[None])
             for counter.step, x in enumerate(walk, start=1):            # noqa: B007
                 pass
             finals.append(x[0])

@@ -5,7 +5,8 @@ from published import chain, compare, guided, same
 
 import convert
 import diffusion
-from models import stitch_by_steps, stitch_by_time, stitched
+from guidance import clipped, stitch_by_steps, stitch_by_time, stitched
+from samplers import SAMPLERS, grid_times
 
 
 def check(case):
@@ -19,10 +20,10 @@ def trajectory(case):
     z, y, noises = (case.inputs[k] for k in ("z", "y", "noises"))
     null = torch.full_like(y, c["num_classes"])
     parts = [guided(process, part, y, null, case.meta["cfg_scale"]) for part in model.models]
-    rule, times, chosen, kept = model.rule, process.times(case.meta["steps"]), [], []
+    rule, times, chosen, kept = model.choose_model, grid_times(process, case.meta["steps"]), [], []
     denoise = stitched(parts, rule)
     if case.meta["clip_denoised"]:
-        denoise = diffusion.clipped(denoise, process)
+        denoise = clipped(denoise, process)
 
     def keeping(x, t):
         chosen.append(rule(t))
@@ -31,11 +32,11 @@ def trajectory(case):
 
     pool, options = iter(noises), {"eta": case.meta["eta"]} if case.meta["solver"] == "ddim" else {}
     with torch.no_grad():
-        sampler = diffusion.SAMPLERS[case.meta["solver"]]
+        sampler = SAMPLERS[case.meta["solver"]]
         steps = list(sampler(keeping, z, times, process, lambda shape: next(pool), **options))
         for t in times[:-1]:                           # the module is the model that the rule names
             t = t.float().expand(len(z))
-            assert torch.equal(model(z, t, y), model.models[rule(t[0])](z, t, y))
+            assert torch.equal(model(z, t, y), model.models[rule(t[0].item())](z, t, y))
     compare(case, {"model_index": torch.tensor(chosen), "timesteps": times[:-1], "steps": torch.stack(steps),
                    "final": steps[-1], "pred_xstart": torch.stack([d.x0 for d in kept])})
 

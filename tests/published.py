@@ -3,6 +3,7 @@
 import torch
 
 import diffusion
+import guidance
 
 
 def same(ours, theirs, what, tolerance=1e-5):
@@ -69,7 +70,7 @@ def guided(process, model, y, null, scale):
     """The model's denoiser under guidance of its first three channels, as published with DiT; no guidance for scale
     None."""
     cond = process.denoiser(model, y)
-    return cond if scale is None else diffusion.guided(cond, process.denoiser(model, null), scale, channels=3)
+    return cond if scale is None else guidance.guided(cond, process.denoiser(model, null), scale, channels=3)
 
 
 def output_of(d):

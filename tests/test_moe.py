@@ -39,7 +39,8 @@ def test_both_dispatches_agree(T, E, K, allowed):
     ends = index.flatten().bincount(minlength=E).cumsum(0)
     rows = [v.float() for v in (x[torch.arange(T * K) % T], m.gate, m.up, m.down)]
     rows.insert(1, ends)                                  # the GPU's products, which torch also knows on CPUs
-    torch.testing.assert_close(moe.products(*rows), moe.slices(*rows))
+    theirs, ours = moe.products(*rows), moe.slices(*rows)
+    assert (theirs - ours).norm() < 1e-4 * ours.norm()
 
 
 def test_a_layer_is_its_formula():
@@ -77,41 +78,52 @@ def test_balance_loss():
 
 
 def test_training_adds_the_balance_loss_and_evaluation_does_not():
-    """The gradient is the task's plus alpha times the layers' losses'; half the task is not half of both. In evaluation
-    mode routed experts have gradients all the same."""
+    """The gradient is the task's plus the model's weight times the layers' losses'; half the task is not half of both.
+    In evaluation mode routed experts have gradients all the same. float64: a sum of gradients is linear there."""
     torch.manual_seed(0)
-    model = create_model("dit-moe-nano", 8, hidden_size=24, num_heads=2, depth=2)
+    model = create_model("dit-moe-nano", 8, hidden_size=24, num_heads=2, depth=2).double()
     for p in model.parameters():
         p.data.normal_(std=0.3) if p.requires_grad else None
-    objective = objectives.Diffusion(model, create_process("flow"), (3, 8, 8), 10, balance=0.5)
-    batch = {"x": torch.randn(4, 3, 8, 8), "y": torch.arange(4)}
+    objective = objectives.Diffusion(model, create_process("flow"), (3, 8, 8), 10)
+    batch = {"x": torch.randn(4, 3, 8, 8).double(), "y": torch.arange(4)}
     weights = [p for p in model.parameters() if p.requires_grad]
 
-    def gradients(alpha, part="loss"):
-        objective.balance = alpha
+    def gradients(balance):
+        model.balance = balance
         losses = objective.loss(batch | {"noise": objectives.StepNoise(0, 0, 4)})
-        return torch.cat([g.flatten() for g in torch.autograd.grad(losses[part], weights)]), losses
+        return torch.cat([g.flatten() for g in torch.autograd.grad(losses["loss"], weights)]), losses
 
     task, _ = gradients(0.0)
     half, losses = gradients(0.5)
     whole, _ = gradients(1.0)
-    assert (whole + task - 2 * half).norm() < 1e-4 * (whole - task).norm()
-    assert losses["loss"].item() == pytest.approx(losses["mse"].item() + 0.5 * 2 * losses["balance"].item(), rel=1e-5)
+    assert (whole + task - 2 * half).norm() < 1e-9 * (whole - task).norm()
+    assert losses["loss"].item() == pytest.approx(losses["mse"].item() + 0.5 * 2 * losses["balance"].item(), rel=1e-9)
     assert losses["balance"] >= 1 - 1e-3 and losses["load_cv"] > 0
     objective.eval()
     plain, losses = gradients(0.5)
     assert "balance" not in losses and plain.norm() > 0
-    assert model.blocks[0].mlp.gate.requires_grad
     losses = objective.loss(batch | {"noise": objectives.StepNoise(0, 0, 4)})
     assert torch.autograd.grad(losses["loss"], model.blocks[0].mlp.gate)[0].abs().sum() > 0
 
 
-def test_a_compiled_layer_is_the_layer():
-    m, x = layer().float().train(), tokens(20).float()
-    y, compiled = m(x), torch.compile(m, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), y)
-    loss = moe.balanced(m, 0.0, 1.0)["loss"]
-    assert torch.autograd.grad(loss, m.router.weight)[0].abs().sum() > 0
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_layer_is_the_layer(backend):
+    """In values and gradients, whatever the routing; the dispatch is left to Python, so no batch compiles anything
+    again."""
+    torch._dynamo.reset()
+    m = layer().train()
+    compiled, graphs = torch.compile(m, backend=backend), []
+    for seed in range(4):
+        x = tokens(20, seed=seed)
+        torch.testing.assert_close(compiled(x), m(x), rtol=1e-10, atol=1e-10)
+        compiled(x)
+        losses, _ = moe.balance_losses(m)
+        assert torch.autograd.grad(losses.sum(), m.router.weight)[0].abs().sum() > 0
+        gradients = [torch.autograd.grad(f(x).square().sum(), [x, m.gate, m.router.weight]) for f in (compiled, m)]
+        for ours, theirs in zip(*gradients):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -178,14 +190,14 @@ def test_upcycling():
     """Renormalised weights keep the dense model's function; as published the routed branch shrinks to about K/E."""
     torch.manual_seed(0)
     size = dict(image_size=8, hidden_size=24, num_heads=2, depth=2)
-    dense = create_model("dit-moe-nano", **size, num_experts=1, top_k=1).eval()
+    dense = create_model("dit-moe-nano", **size, num_experts=1, top_k=1).double().eval()
     for p in dense.parameters():
         p.data.normal_(std=0.3) if p.requires_grad else None
-    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 600.0]), torch.tensor([1, 10])
-    same, published = (create_model("dit-moe-nano", **size, renormalise=r).eval() for r in (True, False))
+    x, t, y = torch.randn(2, 3, 8, 8).double(), torch.tensor([10.0, 600.0]).double(), torch.tensor([1, 10])
+    same, published = (create_model("dit-moe-nano", **size, renormalise=r).double().eval() for r in (True, False))
     for model in (same, published):
         moe.upcycle(model, dense.state_dict())
-    torch.testing.assert_close(same(x, t, y), dense(x, t, y), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(same(x, t, y), dense(x, t, y), rtol=1e-9, atol=1e-9)
     assert (published(x, t, y) - dense(x, t, y)).norm() > 0.05 * dense(x, t, y).norm()
     with pytest.raises(ValueError, match="cannot be upcycled.*num_experts=1"):
         moe.upcycle(same, create_model("dit-nano", 8).state_dict())
@@ -199,7 +211,7 @@ def test_counts_agree():
     with moe.Counter(model, 10, 4) as counter:
         y = torch.tensor([0, 3, 3])
         noise = objectives.ImageNoise(0, range(3))
-        walk = objective.trajectory(noise((3, 3, 8, 8)), y, noise=noise, sampler="ddpm", steps=4, guidance=2.0)
+        walk = objective.trajectory(noise, y, sampler="ddpm", steps=4, guidance=2.0)
         for counter.step, _ in enumerate(walk, start=1):
             pass
     sums = counter.classes.sum(0), counter.positions.sum(1), counter.steps.sum(1)
@@ -255,7 +267,7 @@ def test_training_step_speed():
     x, y = torch.randn(8, 4, 32, 32), torch.arange(8)
     calls = {}
     for name, model in models.items():
-        objective = objectives.Diffusion(model, create_process("linear"), (4, 32, 32), 1000, balance=0.01)
+        objective = objectives.Diffusion(model, create_process("linear"), (4, 32, 32), 1000)
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
 
         def step(objective=objective, optimiser=optimiser):

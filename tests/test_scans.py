@@ -10,24 +10,24 @@ import scans
 LENGTHS = [1, 2, 63, 64, 65, 257]
 
 
-def draw(*shapes, dtype=torch.float64, seed=0):
+def leaves(*shapes, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
 def selective(L, B=2, D=3, S=4, **options):
-    u, delta, A, b, C, skip, z, bias, state = draw((B, L, D), (B, L, D), (D, S), (B, L, S), (B, L, S), (D,), (B, L, D),
-                                                   (D,), (B, D, S), **options)
+    u, delta, A, b, C, skip, z, bias, state = leaves(
+        (B, L, D), (B, L, D), (D, S), (B, L, S), (B, L, S), (D,), (B, L, D), (D,), (B, D, S), **options)
     A = (-A.detach().exp()).requires_grad_()
     return [u, delta, A, b, C, skip, z, bias, True, state]
 
 
 def wkv(L, B=2, C=3, **options):
-    return draw((C,), (C,), (B, L, C), (B, L, C), **options)
+    return leaves((C,), (C,), (B, L, C), (B, L, C), **options)
 
 
 def heads(L, **options):
-    return draw((1, 2, L, 3), (1, 2, L, 3), (1, 2, L, 3), **options)
+    return leaves((1, 2, L, 3), (1, 2, L, 3), (1, 2, L, 3), **options)
 
 
 FORMS = {"selective": (scans.selective_scan, scans.selective_scan_plain, selective),
@@ -59,7 +59,7 @@ def test_fast_is_plain(form, L):
 
 @pytest.mark.parametrize("T", [1, 2, 17, 64, 257])
 def test_chunks_and_direction_do_not_matter(T):
-    x, start = (v.detach() for v in draw((T, 2, 3), (2, 3)))
+    x, start = (v.detach() for v in leaves((T, 2, 3), (2, 3)))
     a = torch.rand(T, 2, 3, dtype=torch.float64)
     for reverse in (False, True):
         h, plain = start, torch.empty_like(x)
@@ -106,7 +106,7 @@ def test_limits_of_bi_wkv():
     without = scans.bi_wkv(0 * w, u - 1e4, k, v)
     assert not torch.allclose(without, mean) and torch.equal(without, scans.bi_wkv(0 * w, u - 2e4, k, v))
     w, u, k, v = wkv(50)
-    g = draw((2, 50, 3), seed=1)[0].detach()
+    g = leaves((2, 50, 3), seed=1)[0].detach()
     (scans.bi_wkv(w, u, k, v) * g).sum().backward()
     torch.testing.assert_close(k.grad.sum(1), torch.zeros(2, 3, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(v.grad.sum(1), g.sum(1))
@@ -137,9 +137,9 @@ def test_extremes_are_finite_and_right(dtype):
              (scans.bi_wkv, scans.bi_wkv_plain, (-w.abs() * 3, first * 20, k * 20, v)),
              (scans.linear_attention, scans.linear_attention_plain, [100 * x for x in heads(300, dtype=dtype)])]
     for fast, plain, inputs in cases:
-        leaves = [i.detach().requires_grad_() if isinstance(i, torch.Tensor) else i for i in inputs]
+        given = [i.detach().requires_grad_() if isinstance(i, torch.Tensor) else i for i in inputs]
         with torch.autocast("cpu", torch.bfloat16):
-            out = fast(*leaves)
+            out = fast(*given)
         out = out[0] if isinstance(out, tuple) else out
         out.float().sum().backward()
         with torch.no_grad():
@@ -147,7 +147,7 @@ def test_extremes_are_finite_and_right(dtype):
         exact = exact[0] if isinstance(exact, tuple) else exact
         error = (out.double() - exact).norm() / exact.norm()
         assert error < (1e-4 if dtype == torch.float32 else 1e-2)
-        assert all(i.grad.isfinite().all() for i in leaves if isinstance(i, torch.Tensor))
+        assert all(i.grad.isfinite().all() for i in given if isinstance(i, torch.Tensor))
 
 
 def test_softplus_is_the_identity_when_large():
@@ -165,7 +165,7 @@ def test_fast_forms_are_fast(form, shapes, bar):
     import statistics
     import time
     fast, plain, make = FORMS[form]
-    inputs = draw(*[shapes] * 3, dtype=torch.float32) if form == "linear" else make(
+    inputs = leaves(*[shapes] * 3, dtype=torch.float32) if form == "linear" else make(
         1024, B=1, dtype=torch.float32, **shapes)
     times = {fast: [], plain: []}
     for k in range(8):

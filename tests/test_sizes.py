@@ -1,6 +1,7 @@
 """Images of any size in one batch, and every modality as a sequence: RoPE, FiT, Flag-DiT, and what feeds them."""
 
 import math
+import re
 import wave
 
 import numpy as np
@@ -19,8 +20,20 @@ import objectives
 import runs
 import sample
 import train
-from layers import ROPE, Padding, Text, canvas, cropped, rope_2d, rope_frequencies, rotate, sequence
-from models import DiT, FiT, FiTBlock, FlagBlock, FlagDiT, cost, create_model
+from layers import (
+    ROPE,
+    Layout,
+    PaddedLayout,
+    Text,
+    canvas,
+    cropped,
+    pack,
+    rope_2d,
+    rope_frequencies,
+    rotate,
+    sequence,
+)
+from models import DiT, FiT, FiTBlock, FlagBlock, FlagDiT, create_model
 
 SIZES = [(32, 32), (16, 48), (40, 24), (8, 8)]
 SMALL = dict(hidden_size=32, depth=2, num_heads=2, in_channels=3, num_classes=5)
@@ -37,6 +50,11 @@ def lively(model):
         if p.ndim == 1:
             p.data = p * (50 if name.endswith(("gate", "_token")) else 5) + name.endswith("weight")
     return model
+
+
+def doubles(**options):
+    x, t, y = inputs(**options)
+    return x.double(), t.double(), y
 
 
 def text(B=4, L=5, width=12):
@@ -117,8 +135,36 @@ def test_sequences():
     assert place[0].tolist() == [0, 1, 2, n, 3, 4, 5, n, n + 1, 6, 7, 8, n, 9, 10, 11, n, n + 1]
     assert place[1].tolist() == [0, 1, n, n + 1] + 14 * [n + 2] and mask.sum(1).tolist() == [18, 4]
     assert sequence((1, 2, 3))[0].tolist() == [[0, 1, 2, 3, 4, 5]] and sequence((1, 2, 3))[1] is None
-    padding, x = Padding.of(mask, "cpu"), normal(22, 1, 5)
-    assert torch.equal(padding.unpadded(padding.padded(x[:, 0])), x) and padding.image.tolist() == 18 * [0] + 4 * [1]
+    place, _, _, _ = sequence((1, 2, 3), torch.tensor([[1, 2, 3], [1, 2, 2]]), nextline=True)      # its docstring's
+    assert place.tolist() == [[0, 1, 2, 6, 3, 4, 5, 6], [0, 1, 6, 3, 4, 6, 8, 8]]
+
+
+@pytest.mark.parametrize("shape, sizes", [
+    ((2, 3, 8, 12), None), ((2, 3, 8, 12), [[8, 12], [4, 6]]), ((2, 3, 8, 12), [[8, 4], [4, 8]]),
+    ((2, 3, 2, 4, 6), None), ((2, 3, 2, 4, 6), [[2, 4, 6], [1, 4, 2]]), ((2, 3, 5), None), ((2, 3, 5), [[5], [3]])])
+@pytest.mark.parametrize("special", [(False, False), (True, False), (True, True)])
+def test_what_is_packed_is_unpacked(shape, sizes, special):
+    """unpack inverts pack, zero beyond each image; a token holds its patch, channels slowest; every method of a padded
+    layout leaves the real tokens as they are."""
+    x, p = normal(*shape), 1 if len(shape) == 3 else 2
+    tokens, layout = pack(x, p, sizes and torch.tensor(sizes), *special)
+    back = layout.unpack(tokens)
+    own = x if sizes is None else torch.zeros_like(x)
+    for image, given, size in zip(own, x, sizes or ()):
+        place = (slice(None), *map(slice, size))
+        image[place] = given[place]
+    assert torch.equal(back, own)
+    assert torch.equal(tokens[0, 0].view(3, p, p)[:, 0, 0], x.flatten(2)[0, :, 0])
+    last = tokens.unflatten(2, (3, p * p)).transpose(2, 3).flatten(2)
+    assert torch.equal(layout.unpack(last, channels_last=True), back)
+    padded = len(set(layout.lengths.tolist())) > 1
+    assert isinstance(layout, PaddedLayout) == padded and type(layout) in (Layout, PaddedLayout)
+    assert torch.equal(layout.unpadded(layout.padded(tokens)), tokens)
+    heads, = layout.heads(tokens[:, None])
+    assert torch.equal(layout.unpadded(heads[:, 0]), tokens)
+    c = normal(2, 10)
+    first, second = layout.modulation(c, 2)
+    assert torch.equal(first[:1], c[:1, :5]) and torch.equal(second[-1:], c[-1:, 5:])
 
 
 def test_bad_sizes_are_refused():
@@ -179,20 +225,6 @@ def test_each_image_of_a_batch_has_the_frequencies_of_its_own_size():
 # ------------------------------------------------------------------------------------------------------------------ FiT
 
 
-@pytest.mark.parametrize("name, parameters, options", [
-    ("fit-b/2", 158.7, dict(learn_sigma=True)), ("fit-xl/2", 823.6, dict(learn_sigma=True)),
-    ("fitv2-b/2", 128.1, {}), ("fitv2-xl/2", 671.0, {}), ("fitv2-3b/2", 2971.9, {}),
-    ("flag-dit-600m", 609.8, dict(spare_channels=True)), ("flag-dit-3b", 4237.8, dict(spare_channels=True)),
-    ("flag-dit-7b", 7293.8, dict(spare_channels=True)), ("flag-dit-text-5b", 5046.6, dict(spare_channels=True))])
-def test_published_sizes(name, parameters, options):
-    with torch.device("meta"):
-        model = create_model(name, 32, 4, 1000, **options)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.06)
-    if name == "fitv2-xl/2":                                          # 2410.13925: post-training changes 14.15%
-        trained = sum(p.numel() for n, p in model.named_parameters() if model.post_trains(n))
-        assert trained / 1e6 == pytest.approx(94.96, abs=0.01)
-
-
 def test_fit_block_is_exact_in_double_precision():
     """Values and gradients of a FiTv2 block on a padded batch against its formula for each image, float64."""
     D, h, N = 16, 2, (6, 4)
@@ -200,7 +232,7 @@ def test_fit_block_is_exact_in_double_precision():
     row, column = grid(2, 3)
     cos, sin = (v.double() for v in rope_2d(row, column, (2, 3), D // h))
     x, c = normal(sum(N), 1, D).double().requires_grad_(), normal(2, D).double()
-    padding = Padding.of(torch.arange(6) < torch.tensor(N)[:, None], "cpu")
+    _, layout = pack(normal(2, 1, 6), 1, torch.tensor(N)[:, None])
 
     def formula(x, c, n):
         norm = lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
@@ -215,8 +247,7 @@ def test_fit_block_is_exact_in_double_precision():
         z = norm(x) * (1 + c2) + s2
         return x + a2 * block.mlp.fc2(F.silu(block.mlp.fc1_g(z)) * block.mlp.fc1_x(z))
 
-    turns = [padding.unpadded(v.expand(2, -1, -1)) for v in (cos, sin)]
-    ours = block(x, c, turns, padding, 0.1)[:, 0]
+    ours = block(x, c, 0.1, [layout.unpadded(v) for v in (cos, sin)], layout)[:, 0]
     theirs = torch.cat([formula(z, ck, n) for z, ck, n in zip(x[:, 0].split(N), c, N)])
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     weights = normal(*ours.shape).double()
@@ -225,9 +256,9 @@ def test_fit_block_is_exact_in_double_precision():
 
 
 def test_fit_options():
-    x, t, y = inputs(size=(16, 16), classes=5)
+    x, t, y = doubles(size=(16, 16), classes=5)
     for options in (dict(qk_norm=False), dict(qk_norm="gain"), dict(lora_dim=8), dict(swiglu=False, mlp_ratio=4.0)):
-        model = FiT(16, 4, **SMALL, **options)
+        model = FiT(16, 4, **SMALL, **options).double()
         assert (model(x, t, y) == 0).all()
         model = randomised(model)
         before = model(x, t, y)
@@ -236,24 +267,25 @@ def test_fit_options():
         attn.bias.data[:32] *= 3
         assert torch.allclose(model(x, t, y), before, atol=2e-3) == bool(options.get("qk_norm", True)), options
     model.time_shift = 4.0
-    torch.testing.assert_close(model(x, torch.tensor([0.5, 0.5, 1.0]), y), FiT.forward(
-        setattr(model, "time_shift", 1.0) or model, x, torch.tensor([0.8, 0.8, 1.0]), y))
+    shifted = model(x, torch.tensor([0.5, 0.5, 1.0]), y)
+    model.time_shift = 1.0
+    torch.testing.assert_close(shifted, model(x, torch.tensor([0.8, 0.8, 1.0]), y), rtol=1e-5, atol=1e-6)
 
 
 def test_dit_draws_other_sizes_by_an_interpolated_table():
-    model = randomised(DiT(16, 4, 3, 32, 2, 2, num_classes=5))
-    x, t, y = inputs(size=(16, 16), classes=5)
+    model = randomised(DiT(16, 4, 3, 32, 2, 2, num_classes=5)).double()
+    x, t, y = doubles(size=(16, 16), classes=5)
     before = model(x, t, y)
-    runs.extrapolate(objective := objectives.Diffusion(model, None, (3, 16, 16), 5), (8, 24))
-    assert objective.shape == (3, 8, 24) and model(inputs(size=(8, 24))[0], t, y).shape == (3, 3, 8, 24)
-    runs.extrapolate(objective, (16,))
+    objectives.extrapolate(objective := objectives.Diffusion(model, None, (3, 16, 16), 5), (8, 24))
+    assert objective.shape == (3, 8, 24) and model(doubles(size=(8, 24))[0], t, y).shape == (3, 3, 8, 24)
+    objectives.extrapolate(objective, (16,))
     torch.testing.assert_close(model(x, t, y), before)
     with pytest.raises(ValueError, match="10x24 is not divisible"):
-        runs.extrapolate(objective, (10, 24))
+        objectives.extrapolate(objective, (10, 24))
     with pytest.raises(ValueError, match="no rotary positions"):
-        runs.extrapolate(objective, None, "ntk")
-    with pytest.raises(ValueError, match="unknown --rope 'yan': did you mean yarn"):
-        runs.extrapolate(objectives.Diffusion(FiT(16, 4, **SMALL), None, (3, 16, 16), 5), None, "yan")
+        objectives.extrapolate(objective, None, "ntk")
+    with pytest.raises(ValueError, match="rope 'yan': choose from direct"):
+        objectives.extrapolate(objectives.Diffusion(FiT(16, 4, **SMALL), None, (3, 16, 16), 5), None, "yan")
 
 
 # ------------------------------------------------------------------------------------------------------------- Flag-DiT
@@ -277,14 +309,14 @@ def test_flag_dit_text_comes_in_through_gates():
 
 def test_flag_dit_reads_the_layout():
     """The same patches in two layouts differ by their [nextline] tokens alone: without them they are one sequence."""
-    t, y = torch.tensor([300.0]), torch.tensor([1])
+    t, y = torch.tensor([300.0]).double(), torch.tensor([1])
     for nextline in (True, False):
-        model = lively(FlagDiT(16, 2, multiple_of=8, nextline=nextline, **SMALL))
-        z = normal(1, 3, 4, 12)                                       # 2 x 6 patches, of which 3 x 4 are made
+        model = lively(FlagDiT(16, 2, multiple_of=8, nextline=nextline, **SMALL)).double()
+        z = normal(1, 3, 4, 12).double()                                       # 2 x 6 patches, of which 3 x 4 are made
         patches = F.pixel_unshuffle(z, 2).flatten(2)
         other = F.pixel_shuffle(patches.unflatten(2, (3, 4)), 2)
         a, b = (F.pixel_unshuffle(model(v, t, y), 2).flatten(2) for v in (z, other))
-        assert torch.allclose(a, b, atol=1e-5) != nextline
+        assert torch.allclose(a, b, atol=1e-8) != nextline
 
 
 def test_flag_dit_clips():
@@ -308,30 +340,30 @@ def test_flag_dit_sounds():
 
 
 def test_flag_dit_norms_and_groups():
-    x, t, y = inputs(size=(8, 8), classes=5)
+    x, t, y = doubles(size=(8, 8), classes=5)
     options = dict(SMALL, multiple_of=8, num_heads=4)
-    model = lively(FlagDiT(8, 2, num_kv_heads=2, **options))
+    model = lively(FlagDiT(8, 2, num_kv_heads=2, **options)).double()
     before = model(x, t, y)
-    repeated = FlagDiT(8, 2, **options).eval()
+    repeated = FlagDiT(8, 2, **options).double().eval()
     repeat = lambda w: w.view(2, 8, -1).repeat_interleave(2, 0).reshape(32, *w.shape[1:])
     repeated.load_state_dict({n: repeat(w) if any(k in n for k in (".wk.", ".wv.", "k_norm")) else w
                               for n, w in model.state_dict().items()})
-    torch.testing.assert_close(repeated(x, t, y), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(repeated(x, t, y), before, rtol=1e-6, atol=1e-8)
     wq = model.layers[0].attention.wq.weight
-    wq.data *= 5
-    torch.testing.assert_close(model(x, t, y), before, rtol=1e-3, atol=1e-4)
+    wq.data *= 5                                                      # but for the norm's epsilon
+    torch.testing.assert_close(model(x, t, y), before, rtol=1e-2, atol=1e-3)
     wq.data[:8] *= 5                                                  # one head alone: the norm is over all of them
     assert not torch.allclose(model(x, t, y), before, atol=1e-3)
 
 
 def test_flag_dit_spare_channels_and_extrapolation():
-    x, t, y = inputs(size=(16, 16), classes=5)
-    model = lively(FlagDiT(16, 2, multiple_of=8, spare_channels=True, nextline=True, **SMALL))
+    x, t, y = doubles(size=(16, 16), classes=5)
+    model = lively(FlagDiT(16, 2, multiple_of=8, spare_channels=True, nextline=True, **SMALL)).double()
     out = model(x, t, y)
     out.sum().backward()
     grad = model.final_layer.linear.bias.grad.view(4, 6)
     assert out.shape == x.shape and (grad[:, 3:] == 0).all() and (grad[:, :3] != 0).all()
-    large = inputs(size=(16, 32))[0]
+    large = doubles(size=(16, 32))[0]
     assert model.counts((16, 32)) == (128, 8 * 17) and model.trained == (64, 8 * 9)
     direct, seen = model(large, t, y), set()
     for rope in FlagDiT.ropes:
@@ -374,7 +406,8 @@ def test_flag_block_is_exact_in_double_precision():
         z, f = rms(x, block.ffn_norm) * (1 + c2) + s2, block.feed_forward
         return x + a2 * f.w2(F.silu(f.w1(z)) * f.w3(z))
 
-    ours, theirs = block(x, c, (angle.cos()[None], angle.sin()[None]), None, stretch, y), formula(x)
+    _, layout = pack(normal(2, 1, N), 1)
+    ours, theirs = block(x, c, (angle.cos()[None], angle.sin()[None]), stretch, layout, y), formula(x)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     weights = normal(*ours.shape).double()
     gradients = (torch.autograd.grad((o * weights).sum(), x, retain_graph=True)[0] for o in (ours, theirs))
@@ -385,12 +418,12 @@ def test_flag_block_is_exact_in_double_precision():
 
 
 def test_shapes_of_many_ratios():
-    d = data.load("shapes", image_size=16, split="test", aspect="mixed", stride=2)
+    d = data.load("shapes", split="test", size=16, aspect="mixed", stride=2)
     assert d.shape == (3, 16, 16) and len(d) == 5000 and len(d.images) == 10000
     sides = {tuple(image.shape[1:]) for image in d.images[:5000]}
     assert len(sides) > 20 and all(h % 2 == w % 2 == 0 and h * w <= 256 for h, w in sides)
     assert {image.shape for image in d.images[5000:]} == {(3, 16, 16)}
-    plain = data.load("shapes", image_size=16, split="test")
+    plain = data.load("shapes", split="test", size=16)
     indices, flips = d.plan(3, 64, 0)
     x, y = d.gather(indices, flips)
     assert torch.equal(y, plain.labels[indices % 5000]) and 10 < (indices >= 5000).sum() < 54
@@ -398,9 +431,9 @@ def test_shapes_of_many_ratios():
     assert len(d.subset("red").images) == 2 * len(d.subset("red"))
     wide, _, _ = data.render([7, 8], (16, 48))
     assert wide.shape == (2, 3, 16, 48)
-    with pytest.raises(ValueError, match="have one size"):
+    with pytest.raises(ValueError, match="cifar10 has no option 'aspect'"):
         data.load("cifar10", aspect="keep")
-    with pytest.raises(ValueError, match="is for folder"):
+    with pytest.raises(ValueError, match="aspect 'crop' is neither"):
         data.load("shapes", aspect="crop")
 
 
@@ -409,12 +442,12 @@ def test_folders_keep_their_ratios(tmp_path):
     rng = np.random.default_rng(0)
     for k, (w, h) in enumerate([(300, 100), (100, 100), (40, 90), (20, 20)] * 5):
         Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)).save(tmp_path / f"{k:02}.png")
-    d = data.load("folder", tmp_path, 64, aspect="mixed", stride=8)
+    d = data.load("folder", tmp_path, size=64, aspect="mixed", stride=8)
     sides = {tuple(image.shape[1:]) for image in d.images[:len(d)]}
     assert sides == {(32, 104), (64, 64), (88, 40)}, "20x20 has fewer than 16 patches"
     squares = {tuple(whole.shape[1:]): tuple(again.shape[1:]) for whole, again in zip(d.images, d.images[len(d):])}
     assert squares == {(32, 104): (64, 64), (64, 64): (64, 64), (88, 40): (88, 40)}
-    d = data.load("folder", tmp_path, 64, aspect="crop", stride=8)
+    d = data.load("folder", tmp_path, size=64, aspect="crop", stride=8)
     crops = [tuple(image.shape[1:]) for image in d.images]
     assert len(set(crops)) > 4 and all(h % 8 == w % 8 == 0 and 48 * 64 <= h * w <= 64 * 64 for h, w in crops)
     assert all(w >= 3 * h for (h, w), file in zip(crops, d.files) if int(file.stem) % 4 == 0), "300x100"
@@ -435,8 +468,8 @@ def test_a_crop_covers_its_size():
 def test_modalities(name, shape, words):
     d = data.load(name, split="test")
     assert d.shape == shape and len(d) == 512 == len(set(range(512))) and len(d.classes) == 6
-    make = data.MADE[name][0]
-    images, labels, captions = make(np.array(data.FEW["test"])[[5, 300]], data.MADE[name][2])
+    make = {"moving-shapes": data.render_clips, "turntable": data.render_views, "tones": data.play}[name]
+    images, labels, captions = make(np.array(data.FEW["test"])[[5, 300]], shape[-1])
     assert torch.equal(torch.from_numpy(images), d.images[[5, 300]]), "each is a function of its number alone"
     assert labels.tolist() == d.labels[[5, 300]].tolist() and captions == [d.captions[5], d.captions[300]]
     assert all(d.classes[k].split()[0] in caption for k, caption in zip(d.labels, d.captions))
@@ -477,25 +510,15 @@ def test_samples_are_written_in_every_form(tmp_path):
             sample.check_out(tmp_path / f"x{suffix}", sides)
 
 
-@pytest.mark.parametrize("name, gflops", [("fit-b/2", 29.1), ("fit-xl/2", 153), ("fitv2-b/2", 27.3),
-                                          ("fitv2-xl/2", 147), ("fitv2-3b/2", 653)])
-def test_fit_costs_what_the_papers_say(name, gflops):
-    """2402.12376 and 2410.13925 count multiply-accumulates, without those of attention's two products."""
-    with torch.device("meta"):
-        model = create_model(name, 32, 4, 1000, learn_sigma=name.startswith("fit-"))
-    products = 2 * 256**2 * len(model.blocks) * model.x_embedder["proj"].out_features
-    assert (cost(model, (4, 32, 32))[1] - products) / 1e9 == pytest.approx(gflops, rel=0.01)
-
-
 # -------------------------------------------------------------------------------------------------------------- scripts
 
-FLAGS = ["--batch", "8", "--log-every", "1", "--sample-n", "8", "--sample-steps", "2", "--device", "cpu"]
+FLAGS = ["--batch", "8", "--log-every", "1", "--sample-n", "8", "--draw", "steps=2", "--device", "cpu"]
 
 
 def test_a_run_of_mixed_sizes(here, capsys):  # noqa: F811
     """Trained in one go or resumed it has the same weights; it draws any size, and goes on at a larger one."""
-    tiny = [*FLAGS, "--model", "fitv2-nano", "--model-options", "depth=1,hidden_size=32,num_heads=2,lora_dim=4",
-            "--aspect", "mixed", "--decay", "constant", "--accum", "2"]
+    tiny = [*FLAGS, "--model", "fitv2-nano:depth=1,hidden_size=32,num_heads=2,lora_dim=4", "--data",
+            "shapes:aspect=mixed", "--decay", "constant", "--accum", "2"]
     call(train.train, *tiny, "--steps", "4", "--out", "a")
     call(train.train, *tiny, "--steps", "2", "--out", "b")
     call(train.train, "--out", "b", "--resume", "--steps", "4")
@@ -505,25 +528,25 @@ def test_a_run_of_mixed_sizes(here, capsys):  # noqa: F811
          "--n", "4", "--out", "x.npz")
     with np.load("x.npz") as file:
         assert file["arr_0"].shape == (4, 12, 20, 3)
-    call(train.train, *FLAGS, "--post-train", "a", "--image-size", "24", "--aspect", "keep", "--steps", "2",
+    call(train.train, *FLAGS, "--post-train", "a", "--data", "shapes:size=24,aspect=keep", "--steps", "2",
          "--out", "d")
     old, new = (runs.load_checkpoint(here / name / "ckpt.pt") for name in "ad")
     changed = {name for name, w in new["model"].items() if not torch.equal(w, old["ema"][name])}
-    assert changed and all(FiT.post_trains(name.removeprefix("model.")) for name in changed)
-    assert new["config"]["model_options"]["trained"] == 4 and new["config"]["image_size"] == 24
+    assert changed and all(re.search(FiT.post_trains, name.removeprefix("model.")) for name in changed)
+    assert "trained=4" in new["config"]["network"] and new["config"]["image_size"] == 24
     capsys.readouterr()
     call(evaluate.evaluate, "sizes", "a", "--sizes", "16x16,8x24", "--ropes", "yarn,pi", "--classifier-steps", "2",
          "--n", "2", "--steps", "2")
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
     assert rows[2:4] == [["a", "pi"], ["a", "yarn"]] and (here / "a/size-8x24.png").exists()
     assert "18x20 is not divisible" in refused(capsys, sample.sample, "a", "--size", "18x20")
-    assert "unet-pico draws one size" in refused(capsys, train.train, "--aspect", "keep")
+    assert "unet-pico draws images of one size" in refused(capsys, train.train, "--data", "shapes:aspect=keep")
 
 
 @pytest.mark.parametrize("name, suffix, size", [("moving-shapes", ".webp", "4x8x12"), ("tones", ".wav", "24")])
 def test_a_run_of_clips_or_sounds(here, capsys, monkeypatch, name, suffix, size):  # noqa: F811
     monkeypatch.setitem(data.FEW, "train", range(64))
-    text = ["--model", "flag-dit-text-nano", "--model-options", "depth=1,hidden_size=32,num_heads=2,text_width=32"]
+    text = ["--model", "flag-dit-text-nano:depth=1,hidden_size=32,num_heads=2,text_width=32"]
     call(train.train, *FLAGS, *text, "--data", name, "--steps", "2", "--out", "a")
     call(train.train, "--out", "a", "--resume", "--steps", "3")
     call(sample.sample, "a", "--n", "2", "--prompt", "a rising star", "--out", f"x{suffix}")
@@ -543,8 +566,7 @@ def test_published_files_of_any_size(here, arch, build):  # noqa: F811
     state = convert.read_weights("published.pt")
     loaded = convert.load_official(arch, convert.infer_config(arch, state), state).eval()
     x, t, y = inputs(size=(12, 20), channels=4, classes=7)
-    torch.testing.assert_close(loaded(x, t, y), model(x, t, y))
-    torch.testing.assert_close(convert.Reversed(loaded)(x, t, y), -model(x, 1 - t / 1000, y))
+    assert torch.equal(loaded(x, t, y), model(x, t, y))
     flags = [] if arch == "fit" else ["--sampler", "euler"]
     call(sample.sample, "--official", arch, "--checkpoint", "published.pt", "--n", "2", "--size", "32x64",
          "--steps", "2", "--rope", "ntk", "--out", "x.png", *flags)

@@ -124,6 +124,16 @@ def test_micro_batches_and_seed(here):
     assert losses("other") != pytest.approx(losses("one"), rel=1e-3)
 
 
+def test_the_best_checkpoint_is_kept(here, monkeypatch):
+    """Scores come at their steps, and ckpt.best.pt is the checkpoint of the least distance."""
+    monkeypatch.setattr(train.scores, "Scorer", lambda *args: lambda *args: {"frechet": next(distances)})
+    distances = iter([3.0, 1.0, 2.0])
+    call(train.train, *TINY, "--score-every", "2", "--out", "r")
+    scored = {e["step"]: e["frechet"] for e in runs.history(Path("r")) if "frechet" in e}
+    assert scored == {2: 3.0, 4: 1.0, 6: 2.0} and runs.load_checkpoint("r/ckpt.best.pt")["step"] == 4
+    call(sample.sample, "r/ckpt.best.pt", "--n", "2")
+
+
 def test_label_drop_rate():
     """A tenth of the labels become the null label, and only in training."""
     seen = []
@@ -514,7 +524,7 @@ def test_list_and_help_and_recipes(here, capsys):
                         (["--help"], ["--model", "torchrun", "default: flow", "--draw"]),
                         (["--help", "all"], ["--label-drop", "--inherit"]),
                         (["--help", "edm"], ["processes", "samplers", "s_churn"]),
-                        (["--help", "dit-nano"], ["hidden_size=128", "moe=", "Diffusion transformer"])):
+                        (["--help", "dit-nano"], ["hidden_size=128", "moe=", "adaLN-Zero"])):
         with pytest.raises(SystemExit):
             call(train.train, *argv)
         said = capsys.readouterr().out
