@@ -35,8 +35,8 @@ def blocks(model):
 
 
 def remat(model):
-    """Gradient checkpointing, Training Deep Nets with Sublinear Memory Cost, 1604.06174: each block keeps its inputs and
-    runs twice, forward a second time in the backward pass, with the same dropout. A third more time, and instead of all
+    """Gradient checkpointing, Training Deep Nets with Sublinear Memory Cost, 1604.06174: each block keeps its inputs
+    and runs forward a second time in the backward pass, with the same dropout. A third more time, and instead of all
     activations of all blocks only one block's. Raises ValueError for a model without blocks."""
     found = blocks(model)
     if not found:
