@@ -223,28 +223,30 @@ def respaced(T, spec):
 class Denoised:
     """What a denoiser says of x_t = alpha x0 + sigma eps: the image `x0` and the noise `eps`, (B, C, H, W), in float32 at
     least. Each is a tensor, or a function that is called when it is first asked for: most samplers want only one.
-    variance: None, or the learned v of improved DDPM, eq. 15: the place of a reverse step's log-variance between
-    log beta~ (v = 0) and log beta (v = 1), whatever that step is."""
 
-    def __init__(self, x0, eps, variance=None):
-        self.known, self.variance = {"x0": x0, "eps": eps}, variance
+    variance: None, or the learned v of improved DDPM, eq. 15: the place of a reverse step's log-variance between log beta~
+    (v = 0) and log beta (v = 1), whatever that step is. flow: eps - x0 where the network of a straight path gives just
+    that, else None."""
 
-    def ask(self, name):
-        if callable(self.known[name]):
-            self.known[name] = self.known[name]()
-        return self.known[name]
+    def __init__(self, x0, eps, variance=None, flow=None):
+        self.parts, self.variance, self.flow = {"x0": x0, "eps": eps}, variance, flow
+
+    def part(self, name):
+        if callable(self.parts[name]):
+            self.parts[name] = self.parts[name]()
+        return self.parts[name]
 
     @property
     def x0(self):
-        return self.ask("x0")
+        return self.part("x0")
 
     @property
     def eps(self):
-        return self.ask("eps")
+        return self.part("eps")
 
     def replace(self, **parts):
         """The same with another x0, eps or variance."""
-        return Denoised(**{**self.known, "variance": self.variance, **parts})
+        return Denoised(**{**self.parts, "variance": self.variance, **parts})
 
 
 def eps_prediction(process, t, alpha, sigma):
@@ -552,7 +554,9 @@ class Process:
 
     def slope(self, denoised):
         """dy/dp of the probability-flow ODE, see `ode_scale`."""
-        return denoised.eps - denoised.x0 if self.straight else denoised.eps
+        if not self.straight:
+            return denoised.eps
+        return denoised.eps - denoised.x0 if denoised.flow is None else denoised.flow
 
     def velocity(self, denoised, t):
         """dx/dt of the probability-flow ODE at time t, alpha' x0 + sigma' eps."""
@@ -621,7 +625,8 @@ class Process:
         alpha, sigma, p, q = self.coefficients(t)
         d = alpha * q - sigma * p
         return Denoised(m if self.prediction == "x0" else lambda: mix(q / d, xt, -sigma / d, m),
-                        m if self.prediction == "eps" else lambda: mix(-p / d, xt, alpha / d, m), variance)
+                        m if self.prediction == "eps" else lambda: mix(-p / d, xt, alpha / d, m), variance,
+                        m if self.straight and self.prediction in ("flow", "velocity") else None)
 
     def denoiser(self, model, y=None):
         """model(x, t, y) as `denoise(xt, t) -> Denoised`, with y bound; t a number or (B,). r: the time to go to, for

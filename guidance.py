@@ -102,7 +102,8 @@ def guided(cond, uncond, scale, channels=None, process=None, rule=None, interval
             return c
         u = uncond(xt, t, *r)
         if rule is None:                             # linear, so it may act on x0 and eps alike
-            return Denoised(lambda: combined(c.x0, u.x0, w), lambda: combined(c.eps, u.eps, w), c.variance)
+            flow = None if c.flow is None or u.flow is None else combined(c.flow, u.flow, w)
+            return Denoised(lambda: combined(c.x0, u.x0, w), lambda: combined(c.eps, u.eps, w), c.variance, flow)
         predictions = (process.target(d.x0, d.eps, t) for d in (c, u))
         return process.solve(combined(*predictions, w), single(xt), t, c.variance)
 
@@ -116,16 +117,17 @@ def clipped(denoise, process, limit=1.0, quantile=None, largest=math.inf):
     require(limit > 0, f"the range of x0 is [-{limit}, {limit}]: it must be above 0")
     require(quantile is None or 0 < quantile <= 1, f"quantile {quantile}: choose it above 0 and at most 1")
 
-    def bounded(x0):
+    def bounded(x0, fresh):
         if quantile is None:
-            return x0.clamp(-limit, limit)
+            return x0.clamp_(-limit, limit) if fresh else x0.clamp(-limit, limit)
         s = x0.flatten(1).abs().quantile(quantile, 1)
         s = expand(s.clamp(min=limit).clamp(max=max(limit, largest)), x0)
         return x0.clamp(-s, s) * (limit / s)
 
     def clip(xt, t, *r):
         d, xt = denoise(xt, t, *r), single(xt)
-        x0 = bounded(d.x0)
+        fresh = callable(d.parts["x0"])               # made here, so that it may be changed in place
+        x0 = bounded(d.x0, fresh)
 
         def implied():                               # eps = (x_t - alpha x0)/sigma
             alpha, sigma = process.path(t if not isinstance(t, torch.Tensor) else batch_time(t, xt))

@@ -234,10 +234,10 @@ def below(process, i, j, eta):
     return level(process, j.t, j.alpha, j.sigma * math.sqrt(1 - up**2))
 
 
-def raised(x, i, j, z):
-    """From level i up to the noisier j by the forward process, with fresh noise z."""
+def raised(x, i, j, z, s_noise=1.0):
+    """From level i up to the noisier j by the forward process, with fresh noise z (times s_noise)."""
     r = j.alpha / i.alpha
-    return r * x + math.sqrt(max(0.0, j.sigma**2 - (r * i.sigma) ** 2)) * z
+    return mix(r, x, s_noise * math.sqrt(max(0.0, j.sigma**2 - (r * i.sigma) ** 2)), z)
 
 
 def fresh(noise, x, i, j):
@@ -286,8 +286,8 @@ def with_churn(sampler):
             gamma = min(s_churn / (len(times) - 1), math.sqrt(2) - 1) if s_min <= i.sigma / i.alpha <= s_max else 0.0
             rest = times[n:].clone()
             if not i.noise and not memory.get("block"):                    # a block of singlestep solvers is one step
-                hat, z = at(process, lam=i.lam - math.log(1 + gamma)) if gamma else i, s_noise * noise(x.shape)
-                x, rest[0] = raised(x, i, hat, z) if gamma else x, hat.t
+                hat, z = at(process, lam=i.lam - math.log(1 + gamma)) if gamma else i, noise(x.shape)
+                x, rest[0] = raised(x, i, hat, z, s_noise) if gamma else x, hat.t
                 # an output that the noise has jumped back over says nothing of where x goes
                 outputs = outputs_of(memory)
                 outputs[:] = [m for m in outputs if m[0].lam < hat.lam - (j.lam - hat.lam) / 4]
@@ -317,7 +317,7 @@ def ddpm(denoise, x, times, process, noise, memory=None, *, variance="small", s_
                 std = math.sqrt({"small": small, "large": beta}[variance])
             else:                                                                         # 2102.09672, eq. 15
                 std = torch.exp(0.5 * (d.variance * math.log(beta) + (1 - d.variance) * math.log(small)))
-            x = x + std * (s_noise * fresh(noise, x, i, j))
+            x = x + (s_noise * std) * fresh(noise, x, i, j)
         yield x
 
 
@@ -328,7 +328,7 @@ def ddim(denoise, x, times, process, noise, memory=None, *, eta=0.0, s_noise=1.0
         sigma = min(1.0, eta * math.sqrt(-math.expm1(-2 * h))) * j.sigma                  # eq. 16
         x = mix(j.alpha, d.x0, math.sqrt(j.sigma**2 - sigma**2), d.eps)       # "predicted x0", "direction pointing to x_t"
         if sigma:
-            x = x + (s_noise * sigma) * fresh(noise, x, i, j)                             # "random noise"
+            x = mix(1, x, s_noise * sigma, fresh(noise, x, i, j))                         # "random noise"
         yield x
 
 
@@ -346,8 +346,8 @@ def euler(denoise, x, times, process, noise, memory=None):
     """Euler's method for the ODE, 2206.00364: x + (sigma_j - sigma_i) (x - x0)/sigma_i for x/alpha and sigma/alpha. On a
     straight path that is x + (t_j - t_i) (eps - x0), 2209.03003."""
     for i, j in steps(process, times):
-        r = j.sigma / i.sigma
-        x = mix(r, x, j.alpha - r * i.alpha, denoise(x, i.t).x0)
+        d, r = denoise(x, i.t), j.sigma / i.sigma
+        x = mix(r, x, j.alpha - r * i.alpha, d.x0) if d.flow is None else mix(1, x, j.t - i.t, d.flow)
         yield x
 
 
@@ -360,7 +360,7 @@ def euler_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.0, 
         r = sigma_down / i.sigma
         x = mix(r, x, j.alpha - r * i.alpha, x0)
         if sigma_up:
-            x = x + (s_noise * sigma_up) * fresh(noise, x, i, j)
+            x = mix(1, x, s_noise * sigma_up, fresh(noise, x, i, j))
         yield x
 
 
@@ -370,7 +370,7 @@ def flow_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.0, s
         d = denoise(x, i.t)
         if eta and j.sigma:
             down = at(process, p=j.p * (1 + (j.p / i.p - 1) * eta))
-            x = raised(ddim_step(d, down), down, j, s_noise * fresh(noise, x, i, j))
+            x = raised(ddim_step(d, down), down, j, fresh(noise, x, i, j), s_noise)
         else:
             x = ddim_step(d, j)
         yield x
@@ -398,10 +398,10 @@ def edm(denoise, x, times, process, noise, memory=None, *, s_churn=40.0, s_min=0
     x and t for sigma(t) = t.)"""
     for i, j in steps(process, times):
         gamma = min(s_churn / (len(times) - 1), math.sqrt(2) - 1) if s_min <= i.sigma / i.alpha <= s_max else 0.0
-        hat, eps = i, s_noise * noise(x.shape) if s_churn and not i.noise else None       # line 5
+        hat, eps = i, noise(x.shape) if s_churn and not i.noise else None                 # line 5
         if gamma and not i.noise:
             hat = at(process, lam=i.lam - math.log(1 + gamma))                            # t^ = t + gamma t, line 4
-            x = raised(x, i, hat, eps)                                                    # x^, line 6
+            x = raised(x, i, hat, eps, s_noise)                                           # x^, line 6
         d = denoise(x, hat.t)
         if not j.sigma or not hat.c > NO_IMAGE:
             x = ddim_step(d, j)                                                           # line 8 alone
@@ -501,8 +501,8 @@ def dpm2(denoise, x, times, process, noise, memory=None):
             x = ddim_step(d, j)
         else:
             s = at(process, lam=i.lam + h / 2)
-            u = s.alpha / i.alpha * x - s.sigma * math.expm1(h / 2) * d.eps
-            x = j.alpha / i.alpha * x - j.sigma * math.expm1(h) * denoise(u, s.t).eps
+            u = mix(s.alpha / i.alpha, x, -s.sigma * math.expm1(h / 2), d.eps)
+            x = mix(j.alpha / i.alpha, x, -j.sigma * math.expm1(h), denoise(u, s.t).eps)
         yield x
 
 
@@ -513,13 +513,13 @@ def dpm2_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.0, s
         if not j.sigma:
             x = ddim_step(d, j)
         elif i.noise or not down.sigma:
-            x = raised(ddim_step(d, down), down, j, s_noise * fresh(noise, x, i, j))
+            x = raised(ddim_step(d, down), down, j, fresh(noise, x, i, j), s_noise)
         else:
             h = down.lam - i.lam
             s = at(process, lam=i.lam + h / 2)
-            u = s.alpha / i.alpha * x - s.sigma * math.expm1(h / 2) * d.eps
-            x = down.alpha / i.alpha * x - down.sigma * math.expm1(h) * denoise(u, s.t).eps
-            x = raised(x, down, j, s_noise * fresh(noise, x, i, j)) if eta else x
+            u = mix(s.alpha / i.alpha, x, -s.sigma * math.expm1(h / 2), d.eps)
+            x = mix(down.alpha / i.alpha, x, -down.sigma * math.expm1(h), denoise(u, s.t).eps)
+            x = raised(x, down, j, fresh(noise, x, i, j), s_noise) if eta else x
         yield x
 
 
@@ -532,8 +532,8 @@ def dpmpp_2s(denoise, x, times, process, noise, memory=None):
             x = ddim_step(d, j)
         else:
             s = at(process, lam=i.lam + h / 2)
-            u = s.sigma / i.sigma * x - s.alpha * math.expm1(-h / 2) * d.x0
-            x = j.sigma / i.sigma * x - j.alpha * math.expm1(-h) * denoise(u, s.t).x0
+            u = mix(s.sigma / i.sigma, x, -s.alpha * math.expm1(-h / 2), d.x0)
+            x = mix(j.sigma / i.sigma, x, -j.alpha * math.expm1(-h), denoise(u, s.t).x0)
         yield x
 
 
@@ -544,13 +544,13 @@ def dpmpp_2s_ancestral(denoise, x, times, process, noise, memory=None, *, eta=1.
         if not j.sigma:
             x = ddim_step(d, j)
         elif i.noise or not down.sigma:
-            x = raised(ddim_step(d, down), down, j, s_noise * fresh(noise, x, i, j))
+            x = raised(ddim_step(d, down), down, j, fresh(noise, x, i, j), s_noise)
         else:
             h = down.lam - i.lam
             s = at(process, lam=i.lam + h / 2)
-            u = s.sigma / i.sigma * x - s.alpha * math.expm1(-h / 2) * d.x0
-            x = down.sigma / i.sigma * x - down.alpha * math.expm1(-h) * denoise(u, s.t).x0
-            x = raised(x, down, j, s_noise * fresh(noise, x, i, j)) if eta else x
+            u = mix(s.sigma / i.sigma, x, -s.alpha * math.expm1(-h / 2), d.x0)
+            x = mix(down.sigma / i.sigma, x, -down.alpha * math.expm1(-h), denoise(u, s.t).x0)
+            x = raised(x, down, j, fresh(noise, x, i, j), s_noise) if eta else x
         yield x
 
 
@@ -561,13 +561,13 @@ def dpmpp_sde(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_nois
         if j.sigma and not i.noise:
             s = at(process, lam=(i.lam + j.lam) / 2)
             down = below(process, i, s, eta)
-            u = down.sigma / i.sigma * x - down.alpha * math.expm1(i.lam - down.lam) * x0
-            u = raised(u, down, s, s_noise * fresh(noise, x, i, s)) if eta else u
+            u = mix(down.sigma / i.sigma, x, -down.alpha * math.expm1(i.lam - down.lam), x0)
+            u = raised(u, down, s, fresh(noise, x, i, s), s_noise) if eta else u
             x0 = denoise(u, s.t).x0
         down = below(process, i, j, eta)
-        x = down.sigma / i.sigma * x - down.alpha * math.expm1(i.lam - down.lam) * x0
+        x = mix(down.sigma / i.sigma, x, -down.alpha * math.expm1(i.lam - down.lam), x0)
         if eta and j.sigma:
-            x = raised(x, down, j, s_noise * fresh(noise, x, i, j))
+            x = raised(x, down, j, fresh(noise, x, i, j), s_noise)
         yield x
 
 
@@ -578,29 +578,31 @@ def phi(k, h):
     return (math.exp(h) - sum(h**n / math.factorial(n) for n in range(k))) / h**k
 
 
-def taylor_step(x, i, j, form, m, slope=0.0, curvature=0.0, solver="heun", eta=0.0):
-    """The step i -> j that is exact but for the output (form: "x0" or "eps"), a Taylor polynomial in lambda: m and its two
-    derivatives at i. 2206.00927, eq. 3.6; 2211.01095, eq. 9; of the SDE with eta 1, section 5 there, without its noise.
-    solver: the slope's integral exactly ("heun"), or by the midpoint rule."""
+def taylor_step(x, i, j, form, outputs, D=((1,),), solver="heun", eta=0.0):
+    """The step i -> j that is exact but for the output (form: "x0" or "eps"), a Taylor polynomial in lambda: 2206.00927,
+    eq. 3.6; 2211.01095, eq. 9; of the SDE with eta 1, section 5 there, without its noise. D: value, slope and curvature at
+    i, each as weights of the outputs. solver: the slope's integral exactly ("heun"), or by the midpoint rule."""
     h = j.lam - i.lam
     if form == "x0":
         keep, scale, hh = j.sigma / i.sigma * math.exp(-eta * h), (1 + eta) * j.alpha, -(1 + eta) * h
     else:
         keep, scale, hh = j.alpha / i.alpha, -(1 + eta) * j.sigma, h
-    first, second = h * phi(1, hh), h**2 * (phi(2, hh) if solver == "heun" else phi(1, hh) / 2)
-    return keep * x + scale * (first * m + second * slope + h**3 * phi(3, hh) * curvature)
+    c = h * phi(1, hh), h**2 * (phi(2, hh) if solver == "heun" else phi(1, hh) / 2), h**3 * phi(3, hh)
+    C = scale * sum(c_k * np.array(D_k) for c_k, D_k in zip(c, D))
+    return weighted_sum((keep, *C.tolist()), (x, *outputs))
 
 
 def dpm_solver_3_step(denoise, x, i, j, d, process):
     """One step of DPM-Solver-3, 2206.00927, algorithm 2, r_1 = 1/3, r_2 = 2/3, and that of order 2 with the first two of
     its three outputs; d = denoise(x, i.t) is known."""
-    h = j.lam - i.lam
+    h, value = j.lam - i.lam, (1, 0)
     s1, s2 = at(process, lam=i.lam + h / 3), at(process, lam=i.lam + 2 * h / 3)
-    u1 = taylor_step(x, i, s1, "eps", d.eps)
-    D1 = (denoise(u1, s1.t).eps - d.eps) / (h / 3)
-    u2 = taylor_step(x, i, s2, "eps", d.eps, D1)
-    D2 = (denoise(u2, s2.t).eps - d.eps) / (2 * h / 3)
-    return taylor_step(x, i, j, "eps", d.eps, D2), taylor_step(x, i, j, "eps", d.eps, D1, solver="midpoint")
+    u1 = taylor_step(x, i, s1, "eps", [d.eps])
+    first, D1 = [d.eps, denoise(u1, s1.t).eps], (-3 / h, 3 / h)                           # (eps_1 - eps)/(h/3)
+    u2 = taylor_step(x, i, s2, "eps", first, [value, D1])
+    last, D2 = [d.eps, denoise(u2, s2.t).eps], (-3 / (2 * h), 3 / (2 * h))                # (eps_2 - eps)/(2 h/3)
+    return (taylor_step(x, i, j, "eps", last, [value, D2]),
+            taylor_step(x, i, j, "eps", first, [value, D1], solver="midpoint"))
 
 
 @with_churn
@@ -627,18 +629,18 @@ def singlestep(denoise, x, times, process, noise, memory, order, form, solver, e
             memory["size"] = 1 if i.noise else size
         block.append((i, x, d.x0 if form == "x0" else d.eps))
         (start, x, m), *others = block
-        slopes = [(m_k - m) / (k.lam - start.lam) for k, _, m_k in others if k.lam > start.lam]
+        others = [(k, m_k) for k, _, m_k in others if k.lam > start.lam]
         if not j.sigma or start.noise:
             x = ddim_step(d, j)
-        elif len(slopes) == 2 and solver == "heun":                            # a parabola through all three
-            (s1, s2), (D1, D2) = [k for k, *_ in others], slopes
-            curvature = 2 * (D2 - D1) / (s2.lam - s1.lam)
-            x = taylor_step(x, start, j, form, m, D1 - (s1.lam - start.lam) / 2 * curvature, curvature, eta=eta)
+        elif len(others) == 2 and solver == "heun":                            # a parabola through all three
+            x = taylor_step(x, start, j, form, [m, *(m_k for _, m_k in others)], derivatives(start, others), eta=eta)
         else:                                                                  # a line through the first and the newest
-            half = len(slopes) == 1 and (solver == "midpoint" or solver == "paper" and memory["size"] == 2)
-            x = taylor_step(x, start, j, form, m, *slopes[-1:], solver="midpoint" if half else "heun", eta=eta)
+            half = len(others) == 1 and (solver == "midpoint" or solver == "paper" and memory["size"] == 2)
+            slope = [d_k[:len(others[-1:]) + 1] for d_k in derivatives(start, others[-1:])]
+            x = taylor_step(x, start, j, form, [m, *(m_k for _, m_k in others[-1:])], slope[:2],
+                            "midpoint" if half else "heun", eta)
         if eta and j.sigma and not start.noise:
-            x = x + s_noise * noise_of(form, eta, start, j) * fresh(noise, x, start, j)
+            x = mix(1, x, s_noise * noise_of(form, eta, start, j), fresh(noise, x, start, j))
         block[:] = [] if len(block) >= memory["size"] else block
         yield x
 
@@ -770,7 +772,7 @@ def dpm_solver_2m(denoise, x, times, process, noise, memory=None, *, solver="mid
                 s, before = outputs[0]
                 c = (0.5 if solver == "midpoint" else phi(2, h) / phi(1, h)) * h / (i.lam - s.lam)
                 D = mix(1 + c, d.eps, -c, before)
-            x = j.alpha / i.alpha * x - j.sigma * math.expm1(h) * D
+            x = mix(j.alpha / i.alpha, x, -j.sigma * math.expm1(h), D)
             remember(outputs, i, j, d.eps, 1)
         yield x
 
@@ -786,23 +788,23 @@ def dpmpp_2m(denoise, x, times, process, noise, memory=None, *, solver="midpoint
             s, before = outputs[0]
             c = (0.5 if solver == "midpoint" else phi(2, -h) / phi(1, -h)) * h / (i.lam - s.lam)       # 1/(2 r_i)
             D = mix(1 + c, x0, -c, before)                                                # D_i, line 8
-        x = j.sigma / i.sigma * x - j.alpha * math.expm1(-h) * D                          # line 9
+        x = mix(j.sigma / i.sigma, x, -j.alpha * math.expm1(-h), D)                       # line 9
         remember(outputs, i, j, x0, 1)
         yield x
 
 
-def derivatives(i, m, outputs):
-    """Slope and curvature in lambda, at level i, of the polynomial through its output m and those of at most two earlier
-    levels, by divided differences; 0 where there are too few."""
-    if not outputs:
-        return 0.0, 0.0
-    (s1, m1), *more = outputs
-    slope, curvature = (m - m1) / (i.lam - s1.lam), 0.0                                   # D_0
-    if more:
-        s2, m2 = more[0]
-        curvature = 2 * (slope - (m1 - m2) / (s1.lam - s2.lam)) / (i.lam - s2.lam)
-        slope = slope + (i.lam - s1.lam) / 2 * curvature                                  # D_1
-    return slope, curvature
+def derivatives(i, outputs):
+    """Of the polynomial in lambda through the outputs at level i and at most two earlier levels, [(level, output), ...]:
+    value, slope and curvature at i, each as weights of the outputs, by divided differences."""
+    D0, D1, D2 = np.eye(3)[0], np.zeros(3), np.zeros(3)
+    if outputs:
+        s1 = outputs[0][0].lam
+        D1 = np.array([1, -1, 0]) / (i.lam - s1)
+    if len(outputs) > 1:
+        s2 = outputs[1][0].lam
+        D2 = 2 * (D1 - np.array([0, 1, -1]) / (s1 - s2)) / (i.lam - s2)
+        D1 = D1 + (i.lam - s1) / 2 * D2
+    return D0, D1, D2
 
 
 @with_churn
@@ -815,11 +817,11 @@ def dpmpp_3m(denoise, x, times, process, noise, memory=None, *, published=False,
         if not j.sigma:
             x = ddim_step(d, j)
         else:
-            order = min(3, len(grid) - n) if lower_final else 3
-            D1, D2 = derivatives(i, d.x0, outputs[:order - 1])
+            past = outputs[:min(2, len(grid) - n - 1) if lower_final else 2]
+            D0, D1, D2 = derivatives(i, past)
             D2 = D2 / 2 if published else D2
-            x = j.sigma / i.sigma * x - j.alpha * math.expm1(-h) * d.x0
-            x = x + j.alpha * (h**2 * phi(2, -h) * D1 + h**3 * phi(3, -h) * D2)
+            C = j.alpha * (h * phi(1, -h) * D0 + h**2 * phi(2, -h) * D1 + h**3 * phi(3, -h) * D2)
+            x = weighted_sum((j.sigma / i.sigma, *C.tolist()), (x, d.x0, *(x0 for _, x0 in past)))
         remember(outputs, i, j, d.x0, 2)
         yield x
 
@@ -833,11 +835,11 @@ def dpm_solver_3m(denoise, x, times, process, noise, memory=None, *, published=F
         if not j.sigma or i.noise:
             x = ddim_step(d, j)
         else:
-            order = min(3, len(grid) - n) if lower_final else 3
-            D1, D2 = derivatives(i, d.eps, outputs[:order - 1])
+            past = outputs[:min(2, len(grid) - n - 1) if lower_final else 2]
+            D0, D1, D2 = derivatives(i, past)
             D2 = D2 / 2 if published else D2
-            x = j.alpha / i.alpha * x - j.sigma * math.expm1(h) * d.eps
-            x = x - j.sigma * (h**2 * phi(2, h) * D1 + h**3 * phi(3, h) * D2)
+            C = -j.sigma * (h * phi(1, h) * D0 + h**2 * phi(2, h) * D1 + h**3 * phi(3, h) * D2)
+            x = weighted_sum((j.alpha / i.alpha, *C.tolist()), (x, d.eps, *(eps for _, eps in past)))
             remember(outputs, i, j, d.eps, 2)
         yield x
 
@@ -853,10 +855,10 @@ def dpmpp_2m_sde(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_n
             s, before = outputs[0]
             c = (0.5 if solver == "midpoint" else phi(2, -H) / phi(1, -H)) * h / (i.lam - s.lam)
             D = mix(1 + c, x0, -c, before)
-        x = j.sigma / i.sigma * math.exp(-eta * h) * x - j.alpha * math.expm1(-H) * D
+        x = mix(j.sigma / i.sigma * math.exp(-eta * h), x, -j.alpha * math.expm1(-H), D)
         if eta and j.sigma:
             sigma = j.sigma * math.sqrt(-math.expm1(-2 * eta * h))
-            x = x + (s_noise * sigma) * fresh(noise, x, i, j)
+            x = mix(1, x, s_noise * sigma, fresh(noise, x, i, j))
         remember(outputs, i, j, x0, 1)
         yield x
 
@@ -871,13 +873,15 @@ def dpmpp_3m_sde(denoise, x, times, process, noise, memory=None, *, eta=1.0, s_n
         if not j.sigma:
             x = ddim_step(d, j)
         else:
-            H, order = (1 + eta) * h, min(3, len(grid) - n) if lower_final else 3
-            D1, D2 = derivatives(i, d.x0, outputs[:order - 1])
+            H, past = (1 + eta) * h, outputs[:min(2, len(grid) - n - 1) if lower_final else 2]
+            D0, D1, D2 = derivatives(i, past)
             D2 = D2 / 2 if published else D2
-            x = j.sigma / i.sigma * math.exp(-eta * h) * x - j.alpha * math.expm1(-H) * d.x0
-            x = x + j.alpha * H * (h * phi(2, -H) * D1 + h**2 * phi(3, -H) * D2)
+            C = j.alpha * H * (phi(1, -H) * D0 + h * phi(2, -H) * D1 + h**2 * phi(3, -H) * D2)
+            keep = j.sigma / i.sigma * math.exp(-eta * h)
+            x = weighted_sum((keep, *C.tolist()), (x, d.x0, *(x0 for _, x0 in past)))
         if eta and j.sigma:
-            x = x + (s_noise * j.sigma * math.sqrt(-math.expm1(-2 * eta * h))) * fresh(noise, x, i, j)
+            sigma = j.sigma * math.sqrt(-math.expm1(-2 * eta * h))
+            x = mix(1, x, s_noise * sigma, fresh(noise, x, i, j))
         remember(outputs, i, j, d.x0, 2)
         yield x
 
@@ -898,10 +902,12 @@ def dpm_solver_2m_sde(denoise, x, times, process, noise, memory=None, *, s_noise
                 s, before = outputs[0]
                 c = (0.5 if solver == "midpoint" else phi(2, h) / phi(1, h)) * h / (i.lam - s.lam)
                 D = mix(1 + c, d.eps, -c, before)
-            x = j.alpha / i.alpha * x - 2 * j.sigma * math.expm1(h) * D
+            x = mix(j.alpha / i.alpha, x, -2 * j.sigma * math.expm1(h), D)
             sigma = j.sigma * math.sqrt(math.expm1(2 * h))
             remember(outputs, i, j, d.eps, 1)
-        yield (x := x + (s_noise * sigma) * fresh(noise, x, i, j) if sigma else x)
+        if sigma:
+            x = mix(1, x, s_noise * sigma, fresh(noise, x, i, j))
+        yield x
 
 
 @with_churn
@@ -930,7 +936,7 @@ def unified_step(x, i, j, nodes, form, bh):
         hh, keep, scale = -h, j.sigma / i.sigma, j.alpha
     else:
         hh, keep, scale = h, j.alpha / i.alpha, j.sigma
-    x = keep * x - scale * math.expm1(hh) * m
+    weights = [-scale * math.expm1(hh)]
     if differences and h:
         r = [(s.lam - i.lam) / h for s, _ in differences]
         B = {"bh1": hh, "bh2": math.expm1(hh)}[bh]
@@ -938,8 +944,9 @@ def unified_step(x, i, j, nodes, form, bh):
         R = np.array(r)[None] ** (k[:, None] - 1)                                         # R_p(h)
         b = [hh * math.factorial(n) * phi(n + 1, hh) / B for n in k]                      # phi_n(h)/B(h)
         a = [0.5] if len(r) == 1 else np.linalg.solve(R, b)           # with one difference the paper takes 1/2, for any h
-        x = x - (scale * B) * sum(float(a_n) / r_n * (m_n - m) for a_n, r_n, (_, m_n) in zip(a, r, differences))
-    return x
+        C = [-scale * B * float(a_n) / r_n for a_n, r_n in zip(a, r)]              # of D_n/r_n, D_n = m_n - m
+        weights = [weights[0] - sum(C), *C]
+    return weighted_sum((keep, *weights), (x, m, *(m_n for _, m_n in differences[:len(weights) - 1])))
 
 
 @with_churn
@@ -984,7 +991,7 @@ def adams_step(x, i, j, nodes, form, tau, z):
         slope = scale * h / (2 * u[1])
         b = [sum(b) - slope, slope]
     x = weighted_sum((keep, *b), (x, *(m for _, m in nodes)))
-    return x + noise_of(form, tau**2, i, j) * z if tau else x
+    return x.add_(z, alpha=noise_of(form, tau**2, i, j)) if tau else x
 
 
 def sa_solver(denoise, x, times, process, noise, memory=None, *, order=2, corrector=2, tau=1.0, form="x0",
@@ -1087,8 +1094,8 @@ def lcm(denoise, x, times, process, noise, memory=None, *, scaling=10.0, s_noise
     scaling: of the time in c_skip and c_out."""
     for i, j in steps(process, times):
         x0, t = denoise(x, i.t).x0, scaling * process.network_time(double(i.t)).item()
-        x0 = t / math.sqrt(t**2 + 0.25) * x0 + 0.25 / (t**2 + 0.25) * x                   # c_out x0 + c_skip x
-        x = j.alpha * x0 + j.sigma * s_noise * fresh(noise, x, i, j) if j.sigma else x0
+        x0 = mix(t / math.sqrt(t**2 + 0.25), x0, 0.25 / (t**2 + 0.25), x)                 # c_out x0 + c_skip x
+        x = mix(j.alpha, x0, s_noise * j.sigma, fresh(noise, x, i, j)) if j.sigma else x0
         yield x
 
 
@@ -1097,7 +1104,7 @@ def consistency(denoise, x, times, process, noise, memory=None, *, sigma_min=0.0
     for i, j in steps(process, times):
         x0 = denoise(x, i.t).x0
         sigma = math.sqrt(max(0.0, j.sigma**2 - (j.alpha * sigma_min) ** 2))
-        x = j.alpha * x0 + sigma * s_noise * fresh(noise, x, i, j) if sigma else j.alpha * x0
+        x = mix(j.alpha, x0, s_noise * sigma, fresh(noise, x, i, j)) if sigma else j.alpha * x0
         yield x
 
 
@@ -1107,7 +1114,7 @@ def tcd(denoise, x, times, process, noise, memory=None, *, eta=0.3, s_noise=1.0)
         d = denoise(x, i.t)
         if eta and j.sigma:
             s = at(process, t=process.known_time((1 - eta) * j.t))
-            x = raised(ddim_step(d, s), s, j, s_noise * fresh(noise, x, i, j))
+            x = raised(ddim_step(d, s), s, j, fresh(noise, x, i, j), s_noise)
         else:
             x = ddim_step(d, j)
         yield x
@@ -1143,7 +1150,7 @@ def dpm_adaptive(denoise, x, times, process, noise, memory=None, *, order=3, rto
         factor = 1 + math.atan((error + 1e-8) ** -(1 / (1.5 if eta else order)) - 1)
         h *= factor
         if factor >= 0.81:
-            before, x = low, raised(high, down, j, s_noise * fresh(noise, x, i, j)) if eta else high
+            before, x = low, raised(high, down, j, fresh(noise, x, i, j), s_noise) if eta else high
             i = j
             yield x
     if not grid[-1].sigma:
@@ -1157,8 +1164,8 @@ def adaptive_step(denoise, x, i, j, d, process, order):
     if order == 3:
         return dpm_solver_3_step(denoise, x, i, j, d, process)
     s = at(process, lam=(i.lam + j.lam) / 2)
-    eps = denoise(taylor_step(x, i, s, "eps", d.eps), s.t).eps
-    return taylor_step(x, i, j, "eps", eps), taylor_step(x, i, j, "eps", d.eps)
+    eps = denoise(taylor_step(x, i, s, "eps", [d.eps]), s.t).eps
+    return taylor_step(x, i, j, "eps", [eps]), taylor_step(x, i, j, "eps", [d.eps])
 
 
 # ----------------------------------------------------------------------------------------------------------- inpainting

@@ -218,17 +218,19 @@ def drawn_shapes(split, size, first, n):
     return torch.from_numpy(x).float() / 127.5 - 1, torch.from_numpy(y)
 
 
-def size_judge(chosen, steps, device):
-    """A classifier of shapes of all these sizes, a size a batch, trained once and kept beside the runs."""
-    path = Path("runs/classifiers") / f"shapes-{'-'.join('x'.join(map(str, size)) for size in chosen)}-{steps}.pt"
-    network = metrics.Classifier(len(data.SHAPES)).to(device)
+def size_judge(sizes, steps, device):
+    """A `metrics.Classifier` of shapes of all these sizes, a size a batch, trained once and kept beside the runs."""
+    path = Path("runs/classifiers") / f"shapes-{'-'.join('x'.join(map(str, size)) for size in sizes)}-{steps}.pt"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = metrics.Classifier(len(data.SHAPES)).to(device)
     if path.exists():
         network.load_state_dict(runs.load_tensors(path))
         return network.eval()
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, steps)
     for step in tqdm(range(steps), desc=f"training a classifier (once, kept in {path})", unit=" steps", delay=1):
-        x, y = drawn_shapes("train", chosen[step % len(chosen)], step * 64, 64)
+        x, y = drawn_shapes("train", sizes[step % len(sizes)], step * 64, 64)
         loss = F.cross_entropy(network(x.to(device)), y.to(device))
         optimiser.zero_grad()
         loss.backward()

@@ -33,7 +33,8 @@ def multistep(plan, denoise, x, noise):
         known = lambda *_: d  # noqa: B023
         ((i, j),) = S.steps(plan.process, times)
         if eta and order == 3:         # published sde-dpmsolver++ has -1/2 where +1/2 follows from its derivation
-            _, curvature = S.derivatives(i, d.x0, memory["outputs"])
+            outputs = [d.x0, *(m for _, m in memory["outputs"])]
+            curvature = D.weighted_sum(S.derivatives(i, memory["outputs"])[2].tolist(), outputs)
             (x,) = step(known, x, times, plan.process, noise, memory, **options)
             x = x - j.alpha * (j.lam - i.lam) ** 2 / 2 * curvature
         else:

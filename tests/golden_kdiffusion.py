@@ -19,7 +19,7 @@ FUNCTIONS = {                                          # function: our sampler, 
     "sample_dpmpp_2m": ("dpmpp-2m", {}),
     "sample_dpmpp_2m_sde": ("dpmpp-2m-sde", {"solver_type": "solver"}),
     "sample_dpmpp_3m_sde": ("dpmpp-3m-sde", {}),
-    "sample_dpm_fast": ("dpm-solver", {}),
+    "sample_dpm_fast": (None, {}),
     "sample_dpm_adaptive": ("dpm-adaptive", {}),
 }
 
@@ -35,14 +35,18 @@ def fast_blocks(high, low, n):
 
 def fast(denoise, x, times, process, noise, n, eta=0.0):
     """dpm_fast: DPM-Solver in blocks; with noise each goes down to the level below its end (never below the last level),
-    then up. That level is found in float32 there, where it cancels."""
+    then up. That level and the block's length are found in float32 there, where they cancel."""
     for size, a, b in fast_blocks(*times.tolist(), n):
         i, j = (S.at(process, lam=-v) for v in (a, b))
         high, low = torch.tensor([a, b]).exp()
         down = (low**2 - (eta * (low**2 * (high**2 - low**2) / high**2).sqrt()) ** 2).sqrt().log().item()
         k = S.at(process, lam=-max(down, math.log(times[-1])))
-        grid = process.time(torch.linspace(-i.lam, -k.lam, size + 1, dtype=torch.float64).exp())
-        *_, x = S.dpm_solver(denoise, x, grid, process, noise, order=size)
+        k = k._replace(lam=i.lam + (torch.tensor(a) - torch.tensor(-k.lam)).item())
+        d = denoise(x, i.t)
+        if size == 1:
+            x = S.taylor_step(x, i, k, "eps", [d.eps])
+        else:
+            x, _ = S.adaptive_step(denoise, x, i, k, d, process, order=size)
         x = S.raised(x, k, j, noise(x.shape)) if eta else x
         yield x
 

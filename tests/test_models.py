@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 import moe
 import objectives
-import samplers
 from convert import KLDecoder, fill, infer_config, load_official, read_weights
 from data import byte_tokens
 from diffusion import create_process
@@ -54,6 +53,7 @@ from models import (
     q_shift,
 )
 from objectives import MultiScale, StepNoise, area_target
+from samplers import grid_times
 
 NANO = [name for name in MODELS if name.endswith(("-nano", "-pico"))]
 
@@ -546,8 +546,7 @@ def stitching(fractions, rule="steps", sampler="dpmpp-2m", grid=None, parts=None
                       for k in range(len(fractions))]
     objective, calls = objectives.Stitch(parts, fractions, rule).eval(), []
     hooks = [part.model.register_forward_hook(lambda *a, k=k: calls.append(k)) for k, part in enumerate(parts)]
-    noise = objectives.ImageNoise(0, range(2))
-    frames = list(objective.trajectory(noise, torch.tensor([1, 2]), sampler=sampler,
+    frames = list(objective.trajectory(objectives.ImageNoise(0, range(2)), torch.tensor([1, 2]), sampler=sampler,
                                        steps=steps, grid=grid, guidance=1.5))
     for hook in hooks:
         hook.remove()
@@ -560,11 +559,8 @@ def test_stitching(sampler):
     go to one model; the shares are as asked for; three models with an empty share are two."""
     frames, calls, parts = stitching([0.4, 0.6], sampler=sampler)
     assert calls == [0] * 8 + [1] * 12
-    alone = []
-    for part in parts:
-        noise = objectives.ImageNoise(0, range(2))
-        alone.append(list(part.trajectory(noise, torch.tensor([1, 2]), sampler=sampler,
-                                          steps=10, guidance=1.5)))
+    alone = [list(part.trajectory(objectives.ImageNoise(0, range(2)), torch.tensor([1, 2]), sampler=sampler, steps=10,
+                                  guidance=1.5)) for part in parts]
     for fractions, k, rule in (([0.0, 1.0], 1, "steps"), ([0.0, 1.0], 1, "time"), ([1.0, 0.0], 0, "steps")):
         ours, calls, _ = stitching(fractions, rule, sampler, parts=parts)
         assert torch.equal(ours[-1], alone[k][-1]) and set(calls) == {k}
@@ -601,7 +597,7 @@ def test_stitched_models_keep_their_own_null_label_and_patches():
 def test_steps_begin_at_the_process_own_times(process, grid, fractions):
     """At every time of the grid and between two of them the step's own model; rounding of a time does not matter."""
     process = create_process(process)
-    times = samplers.grid_times(process, 25, grid)
+    times = grid_times(process, 25, grid)
     rule, plan = stitch_by_steps(times, fractions), stitch_steps(25, fractions)
     assert [rule(t) for t in times[:-1].tolist()] == [rule(t) for t in times[:-1].float().tolist()] == plan
     between = [(a + b) / 2 for a, b in zip(times.tolist(), times[1:].tolist())]
@@ -611,13 +607,13 @@ def test_steps_begin_at_the_process_own_times(process, grid, fractions):
 def test_thresholds_are_the_published_ones():
     """Where fractions are no whole numbers of steps, the published threshold and the paper's rule part."""
     by_time = stitch_by_time([0.05, 0.95])
-    times = samplers.grid_times(create_process("linear"), 25)
+    times = grid_times(create_process("linear"), 25)
     assert [by_time(t) for t in times[:-1].tolist()].count(0) == 2 and stitch_steps(25, [0.05, 0.95]).count(0) == 1
     assert [stitch_by_time([0.5, 0.5])(t) for t in (999, 500, 499, 0)] == [0, 0, 1, 1]
     named = stitched([lambda x, t: "small", lambda x, t: "large"], stitch_by_time([0.5, 0.5]))
     assert [named(None, torch.full((3,), t)) for t in (999.0, 0.0)] == ["small", "large"]
     model = Stitched([torch.nn.Identity()] * 2, [0.5, 0.5])
-    assert [model.rule(torch.tensor(t)) for t in (999.0, 0.0)] == [0, 1]
+    assert [model.choose_model(t) for t in (999.0, 0.0)] == [0, 1]
 
 
 def test_what_cannot_be_stitched():

@@ -210,8 +210,7 @@ def test_counts_agree():
     objective = objectives.Diffusion(model, create_process("flow"), (3, 8, 8), 10).eval()
     with moe.Counter(model, 10, 4) as counter:
         y = torch.tensor([0, 3, 3])
-        noise = objectives.ImageNoise(0, range(3))
-        walk = objective.trajectory(noise, y, sampler="ddpm", steps=4, guidance=2.0)
+        walk = objective.trajectory(objectives.ImageNoise(0, range(3)), y, sampler="ddpm", steps=4, guidance=2.0)
         for counter.step, _ in enumerate(walk, start=1):
             pass
     sums = counter.classes.sum(0), counter.positions.sum(1), counter.steps.sum(1)
