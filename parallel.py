@@ -9,6 +9,7 @@ A sharded run computes what one process computes, up to the order of sums. Only 
 gathered one at a time, so a GPU needs its share of everything and one whole block.
 """
 
+import copy
 import functools
 import os
 import shutil
@@ -50,9 +51,20 @@ def remat(model):
 
 
 def shard(objective, device):
-    """Cuts an objective's parameters, in place, over all processes (torch.distributed.fsdp.fully_shard, FSDP2): the
-    blocks of its parts one by one, and each part with what is left. What layers have marked parameters with stays.
-    Before the optimiser is made. The parts must be called as modules, which is where they gather their weights."""
+    """Cuts an objective's parameters, in place, over all processes (torch.distributed.fsdp.fully_shard, FSDP2), and
+    returns a frozen copy in eval mode, for averages, cut the same way. Call it before the optimiser is made.
+
+    The blocks of the objective's parts are cut one by one, and each part with what is left. The parts must be called as
+    modules: that is where they gather their weights. What layers have marked parameters with stays.
+    """
+    average = copy.deepcopy(objective).eval().requires_grad_(False)
+    for one in (objective, average):
+        cut(one, device)
+    return average
+
+
+def cut(objective, device):
+    """`shard` of one objective, without the copy."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -68,9 +80,9 @@ def shard(objective, device):
         for block in blocks(part):
             fully_shard(block, mesh=mesh)
         fully_shard(part, mesh=mesh)
+    objective.to(device)                                                # what is left: buffers
     for name, p in objective.named_parameters():
         vars(p).update(marks[name])
-    return objective
 
 
 def local(tensors):
@@ -104,7 +116,7 @@ def whole(state):
 
     def gathered(x):
         x = full(x)
-        return x.cpu() if first else None
+        return x.to("cpu", copy=True) if first else None
 
     state = mapped(gathered, state)
     return state if first else {}
@@ -114,28 +126,26 @@ def like(state, pattern):
     """A usual state dict cut as the sharded tensors of `pattern` are; other tensors go to where those are."""
     from torch.distributed.tensor import distribute_tensor
 
-    def cut(x, p):
-        if isinstance(x, dict):
-            return {key: cut(value, p[key]) if isinstance(p, dict) and key in p else value for key, value in x.items()}
-        if hasattr(p, "placements"):
-            return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
-        return x.to(p.device) if isinstance(p, torch.Tensor) else x
-
-    return cut(state, pattern)
+    if isinstance(state, dict) and isinstance(pattern, dict):
+        return {key: like(value, pattern.get(key)) for key, value in state.items()}
+    if hasattr(pattern, "placements"):
+        return distribute_tensor(state.to(pattern.device), pattern.device_mesh, pattern.placements)
+    return state.to(pattern.device) if isinstance(pattern, torch.Tensor) else state
 
 
-def save(folder, state):
-    """Every process writes its part of a state dict to `folder`, which appears whole or not at all."""
+def save(folder, state, step):
+    """Every process writes its part of the state of a step to `folder`, which appears whole or not at all; the one that
+    it replaces is kept beside it."""
     import torch.distributed.checkpoint as dcp
 
-    partial = folder.with_name(folder.name + ".partial")
+    partial, previous = (folder.with_name(folder.name + end) for end in (".partial", ".prev"))
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     dcp.save(state, checkpoint_id=str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
-        previous = folder.with_name(folder.name + ".prev")
+        (partial / "step").write_text(str(step))
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
             os.replace(folder, previous)
@@ -144,10 +154,24 @@ def save(folder, state):
 
 
 def load(folder, state):
-    """Fills the tensors of a state dict, in place, with those that `save` wrote, by any number of processes."""
+    """Fills the tensors of a state dict, in place, with those that `save` wrote, from any number of processes; returns
+    their step."""
     import torch.distributed.checkpoint as dcp
 
-    if not folder.exists():
+    if not (folder / "step").exists():
         raise FileNotFoundError(f"there is no checkpoint {folder}")
     dcp.load(state, checkpoint_id=str(folder))
-    return state
+    return int((folder / "step").read_text())
+
+
+def prime(optimiser):
+    """Gives an optimiser the state that its first step makes, so that `load` finds what to fill. Weights stay."""
+    rates = [(group["lr"], group["weight_decay"]) for group in optimiser.param_groups]
+    for group in optimiser.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    for group, (rate, decay) in zip(optimiser.param_groups, rates):
+        group["lr"], group["weight_decay"] = rate, decay
