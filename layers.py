@@ -25,6 +25,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+import kernels
+
 
 def pair(size):
     """An int or (height, width) -> (height, width)."""
@@ -391,10 +393,19 @@ def rope_2d(rows, columns, size, d, rope="direct", trained=None, theta=10000.0):
 
 
 def rotate(x, cos, sin):
-    """x (B, h, N, d) with each pair of adjacent dimensions turned: cos, sin (B or 1, N, d/2). 2104.09864, eq. 34."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).type_as(x)
+    """x (B, h, N, d) with each pair of adjacent dimensions turned: cos, sin (B or 1, N, d/2). 2104.09864, eq. 34:
+    as a product of complex numbers."""
+    if kernels.use("rotate", x, width_of_a_head=x.shape[-1]):
+        return kernels.rotate(x, cos, sin)
+    pairs = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling() or x.device.type == "mps":             # neither is good at complex numbers
+        a, b = pairs.unbind(-1)
+        cos, sin = cos[:, None], sin[:, None]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).type_as(x)
+    if any(place % 2 for place in (x.storage_offset(), *x.stride()[:-1])) or x.stride(-1) != 1:
+        pairs = pairs.contiguous()
+    turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)[:, None]
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------- adaLN
@@ -408,6 +419,22 @@ def modulate(x, shift, scale):
 def gated(x, gate, branch):
     """x + gate * branch, x and branch (B, N, D), gate (B, D)."""
     return torch.addcmul(x, gate[:, None], branch)
+
+
+def gate_norm_modulate(x, gate, branch, norm, shift, scale):
+    """From a branch of a block to the next: (r, y) with r = gated(x, gate, branch), or x where branch is None, and y =
+    modulate(norm(r), shift, scale)."""
+    rms, bare = type(norm) is nn.RMSNorm, type(norm) is nn.LayerNorm and norm.weight is None
+    if (rms or bare) and norm.eps and kernels.use("gate_norm_modulate", x, width=x.shape[-1]):
+        weight = norm.weight if rms else None
+        return kernels.gate_norm_modulate(x, branch, gate, shift, scale, weight, norm.eps, rms)
+    r = x if branch is None else gated(x, gate, branch)
+    return r, modulate(norm(r), shift, scale)
+
+
+def norm_modulate(x, norm, shift, scale):
+    """modulate(norm(x), shift, scale)."""
+    return gate_norm_modulate(x, None, None, norm, shift, scale)[1]
 
 
 def plain_norm(dim):
@@ -428,7 +455,7 @@ class FinalLayer(nn.Module):
     def forward(self, x, c, layout=None):
         modulation = self.adaLN_modulation(c)
         shift, scale = modulation.chunk(2, 1) if layout is None else layout.modulation(modulation, 2)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(norm_modulate(x, self.norm_final, shift, scale))
 
 
 # ----------------------------------------------------------------------------------------- time-dependent normalisation
@@ -685,6 +712,8 @@ class PackedLinear(nn.Module):
         self.alphas, self.bias = linear.alphas, linear.bias
 
     def forward(self, x):
+        if not torch.is_grad_enabled() and kernels.use("packed_linear", x):
+            return kernels.packed_linear(x, self.weight, self.alphas, self.bias)
         return F.linear(x, self.alphas * unpack_codes(self.weight).to(self.alphas.dtype), self.bias)
 
 

@@ -58,11 +58,13 @@ from layers import (
     check_heads,
     count,
     cropped,
+    gate_norm_modulate,
     gated,
     gaussian,
     llama_hidden,
     merge_heads,
     modulate,
+    norm_modulate,
     pack,
     pair,
     patch_grid,
@@ -104,8 +106,9 @@ class DiTBlock(nn.Module):
 
     def forward(self, x, c):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
-        x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
-        return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        h = norm_modulate(x, self.norm1, shift_attn, scale_attn)
+        x, h = gate_norm_modulate(x, gate_attn, self.attn(h), self.norm2, shift_mlp, scale_mlp)
+        return gated(x, gate_mlp, self.mlp(h))
 
 
 class TimeNormBlock(nn.Module):
@@ -419,8 +422,9 @@ class TerDiTBlock(nn.Module):
 
     def forward(self, x, c, rope):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
-        x = gated(x, gate_attn, self.attention(modulate(self.attention_norm(x), shift_attn, scale_attn), rope))
-        return gated(x, gate_mlp, self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp)))
+        h = norm_modulate(x, self.attention_norm, shift_attn, scale_attn)
+        x, h = gate_norm_modulate(x, gate_attn, self.attention(h, rope), self.ffn_norm, shift_mlp, scale_mlp)
+        return gated(x, gate_mlp, self.feed_forward(h))
 
 
 class TerDiT(Backbone):
@@ -1067,9 +1071,9 @@ class DimbaBlock(nn.Module):
     def forward(self, x, text, t0, mask=None):
         table = self.scale_shift_table + t0.view(len(x), 6, -1)                                     # (B, 6, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)
-        x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
+        x = gated(x, gate_attn, self.attn(norm_modulate(x, self.norm1, shift_attn, scale_attn)))
         x = x + self.cross_attn(x, text, mask)
-        return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        return gated(x, gate_mlp, self.mlp(norm_modulate(x, self.norm2, shift_mlp, scale_mlp)))
 
 
 class Mamba(nn.Module):
@@ -1360,8 +1364,9 @@ class FiTBlock(nn.Module):
     def forward(self, x, c, common, rope, layout):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = layout.modulation(
             self.adaLN_modulation(c) + common, 6)
-        x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rope, layout))
-        return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        h = norm_modulate(x, self.norm1, shift_attn, scale_attn)
+        x, h = gate_norm_modulate(x, gate_attn, self.attn(h, rope, layout), self.norm2, shift_mlp, scale_mlp)
+        return gated(x, gate_mlp, self.mlp(h))
 
 
 class FiT(Backbone):
@@ -1487,9 +1492,10 @@ class FlagBlock(nn.Module):
             self.adaLN_modulation(c), 6)
         if text is not None:
             text = Text(self.attention_y_norm(text.tokens), text.mask)
-        h = modulate(self.attention_norm(x), shift_attn, scale_attn)
-        x = gated(x, gate_attn, self.attention(h, rope, stretch, layout, text))
-        return gated(x, gate_mlp, self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp)))
+        h = norm_modulate(x, self.attention_norm, shift_attn, scale_attn)
+        branch = self.attention(h, rope, stretch, layout, text)
+        x, h = gate_norm_modulate(x, gate_attn, branch, self.ffn_norm, shift_mlp, scale_mlp)
+        return gated(x, gate_mlp, self.feed_forward(h))
 
 
 class FlagDiT(Backbone):

@@ -44,24 +44,52 @@ def loop(x, index, weight, gate, up, down):
 
 def grouped(x, index, weight, gate, up, down):
     """The fast way: sort the (token, choice) pairs by expert, then one grouped matrix product a projection. The number
-    of tokens of each expert stays on the device: a GPU is never waited for."""
+    of tokens of each expert stays on the device: a GPU is never waited for. Tokens go to their experts, come back, and
+    their gradients the same way, by gathering alone: nothing is added in an order that could change."""
+    K = index.shape[1]
     expert, order = index.flatten().sort(stable=True)                                                 # (T K,)
     ends = torch.searchsorted(expert, torch.arange(len(gate), device=x.device), right=True)           # (E,)
-    token = order // index.shape[1]
-    rows = (products if x.is_cuda else slices)(x.index_select(0, token), ends, gate, up, down)        # (T K, D)
-    rows = weight.flatten().index_select(0, order)[:, None] * rows
-    return torch.zeros_like(x).index_add(0, token, rows.to(x.dtype))
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))      # order's inverse
+    rows = Gather.apply(x, order // K, back, K)                                                       # (T K, D)
+    rows = (products if fit_products(x, gate) else slices)(rows, ends, gate, up, down)
+    rows = Gather.apply(rows, back, order, 1).unflatten(0, (-1, K))                                   # (T, K, D)
+    return (weight[..., None] * rows).sum(1).to(x.dtype)
+
+
+class Gather(torch.autograd.Function):
+    """x (n, D) -> x[source], in which every row of x occurs K times, row i in places back[K i] .. back[K i + K - 1]. So
+    the gradient gathers as well, where that of an index_select adds up in any order."""
+
+    @staticmethod
+    def forward(ctx, x, source, back, K):
+        ctx.save_for_backward(back)
+        ctx.K = K
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.index_select(0, *ctx.saved_tensors)
+        return g if ctx.K == 1 else g.unflatten(0, (-1, ctx.K)).sum(1), None, None, None
+
+
+def fit_products(x, gate):
+    """What torch's grouped product asks for: a GPU from compute capability 8.0 on, bfloat16, rows of whole 16 bytes."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return half == torch.bfloat16 and gate.shape[1] % 8 == 0 and gate.shape[2] % 8 == 0
 
 
 def products(x, ends, gate, up, down):
-    """Each expert e on its rows, ends[e-1] .. ends[e] of x (n, D) -> (n, D), by torch's grouped matrix product."""
+    """Each expert e on its rows, ends[e-1] .. ends[e] of x (n, D) -> (n, D), by torch's grouped matrix product. Gate
+    and up are one product: autocast has to copy the weights anyway, and copies them into one."""
     if torch.is_autocast_enabled("cuda"):
-        x, gate, up, down = (v.to(torch.get_autocast_dtype("cuda")) for v in (x, gate, up, down))
-
-    def product(x, weights):
-        return F.grouped_mm(x, weights.mT, offs=ends.int())
-
-    return product(F.silu(product(x, gate)) * product(x, up), down)
+        x, down = (v.to(torch.get_autocast_dtype("cuda")) for v in (x, down))
+    E, H, D = gate.shape
+    both = x.new_empty(E, 2 * H, D)
+    both[:, :H], both[:, H:] = gate, up
+    gate, up = F.grouped_mm(x, both.mT, offs=ends.int()).chunk(2, -1)
+    return F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends.int())
 
 
 def slices(x, ends, gate, up, down):

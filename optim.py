@@ -11,6 +11,8 @@ import math
 import torch
 from torch import nn
 
+import parallel
+
 
 def trained(objective):
     """The parameters that learn."""
@@ -179,9 +181,10 @@ class Averages:
 
     decay: of the average after step s it is at most (1 + s)/(10 + s), so that early on it reaches over few steps."""
 
-    def __init__(self, objective, decay):
+    def __init__(self, objective, decay, model=None):
+        """model: the copy to average in, where it must be made elsewhere (parallel.shard)."""
         self.decay = decay
-        self.model = copy.deepcopy(objective).eval().requires_grad_(False)
+        self.model = model or copy.deepcopy(objective).eval().requires_grad_(False)
         pairs = list(zip(self.model.parameters(), objective.parameters()))
         self.averages, self.weights = [e for e, p in pairs if p.requires_grad], [p for _, p in pairs if p.requires_grad]
         buffers = list(zip(self.model.buffers(), objective.buffers()))
@@ -191,6 +194,6 @@ class Averages:
     def update(self, step):
         """Move the averages after step 0, 1, ..."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+        torch._foreach_lerp_(parallel.local(self.averages), parallel.local(self.weights), 1 - decay)
         if self.copies:
             torch._foreach_copy_(self.copies, self.buffers)

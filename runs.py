@@ -21,7 +21,7 @@ import torch
 
 # Settings that may change when a run is resumed: they do not change what a step computes.
 HARMLESS = {"steps", "log_every", "sample_every", "save_every", "sample_n", "device", "accum", "compile", "data_dir",
-            "dry_run", "draw", "score_every", "score_n"}
+            "dry_run", "draw", "score_every", "score_n", "kernels", "remat", "shard"}
 FILES = ("metrics.jsonl", "loss.png", "score.json", "ckpt.best.pt", "ckpt.prev.pt", "ckpt.pt", "config.json")
 
 
@@ -122,7 +122,8 @@ def start(folder, config, resume=False):
     """Write a run's config into its (locked) folder. Unless it resumes, an old run's files, and only those, go; its
     config.json last, so that a kill on the way leaves what can be started again."""
     if not resume:
-        shutil.rmtree(folder / "samples", ignore_errors=True)
+        for name in ("samples", "ckpt.parts", "ckpt.parts.prev"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
     for leftover in folder.rglob("*.tmp"):                        # what a killed process left half-written

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+import kernels
+
 # ----------------------------------------------------------------------------------------------------------- recurrence
 
 
@@ -98,6 +100,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
     if u.is_meta:                                                           # shapes only: layers.count
         products = u.new_empty(u.numel(), 1, 3 * A.shape[1])                # three a state: decay, input, read-out
         return (products @ products.mT).view(u.shape), u.new_empty(len(u), *A.shape)
+    if kernels.use("selective_scan", u, A, state_size=A.shape[1]):
+        return kernels.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
     dtype = u.dtype
     u, delta, A, B, C, D, z, delta_bias, state = wide(u, delta, A, B, C, D, z, delta_bias, state)
     with exact(u):
@@ -193,9 +197,11 @@ def bi_wkv(w, u, k, v):
     if v.is_meta:                                                           # shapes only: layers.count
         products = v.new_empty(v.numel(), 1, 12)                            # two sweeps of three, six to join them
         return (products @ products.mT).view(v.shape)
+    if kernels.use("bi_wkv", v):
+        return kernels.bi_wkv(w, u, k, v)
     dtype = v.dtype
     w, u, k, v = doubles(w, u, k, v) if spread_out(w, k) else wide(w, u, k, v)
-    group = max(16, (2**24 if v.is_cuda else 2**17) // (len(v) * v.shape[1]))
+    group = max(16, (2**24 if v.is_cuda else 2**17) // max(1, len(v) * v.shape[1]))
     with exact(v):
         parts = zip(w.split(group), u.split(group), *(z.transpose(0, 1).split(group, 2) for z in (k, v)))
         return torch.cat([BiWKV.apply(*part) for part in parts], 2).transpose(0, 1).to(dtype)
@@ -209,7 +215,7 @@ def doubles(*tensors):
 def spread_out(w, k):
     """Whether, on a CPU, exponents differ so much that one token may outweigh all others by more than float32 resolves
     (e^-16): no trained network comes near. A GPU would have to be waited for, and a compiler cannot know."""
-    if k.device.type != "cpu" or torch.compiler.is_compiling():
+    if k.device.type != "cpu" or not k.numel() or torch.compiler.is_compiling():
         return False
     low, high = k.detach().aminmax()
     return bool(torch.maximum(high - low, w.detach().abs().max()) > 32)
@@ -309,10 +315,17 @@ def linear_attention_plain(q, k, v, eps=1e-6):
 
 
 def linear_attention(q, k, v, eps=1e-6):
-    """`linear_attention_plain` with the sums over j done first: S = sum_j phi(k_j)^T v_j (d, d), s = sum_j phi(k_j)."""
-    dtype = v.dtype
+    """`linear_attention_plain` by the cheaper of two routes. Few tokens: the weights of all pairs. Many: the sums over
+    j first, S = sum_j phi(k_j)^T v_j (d, d), s = sum_j phi(k_j). They cost as many multiplications at N = d; a GPU,
+    which has to write S and read it again, is better off with pairs up to N = 1.5 d."""
+    if kernels.use("linear_attention", v, width_of_a_head=v.shape[-1]):
+        return kernels.linear_attention(q, k, v, eps)
+    dtype, (N, d) = v.dtype, v.shape[-2:]
     q, k, v = wide(q, k, v)
     with contextlib.nullcontext() if v.is_meta else exact(v):
         q, k = q.relu() + eps, k.relu() + eps
+        if N <= (1.5 if q.is_cuda else 1) * d:
+            weights = q @ k.transpose(-1, -2)                                               # (B, h, N, N)
+            return (weights @ v / (weights.sum(-1, keepdim=True) + N * eps)).to(dtype)
         S, s = k.transpose(-1, -2) @ v, k.sum(-2)[..., None]                                # (B, h, d, d), (B, h, d, 1)
-        return (q @ S / (q @ s + k.shape[-2] * eps)).to(dtype)
+        return (q @ S / (q @ s + N * eps)).to(dtype)

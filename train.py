@@ -11,8 +11,10 @@ options: NAME:option=value,option=value. The same command again goes on with a r
 import argparse
 import contextlib
 import copy
+import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,10 +27,13 @@ from tqdm import tqdm
 import build
 import diffusion
 import figures
+import kernels
 import objectives
 import optim
+import parallel
 import runs
 import scores
+import speed
 from build import number, positive
 
 RECIPE = Path(__file__).parent / "recipes" / "shapes.txt"            # read where no flag is given
@@ -105,7 +110,12 @@ def flags(every=True):
            {"type": number(0, 1e30), "metavar": "NORM"}),
           ("--precision", "auto", "fp32, bf16 (autocast), or auto: bf16 on CUDA, else fp32",
            {"choices": ["auto", "fp32", "bf16"]}),
-          ("--compile", False, "torch.compile the model (CUDA; the first step takes a minute)", switch),
+          ("--compile", False, "torch.compile the model (the first step takes a minute)", switch),
+          ("--kernels", kernels.mode, "Triton's kernels: off, auto (on GPUs where they work) or on (or an error)",
+           {"choices": kernels.MODES}),
+          ("--remat", False, "compute the insides of blocks twice: less memory, a third more time", switch),
+          ("--shard", False, "cut weights, gradients and optimiser over the processes of torchrun: for a model that "
+           "one GPU cannot hold", switch),
           ("--deterministic", False, "refuse operations that are not reproducible (slower on CUDA)", switch),
           common=False)
     group("output, more",
@@ -148,14 +158,15 @@ def parse(argv):
     folder, checkpoint = Path(args.out or f"runs/{'-'.join(name).replace('/', '-')}").expanduser(), None
     if args.resume:
         path = folder / "ckpt.pt" if args.resume == "newest" else Path(args.resume).expanduser()
-        if not path.exists():
+        checkpoint = parts_of(folder) if args.resume == "newest" else None
+        if not checkpoint and not path.exists():
             raise FileNotFoundError(f"--resume: there is no checkpoint {path}; name the run's folder by --out, or "
                                     "leave --resume out to start it")
-        folder, checkpoint = path.parent, runs.load_checkpoint(path)
+        folder, checkpoint = path.parent, checkpoint or runs.load_checkpoint(path)
         checkpoint["config"] = build.upgraded(checkpoint["config"])
         args = parser.parse_args(argv, argparse.Namespace(**copy.deepcopy(checkpoint["config"])))
-    elif runs.holds_run(folder) and not args.overwrite and (folder / "ckpt.pt").exists():
-        checkpoint = runs.load_checkpoint(folder / "ckpt.pt")         # the same command again goes on
+    elif runs.holds_run(folder) and not args.overwrite and (parts_of(folder) or (folder / "ckpt.pt").exists()):
+        checkpoint = parts_of(folder) or runs.load_checkpoint(folder / "ckpt.pt")     # the same command again goes on
         checkpoint["config"] = build.upgraded(checkpoint["config"])
     config = {key: value for key, value in vars(args).items()
               if key not in ("out", "resume", "overwrite", "list", "help")}
@@ -167,6 +178,12 @@ def parse(argv):
             print(f"--steps was {checkpoint['config']['steps']:,} and is now {config['steps']:,}: the decay of the "
                   f"learning rate ({config['decay']}) is stretched, so the rate jumps here")
     return config, args.overwrite, folder, checkpoint
+
+
+def parts_of(folder):
+    """The checkpoint that a sharded run left which did not end: {config, parts: the folder of its parts}, or None."""
+    parts = folder / "ckpt.parts"
+    return {"config": json.loads((folder / "config.json").read_text()), "parts": parts} if parts.exists() else None
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -185,6 +202,15 @@ class Place:
         if config["batch"] % (self.world * config["accum"]):
             raise ValueError(f"--batch {config['batch']} does not divide into {self.world} processes x "
                              f"{config['accum']} micro-batches (--accum)")
+        if config["shard"] and (self.world == 1 or config["score_every"]
+                                or build.split_name(config["optimiser"])[0] != "adamw"):
+            raise ValueError("--shard cuts a model over several processes (torchrun --nproc-per-node 2 train.py ...), "
+                             "and goes with --optimiser adamw and without --score-every")
+        if config["precision"] == "bf16" and speed.bf16_is_slow(self.device):
+            print(f"warning: this {self.device.type} has no units for bfloat16 and imitates them, slowly: --precision "
+                  "fp32 is faster", file=sys.stderr)
+        kernels.choose(config["kernels"])
+        self.kernels = kernels.report(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if cuda else "gloo")
         if cuda:
@@ -238,8 +264,9 @@ def loss_curve(entries):
 
 
 def assemble(config, checkpoint, place):
-    """(dataset, objective, learner: what the loop trains, averages, optimiser, options for drawing), and what the data
-    and the ways to begin say goes into the config. What cannot be is refused here, before anything is written."""
+    """(dataset, objective, learner: what the loop trains, averages, optimiser, options for drawing, (parameters,
+    MACs)), and what the data and the ways to begin say goes into the config. What cannot be is refused here, before
+    anything is written."""
     begin = build.ways(config)
     if not checkpoint:
         for way, run, _ in begin:
@@ -255,37 +282,64 @@ def assemble(config, checkpoint, place):
         for way, run, _ in begin:
             way.adapt(config, run)
     torch.manual_seed(config["seed"])
-    objective = build.build(config, place.device)
+    objective = build.build(config, "cpu" if config["shard"] else place.device)
     if config["text"] == "npz" and dataset.text is not None:
         objective.examples = dataset.condition(torch.arange(min(8, len(dataset)))).to("cpu")
     if hasattr(objective, "meet"):                                   # what it wants of the data beside batches
         objective.meet(dataset)
     options = build.drawing_options(objective, config["draw"], place.device)
-    build.rehearse(objective, options, place.device)
+    if not config["shard"]:
+        build.rehearse(objective, options, place.device)
     if not checkpoint:
         for way, run, _ in begin:
             way.fill(objective, config, run)
     learner = objective
     for way, run, more in begin:
         learner = way.wrap(learner, config, run, **more)
-    averages, optimiser = optim.Averages(objective, config["ema"]), build.build_optimiser(objective, config)
-    return dataset, objective, learner, averages, optimiser, options
+    counts = build.checked_cost(objective, config)
+    if config["remat"]:
+        parallel.remat(getattr(objective, "model", objective))
+    average = parallel.shard(objective, place.device) if config["shard"] else None
+    averages, optimiser = optim.Averages(objective, config["ema"], average), build.build_optimiser(objective, config)
+    return dataset, objective, learner, averages, optimiser, options, counts
 
 
 def resume(checkpoint, config, folder, objective, averages, optimiser):
     """Put a checkpoint's state in place; returns its step. ValueError if its settings compute something else."""
     runs.check_resumable(folder, checkpoint["config"], config)
+    if config["shard"] or "parts" in checkpoint:
+        return resume_sharded(checkpoint, folder, objective, averages, optimiser)
     build.load_weights(objective, checkpoint["model"], folder)
     build.load_weights(averages.model, checkpoint["ema"], folder)
     optimiser.load_state_dict(checkpoint["optimiser"])
     return checkpoint["step"]
 
 
+def states(objective, averages, optimiser):
+    return {"model": objective.state_dict(), "ema": averages.model.state_dict(), "optimiser": optimiser.state_dict()}
+
+
+def resume_sharded(checkpoint, folder, objective, averages, optimiser):
+    """The same of a run that is sharded, or was until now: from its parts, or from the usual file."""
+    parallel.prime(optimiser)
+    state = states(objective, averages, optimiser)
+    if "parts" in checkpoint:
+        step = parallel.load(checkpoint["parts"], state)
+    else:
+        step, state = checkpoint["step"], parallel.like({key: checkpoint[key] for key in state}, state)
+    objective.load_state_dict(state["model"])
+    averages.model.load_state_dict(state["ema"])
+    optimiser.load_state_dict(state["optimiser"])
+    return step
+
+
 class Record:
     """What a run leaves in its folder; the first process alone writes."""
 
-    def __init__(self, folder, config, first, writer):
-        self.folder, self.config, self.writer, self.entries = folder, config, writer, []
+    def __init__(self, folder, config, first, place, macs):
+        self.folder, self.config, self.place, self.macs = folder, config, place, macs
+        self.writer, self.entries = place.rank == 0, []
+        writer = self.writer
         if writer:
             self.held = runs.lock(folder)                          # as long as this record lives
             runs.start(folder, config, resume=first > 0)
@@ -300,15 +354,24 @@ class Record:
         now = time.perf_counter()
         entry = {"step": step} | {name: sum(w[name] for w in self.window) / len(self.window) for name in means} | more
         entry["images_per_s"] = len(self.window) * self.config["batch"] / (now - self.clock)
+        entry |= speed.utilisation(self.macs, entry["images_per_s"], self.place.device, self.place.world)
         runs.log(self.folder, entry)
         self.entries.append(entry)
         self.window, self.clock = [], now
         return entry
 
-    def save(self, step, objective, averages, optimiser):
-        runs.save_checkpoint(self.folder, {
-            "config": self.config, "step": step, "model": objective.state_dict(),
-            "ema": averages.model.state_dict(), "optimiser": optimiser.state_dict()})
+    def save(self, step, last, objective, averages, optimiser):
+        """The checkpoint of a step. A sharded run's processes write their parts, and at the end the usual file."""
+        if not (self.writer or self.config["shard"]):
+            return
+        state = states(objective, averages, optimiser)
+        if self.config["shard"]:
+            parallel.save(self.folder / "ckpt.parts", state, step)
+            state = parallel.whole(state) if last else {}
+        if state:
+            runs.save_checkpoint(self.folder, {"config": self.config, "step": step, **state})
+            for name in ("ckpt.parts", "ckpt.parts.prev"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def score(self, step, scorer, averages, options):
         """Measure what the averaged weights draw, log it, and keep the checkpoint (just saved) if it is the best."""
@@ -323,9 +386,14 @@ class Record:
 
     def show(self, step, averages, options, stop):
         """The pictures, after the checkpoint: what goes wrong here is a warning."""
+        if not (self.writer or self.config["shard"]):                  # a sharded model draws in all its processes
+            return
         try:
-            figures.save(loss_curve(self.entries), self.folder / "loss.png")
-            if options is not None and (grid := picture(averages.model, self.config, options, stop)):
+            stop = False if self.config["shard"] else stop
+            grid = picture(averages.model, self.config, options, stop) if options is not None else None
+            if self.writer:
+                figures.save(loss_curve(self.entries), self.folder / "loss.png")
+            if self.writer and grid:
                 figures.save(grid, self.folder / "samples" / f"step_{step:07d}.png")
         except (ValueError, OSError, RuntimeError) as error:
             print(f"warning: no picture of step {step:,}: {error}", file=sys.stderr)
@@ -343,7 +411,8 @@ def gradients(learner, dataset, config, place, step):
         rows = slice(start, start + share)
         x, y = dataset.gather(indices[rows], flips[rows])
         noise = objectives.StepNoise(config["seed"], step, config["batch"], rows, place.device)
-        once = learner.no_sync if place.world > 1 and micro < config["accum"] - 1 else contextlib.nullcontext
+        wait = place.world > 1 and micro < config["accum"] - 1 and not config["shard"]
+        once = learner.no_sync if wait else contextlib.nullcontext
         with once():                                               # gradients are exchanged once a step
             with torch.autocast(place.device.type, torch.bfloat16, enabled=place.bf16):
                 losses = learner({"x": x, "y": y, "step": step, "noise": noise})
@@ -355,21 +424,21 @@ def gradients(learner, dataset, config, place, step):
 def train():
     config, overwrite, folder, checkpoint = parse(sys.argv[1:])
     place = Place(config)
-    dataset, objective, learner, averages, optimiser, options = assemble(config, checkpoint, place)
-    parameters, macs = build.checked_cost(objective, config)
+    dataset, objective, learner, averages, optimiser, options, (parameters, macs) = assemble(config, checkpoint, place)
     if config["dry_run"]:
         print(build.shown(config))
         return
     first = resume(checkpoint, config, folder, objective, averages, optimiser) if checkpoint else 0
     if config["compile"]:
         getattr(objective, "model", objective).compile()
-    if place.world > 1:
+    if place.world > 1 and not config["shard"]:
         learner = DistributedDataParallel(learner)
     writer = place.rank == 0
     if writer:
         print(headline(config, dataset, parameters, macs, place), "|", folder, f"from step {first:,}" if first else "")
+        print(place.kernels)
     scorer = scores.Scorer(config, dataset, place.device) if writer and config["score_every"] else None
-    record = Record(folder, config, first, writer)
+    record = Record(folder, config, first, place, macs)
     weights = optim.trained(objective)
     stop, step = runs.Stop(), first
     bar = tqdm(range(first, config["steps"]), initial=first, total=config["steps"], unit=" steps", mininterval=0.5,
@@ -380,7 +449,7 @@ def train():
         optim.set_rate(optimiser, rate)
         losses = gradients(learner, dataset, config, place, step)
         optim.rest_paused(weights)
-        norm = torch.nn.utils.clip_grad_norm_(weights, config["clip"] or math.inf).item()
+        norm = parallel.full(torch.nn.utils.clip_grad_norm_(weights, config["clip"] or math.inf)).item()
 
         # What all processes must agree on: the losses, and whether to stop. A step that is not finite is not taken.
         *means, stopping = place.mean(torch.stack([*losses.values(), torch.tensor(float(bool(stop)),
@@ -399,11 +468,11 @@ def train():
         drawn = step == config["steps"] or (config["sample_every"] and step % config["sample_every"] == 0)
         scored = scorer and (step % config["score_every"] == 0 or last)
         saved = step % config["save_every"] == 0 or last or scored
-        if writer and saved:
-            record.save(step, objective, averages, optimiser)
+        if saved:
+            record.save(step, last, objective, averages, optimiser)
         if scored and not stop:
             record.score(step, scorer, averages, options)
-        if writer and (saved or drawn):
+        if saved or drawn:
             record.show(step, averages, options if drawn else None, stop)
         if stopping > 0:
             break

@@ -1,11 +1,15 @@
 """Options and paths of the tests:  python -m pytest [--golden FOLDER] [-m slow] [-m gpu]"""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
+if not torch.cuda.is_available():                    # Triton decides when it is first imported
+    os.environ["TRITON_INTERPRET"] = "1"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "golden")]
 
 
