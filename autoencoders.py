@@ -1,7 +1,8 @@
 """Autoencoders: what turns images into latents or tokens, and back.
 
-    KLDecoder      decoder of Stable Diffusion's autoencoder (High-Resolution Image Synthesis with Latent Diffusion
-                   Models, 2112.10752): what DiT's published latents are drawn with
+    KLAutoencoder  Stable Diffusion's autoencoder (High-Resolution Image Synthesis with Latent Diffusion Models,
+                   2112.10752): what DiT and most published models of latents are trained on and drawn with
+    KLDecoder      its decoder alone
     ViTok          a plain Vision Transformer as encoder and as decoder (Learnings from Scaling Visual Tokenizers for
                    Reconstruction and Generation, 2501.09755): one number governs it, E = tokens x channels
     VQGAN          the convolutional tokenizer of MaskGIT (2202.04200): images to codes of a learned codebook
@@ -83,35 +84,101 @@ class KLUpBlock(nn.Module):
         return x
 
 
+class KLDownBlock(nn.Module):
+    """Residual blocks, then (but for the last level) a strided convolution, padded on the right and below alone."""
+
+    def __init__(self, in_channels, out_channels, blocks, downsample):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            KLResBlock(in_channels if k == 0 else out_channels, out_channels) for k in range(blocks))
+        self.downsamplers = nn.ModuleList(
+            [nn.ModuleDict({"conv": nn.Conv2d(out_channels, out_channels, 3, stride=2)})] if downsample else [])
+
+    def forward(self, x):
+        for block in self.resnets:
+            x = block(x)
+        for down in self.downsamplers:
+            x = down["conv"](F.pad(x, (0, 1, 0, 1)))
+        return x
+
+
+class KLMiddle(nn.Module):
+    """A residual block, attention, a residual block."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.resnets = nn.ModuleList(KLResBlock(channels, channels) for _ in range(2))
+        self.attentions = nn.ModuleList([KLAttention(channels)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
 class KLDecoder(nn.Module):
     """Latents (B, 4, h, w), scaled as the diffusion model sees them, -> images (B, 3, 8h, 8w) in about [-1, 1].
 
-    Names are those of the published `AutoencoderKL` files; their encoder is left out. latent_scale: the latents'
-    standard deviation was brought to 1 by this factor (2112.10752, appendix G; DiT uses 0.18215).
+    widths: of the levels, from the latents up; blocks: residual blocks a level. latent_scale: the latents' standard
+    deviation was brought to 1 by this factor (2112.10752, appendix G; DiT uses 0.18215). quant: the 1x1 convolution
+    between latents and decoder, which later autoencoders leave out. Parameters have the names of diffusers'
+    `AutoencoderKL`.
     """
 
-    def __init__(self, widths=(512, 512, 256, 128), blocks=3, latent_channels=4, latent_scale=0.18215):
+    def __init__(self, widths=(512, 512, 256, 128), blocks=3, latent_channels=4, latent_scale=0.18215, quant=True):
         super().__init__()
         self.latent_scale = latent_scale
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.decoder = nn.Module()
-        self.decoder.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
-        self.decoder.mid_block = nn.Module()
-        self.decoder.mid_block.resnets = nn.ModuleList(KLResBlock(widths[0], widths[0]) for _ in range(2))
-        self.decoder.mid_block.attentions = nn.ModuleList([KLAttention(widths[0])])
-        self.decoder.up_blocks = nn.ModuleList(
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant else nn.Identity()
+        self.decoder = d = nn.Module()
+        d.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        d.mid_block = KLMiddle(widths[0])
+        d.up_blocks = nn.ModuleList(
             KLUpBlock(widths[max(0, k - 1)], w, blocks, k < len(widths) - 1) for k, w in enumerate(widths))
-        self.decoder.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
-        self.decoder.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        d.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        d.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-    def forward(self, z):
+    def decode(self, z):
+        """Latents (B, C, h, w) as the autoencoder makes them, not scaled -> images (B, 3, H, W) in about [-1, 1]."""
         d = self.decoder
-        x = d.conv_in(self.post_quant_conv(z / self.latent_scale))
-        x = d.mid_block.resnets[1](d.mid_block.attentions[0](d.mid_block.resnets[0](x)))
+        x = d.mid_block(d.conv_in(self.post_quant_conv(z)))
         for block in d.up_blocks:
             x = block(x)
         return d.conv_out(F.silu(d.conv_norm_out(x)))
 
+    def forward(self, z):
+        return self.decode(z / self.latent_scale)
+
+
+class KLAutoencoder(KLDecoder):
+    """Stable Diffusion's autoencoder: images (B, 3, H, W) in [-1, 1] -> a normal distribution of latents (B, 4, H/8,
+    W/8) -> images. The arguments are `KLDecoder`'s; the encoder has one block a level fewer, as published."""
+
+    codes = None                                     # a tokenizer of continuous latents
+
+    def __init__(self, widths=(512, 512, 256, 128), blocks=3, latent_channels=4, latent_scale=0.18215, quant=True):
+        super().__init__(widths, blocks, latent_channels, latent_scale, quant)
+        self.encoder = e = nn.Module()
+        down = widths[::-1]
+        e.conv_in = nn.Conv2d(3, down[0], 3, padding=1)
+        e.down_blocks = nn.ModuleList(
+            KLDownBlock(down[max(0, k - 1)], w, blocks - 1, k < len(down) - 1) for k, w in enumerate(down))
+        e.mid_block = KLMiddle(down[-1])
+        e.conv_norm_out = nn.GroupNorm(32, down[-1], eps=1e-6)
+        e.conv_out = nn.Conv2d(down[-1], 2 * latent_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant else nn.Identity()
+
+    def posterior(self, x):
+        """Mean and log variance, (B, C, h, w) each, of the latents of images; not scaled."""
+        e = self.encoder
+        x = e.conv_in(x)
+        for block in e.down_blocks:
+            x = block(x)
+        x = e.conv_out(F.silu(e.conv_norm_out(e.mid_block(x))))
+        mean, log_variance = self.quant_conv(x).chunk(2, 1)
+        return mean, log_variance.clamp(-30, 20)
+
+    def encode(self, x, noise=None):
+        """Latents of images, not scaled: their mean, or with noise (B, C, h, w) a sample, as DiT is trained on."""
+        mean, log_variance = self.posterior(x)
+        return mean if noise is None else mean + torch.exp(0.5 * log_variance) * noise
 
 # ---------------------------------------------------------------------------------------------------------------- ViTok
 # Learnings from Scaling Visual Tokenizers for Reconstruction and Generation, arXiv 2501.09755. The convolutional

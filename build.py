@@ -21,6 +21,7 @@ import re
 import sys
 import types
 import typing
+import zipfile
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 import autoencoders
 import convert
+import convert_tokens
 import cropping
 import data
 import diffusion
@@ -43,6 +45,7 @@ import optim
 import ppgn
 import runs
 import samplers
+import weights as files
 from runs import Run
 
 VERSION = 2                                          # of config.json; 1 had a flag for every option of every system
@@ -424,7 +427,9 @@ def choose_model(text):
 
 def model_option(config, option):
     """The value of an option of a config's model, given or preset; None if it has no such option."""
-    name, options = choose_model(config.get("network", config["model"]))
+    if (network := config.get("network", config["model"])) in convert.OFFICIAL:
+        return None                                  # a published file that no name makes
+    name, options = choose_model(network)
     known = parameters(kind_of(name)[name])
     return options.get(option, known[option].default if option in known else None)
 
@@ -541,7 +546,8 @@ def build_model(config):
     constructor makes of a combination of options that cannot be."""
     name, options = choose_model(config["network"])
     with torch.device("cpu"):                        # the model may be wanted on the meta device
-        if build_process(config).learned_variance:
+        process = build_process(config)
+        if process.learned_variance or getattr(process, "spare", False):         # twice the channels
             options["learn_sigma"] = True
     with sentence(f"{config['network']} cannot be built"):
         return models.create_model(name, config["image_size"], config["in_channels"], config["num_classes"], **options)
@@ -697,8 +703,8 @@ class Way:
 
 
 class StartFrom(Way):
-    """Begin with the averaged weights of another run of this model: a second stage on chosen images (--subset), or at
-    a larger size, where positions are interpolated."""
+    """Begin with the averaged weights of another run of this model, or with a published file: a second stage on chosen
+    images (--subset), other classes, whose labels start fresh, or a larger size, where positions are interpolated."""
 
     def adapt(self, config, run):
         """Resolution adaption, 2406.01159: where the model computes its positions, one that starts from a run at
@@ -782,30 +788,71 @@ WAYS = {"start-from": StartFrom, "inherit": Inherit, "upcycle": Upcycle, "post-t
 
 
 def ways(config):
-    """The ways to begin that a config names: [(way, folder, options of its wrap)], checked."""
+    """The ways to begin that a config names: [(way, folder, options of its wrap)], checked. What is said of a
+    published file stays with its name, and so does --official."""
     found = []
     for name, kind in WAYS.items():
         if text := config.get(name.replace("-", "_")):
             run, options = split_name(text)
+            of_file = {key: options.pop(key) for key in list(options) if key in file_options()}
+            if config.get("official") and is_published(run):
+                of_file.setdefault("arch", config["official"])
             way = kind()
-            found.append((way, run, checked(f"--{name}", way.wrap, options)))
+            found.append((way, join_name(run, of_file), checked(f"--{name}", way.wrap, options)))
     return found
+
+
+def adopt(config):
+    """Write into a new run's settings what a published file decides that it starts from: process and prediction, and
+    the network where --model names a U-Net (the default), which no published file is. ValueError for another
+    process."""
+    source = next((run for way, run, _ in ways(config) if isinstance(way, StartFrom) and is_published(run)), None)
+    if source is None:
+        return
+    old = open_config(source)
+    if config["process"] not in ("flow", old["process"]):
+        raise ValueError(f"--start-from {source} was trained with --process {old['process']}, not {config['process']}")
+    if choose_model(config["model"])[0].startswith("unet"):
+        config["model"] = old["network"]
+        print(f"--model {old['network']}: that of {source}")
+    config |= {"process": old["process"], "prediction": old["prediction"]}
+    config["density"] = old["density"] if config["density"] == "own" else config["density"]
+    config["label_drop"] = min(config["label_drop"], old["label_drop"])
 
 
 def copy_weights(objective, folder, leave=()):
     """Put the averaged weights of another run in the place of the objective's own, but for those whose name holds one
-    of `leave`; a position table of another grid is stretched. Returns (names copied, own names left fresh, names of
-    the other run without use). ValueError if anything else does not fit."""
-    own, state = objective.state_dict(), open_run(folder).objective.state_dict()
-    taken = {name: value for name, value in state.items() if not any(part in name for part in leave)}
-    for name, value in taken.items():
+    of `leave`. A position table of another grid is stretched; of labels in another number, the rows of the classes
+    start fresh, and the null label's is kept. Returns (names copied, own names left fresh, names of the other run
+    without use). ValueError if anything else does not fit."""
+    own, opened = objective.state_dict(), open_run(folder)
+    state, classes = opened.objective.state_dict(), opened.config["num_classes"]
+    is_left = lambda name: any(part in name for part in leave)
+    taken = {name: value for name, value in state.items() if not is_left(name)}
+    fresh = [name for name in own if is_left(name)]
+    for name, value in list(taken.items()):
         if name.endswith("pos_embed") and name in own and own[name].shape != value.shape:
-            old, new = (math.isqrt(table.shape[1]) for table in (value, own[name]))
-            grid = value.unflatten(1, (old, old)).permute(0, 3, 1, 2)
-            taken[name] = F.interpolate(grid, size=(new, new), mode="bilinear").flatten(2).transpose(1, 2)
-    fresh = [name for name in own if any(part in name for part in leave)]
+            taken[name] = stretched(value, own[name], getattr(objective.model, "extras", 0))
+    if classes != objective.num_classes:
+        for name in [name for name in own.keys() | taken.keys() if name.endswith("embedding_table.weight")]:
+            theirs = taken.pop(name, None)
+            if name in own and theirs is not None and len(own[name]) > objective.num_classes and len(theirs) > classes:
+                own[name] = torch.cat([own[name][:-1], theirs[-1:].to(own[name])])          # the null label
+            fresh += [name] if name in own else []
+        print(f"{folder}: {classes} classes there, {objective.num_classes} here: their labels start fresh")
     load_weights(objective, taken | {name: own[name] for name in fresh}, folder)
     return list(taken), fresh, [name for name in state if name not in taken]
+
+
+def stretched(table, own, extras):
+    """A position table (1, extras + N, D) or (h, w, D), bilinear, on the grid of `own`; the first `extras` rows are of
+    tokens that are no patches."""
+    if table.ndim == 3 and len(table) > 1:
+        return F.interpolate(table.permute(2, 0, 1)[None], size=own.shape[:2], mode="bilinear")[0].permute(1, 2, 0)
+    old, new = (math.isqrt(t.shape[1] - extras) for t in (table, own))
+    grid = table[:, extras:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bilinear").flatten(2).transpose(1, 2)
+    return torch.cat([table[:, :extras], grid], 1)
 
 
 def load_weights(objective, state, path):
@@ -867,7 +914,10 @@ class Opened:
             yield torch.where(hole[:, None], as_images(self.objective, step), x)
 
     def data(self, split="test"):
-        """The run's data set, no flips."""
+        """The run's data set, no flips. ValueError for a published file of which no data set was said, or another."""
+        if not self.config["data"]:
+            raise ValueError(f"{self.path} says nothing of images to compare with: name a data set, "
+                             f"{self.path}:data=NAME")
         dataset = load_data(self.config, split, self.device, flip=False)
         return dataset.subset(self.config["subset"]) if self.config["subset"] else dataset
 
@@ -926,13 +976,50 @@ def checkpoint_of(path):
     return file.parent, file
 
 
+def is_published(path):
+    """Whether a path, perhaps with options behind it, names a published file or a folder of one, and no run."""
+    place = Path(split_name(str(path))[0] if not Path(path).expanduser().exists() else path).expanduser()
+    if place.is_dir():
+        return not (place / "ckpt.pt").exists() and any(
+            entry.suffix in files.SUFFIXES or entry.name.endswith(".index.json") for part in (place, *place.glob("*/"))
+            for entry in part.iterdir() if not entry.name.startswith("ckpt"))
+    if not place.is_file() or place.name in runs.FILES:
+        return False
+    try:
+        with zipfile.ZipFile(place) as archive:      # a checkpoint of ours says so by its words
+            inside = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            return b"optimiser" not in archive.read(inside)
+    except (zipfile.BadZipFile, StopIteration, OSError):
+        return True
+
+
+def exported_config(path):
+    """The settings of a run of ours that was exported as safetensors into this folder, or None."""
+    file = Path(path).expanduser() / "config.json"
+    found = files.settings_of(file) if file.is_file() and not (file.parent / "ckpt.pt").exists() else {}
+    ours = found.get("format") == files.FORMAT and isinstance(found.get("run"), dict)
+    return upgraded(found["run"]) if ours else None
+
+
 def open_config(path):
-    """The settings of a run."""
+    """The settings of a run, or those that a published file stands for."""
+    if config := exported_config(path):
+        return config
+    if is_published(path):
+        return published_config(*read_published(path))
     return upgraded(runs.load_checkpoint(checkpoint_of(path)[1])["config"])
 
 
 def open_run(path, device="cpu", weights="ema"):
-    """The `Opened` run in a folder, from its newest checkpoint, or in a checkpoint file. weights: "ema" or "model"."""
+    """The `Opened` run in a folder, from its newest checkpoint, or in a checkpoint file; or a published file or folder,
+    with options behind its name: FILE:arch=dit. weights: "ema" or "model"."""
+    if config := exported_config(path):
+        folder = Path(path).expanduser()
+        objective = build(config, device)
+        load_weights(objective, files.read_file(folder / "model.safetensors"), folder)
+        return Opened(str(path), folder, config, objective.eval(), device)
+    if is_published(path):
+        return open_published(path, device)
     folder, file = checkpoint_of(path)
     checkpoint = runs.load_checkpoint(file)
     config = upgraded(checkpoint["config"])
@@ -959,54 +1046,107 @@ def open_stitched(paths, fractions, rule="steps", device="cpu", weights="ema"):
     return last
 
 
-MASKED = ("maskgit", "maskgit-r", "mage", "mar")       # published generators of tokens
+# ------------------------------------------------------------------------------------------------------ published files
 
 
-def open_published(arch, path, device="cpu"):
-    """The `Opened` published checkpoint of an architecture, with its published way of drawing."""
-    if arch == "a2rl":
-        return Opened(str(path), Path("."), {"draw": {}, "classes": [], "network": arch},
-                      cropping.published(path, device), device)
-    state = convert.read_weights(path)
-    config = convert.infer_config(arch, state)
-    model = convert.load_official(arch, config, state)
-    if arch in MASKED:
-        objective = masked.published(arch, model).to(device).eval()
-        return Opened(str(path), Path("."), {"draw": {}, "classes": [], "network": arch}, objective, device)
-    if arch == "drwkv":
-        config |= {"input_size": config["img_size"], "in_channels": config["channels"],
-                   "num_classes": max(0, config["num_classes"])}
-    elif arch in ("uvit", "dimr"):
-        side = config["stage_configs"][-1]["max_height"] if arch == "dimr" else config["img_size"]
-        config |= {"input_size": side, "in_channels": config.get("channels") or config["in_chans"],
-                   "num_classes": max(0, (config["num_classes"] or 0) - 1), "learn_sigma": False}
-    process = diffusion.Discrete(diffusion.linear_betas(), learned_variance=config["learn_sigma"])
-    # As published: 250 ancestral steps, no clipping of latents, guidance on three of the four channels.
-    scale = {"dico": 1.4, "drwkv": 1.5, "lit": 1.5}.get(arch, 4.0)
-    draw = dict(sampler="ddpm", steps=250, guidance=scale, guide_channels=3, clip=False)
-    if config.get("use_flash_attn"):                              # DiT-MoE's XL and G are rectified flows
-        process = convert.DiTMoEFlow(config["learn_sigma"])
-        draw = dict(sampler="euler", steps=50, guidance=7.0, clip=False)
-    elif arch == "fit":
-        draw |= dict(guidance=1.5)
-    elif arch in ("fitv2", "flag-dit"):
-        process = convert.Reversed()
-        guidance = {"fitv2": 1.5, "flag-dit": 4.0}[arch]
-        draw = dict(sampler="rk45", guidance=guidance, guide_channels=3, clip=False)
-    elif arch in ("uvit", "dimr"):
-        pixels = config["in_channels"] == 3
-        draw = dict(sampler="dpm-solver", steps=50, guidance=1.0 if pixels else 1.4, clip=pixels)
-        if arch == "dimr" or config["embed_dim"] == 1152:       # Stable Diffusion's chain; else continuous
-            process = convert.CountsFromOne(diffusion.BETAS["scaled-linear"]())
+def file_options():
+    """What may be said of a published file behind its name, FILE:option=value: {name: inspect.Parameter}."""
+    known = parameters(convert.published) | parameters(open_published)
+    return {key: p for key, p in known.items() if key != "device"}
+
+
+def read_published(path, **given):
+    """(the `convert.Published` that a path names, what else was said of it). Options may stand behind the path."""
+    place, options = (path, {}) if Path(path).expanduser().exists() else split_name(str(path))
+    options |= {key: value for key, value in given.items() if value is not None}
+    options = checked(str(place), None, options, file_options())
+    read = {key: options.pop(key) for key in list(options) if key in parameters(convert.published)}
+    return convert.published(place, **read), options
+
+
+# What an exported run keeps of its settings: how its network is called, and how it draws.
+OF_EXPORT = ("process", "prediction", "weighting", "density", "classes", "draw")
+
+
+def published_config(file, said):
+    """The settings of a run that would draw as a published file does; of an export of ours, as the run."""
+    settings, network = file.settings, join_name(file.name, file.options) if file.name else file.arch
+    classes = settings.get("num_classes", 0) if not settings.get("text_width") else 0
+    return {"version": VERSION, "published": file.arch, "model": network, "network": network,
+            "process": file.process, "prediction": "own", "weighting": "own", "density": file.density,
+            "image_size": settings["image_size"], "in_channels": settings["in_channels"], "num_classes": classes,
+            "classes": [], "label_drop": 0.1 if settings.get("null_class", True) else 0.0, "text": "npz",
+            "unconditional": False, "subset": None, "data": said.get("data"),
+            "data_dir": said.get("data_folder", "data"), "latent_scale": file.latent_scale, "pixels": file.stride,
+            "draw": file.draw} | {key: file.run[key] for key in OF_EXPORT if key in file.run}
+
+
+def open_published(path, device="cpu", null: str | None = None, data: str | None = None,
+                   data_folder: str | None = None, **given):
+    """The `Opened` published file or folder, with its published way of drawing; what it is, and what had to be assumed
+    of it, is printed. given: arch, size, top_k, heads, see `convert.published`. null: an .npz of the empty caption's
+    embedding, which guidance of a model of text needs. data, data_folder: a data set to compare it with. arch may also
+    be a generator of MASKED, or a2rl."""
+    if given.get("arch") in (*MASKED, "a2rl"):
+        return open_generator(path, given["arch"], device)
+    file, said = read_published(path, null=null, data=data, data_folder=data_folder, **given)
+    config, notes = published_config(file, said), list(file.assumed)
+    if file.name:
+        objective = build(config, device)
+    else:                                            # no name of the registry makes it
+        objective = bare_objective(file, config).to(device)
+    model, state = objective.model, dict(file.state)
+    if file.order:
+        table = "y_embedder.embedding_table.weight"
+        state[table] = state[table][file.order + list(range(len(file.order), len(state[table])))]
+        config["order"] = file.order
+    state = convert.ours(file.arch, state, model)
+    load_weights(objective, {f"model.{name}": value for name, value in state.items()}, path)
+    if model.text_width and "guidance" in config["draw"] and model.null_text is not None and file.arch != "dimba":
+        if said.get("null"):
+            model.null_text = null_caption(said["null"], model)
         else:
-            process = diffusion.create_process("vp")
-        if arch == "dimr":
-            draw |= dict(sampler="dpmpp-singlestep:order=3", steps=250)
-    size = config.get("input_size", 32)
-    shape = config["in_channels"], size, size
-    objective = objectives.Diffusion(model, process, shape, config["num_classes"])
-    return Opened(str(path), Path("."), {"draw": draw, "classes": [], "network": arch}, objective.to(device).eval(),
-                  device)
+            del config["draw"]["guidance"]
+            notes.append("no guidance, which needs the empty caption's embedding: FILE:null=FILE.npz")
+    print(f"{path}: {file.title}")
+    if notes:
+        print("assumed: " + "; ".join(notes))
+    if file.aside:
+        print("left out, no tensors: " + ", ".join(file.aside))
+    stem = Path(split_name(str(path))[0]).stem
+    return Opened(str(path), Path("runs") / stem, config, objective.to(device).eval(), device)
+
+
+MASKED = "maskgit", "maskgit-r", "mage", "mar"                   # published generators of tokens
+
+
+def open_generator(path, arch, device):
+    """The `Opened` published generator of tokens (of MASKED) or cropping agent (a2rl) in a file."""
+    if arch == "a2rl":
+        objective = cropping.published(path, device)
+    else:
+        state = files.read_weights(path)
+        network = convert_tokens.load_tokens(arch, convert_tokens.infer_tokens(arch, state), state)
+        objective = masked.published(arch, network).to(device).eval()
+    config = {"published": arch, "network": arch, "model": arch, "draw": {}, "classes": [], "text": None,
+              "latent_scale": 1.0}
+    return Opened(str(path), Path("runs") / Path(path).stem, config, objective, device)
+
+
+def bare_objective(file, config):
+    """The objective of a published file that no name of the registry makes."""
+    model = convert.layout_of(file.arch).kind(**file.settings)
+    kind = objectives.MultiScale if model.multi_scale else objectives.Diffusion
+    shape = config["in_channels"], *layers.pair(config["image_size"])
+    return kind(model, build_process(config), shape, config["num_classes"], config["label_drop"])
+
+
+def null_caption(path, model):
+    """The embedding in an .npz as the empty caption of a model: (text_length, text_width), zeros behind its end."""
+    tokens = data.read_embeddings([Path(path).expanduser()], model.text_length).tokens[0]
+    if tokens.shape[1] != model.text_width:
+        raise ValueError(f"{path} holds an embedding of width {tokens.shape[1]}, this model reads {model.text_width}")
+    return F.pad(tokens, (0, 0, 0, model.text_length - len(tokens)))
 
 
 # ------------------------------------------------------------------------------------------- settings of older versions

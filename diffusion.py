@@ -963,12 +963,12 @@ class EDM(VE):
         return 1000 * torch.log(t.clamp(min=1e-8) / 0.002) / math.log(80 / 0.002)
 
 
-def chain(betas, line, own_prediction="eps"):
-    """An entry of `PROCESSES`: the discrete chain of a table, with the options of both. line: what it is."""
+def chain(betas, line, own_prediction="eps", kind=Discrete):
+    """An entry of `PROCESSES`: the discrete chain (of this kind) of a table, with the options of both. line: what it is."""
 
     def make(prediction=None, **options):
         of_table = {name: options.pop(name) for name in inspect.signature(betas).parameters if name in options}
-        return Discrete(betas(**of_table), prediction or own_prediction, **options)
+        return kind(betas(**of_table), prediction or own_prediction, **options)
 
     table = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(betas).parameters.values()]
     options = [p.replace(kind=p.KEYWORD_ONLY) if p.name != "prediction" else p

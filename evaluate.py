@@ -22,6 +22,7 @@ import cropping
 import diffusion
 import diffusion_classifier
 import distance
+import export
 import guides
 import masked
 import moe
@@ -51,6 +52,7 @@ COMMANDS = {
     "ranker": (cropping.ranker_flags, cropping.ranker),
     "speed": (speed.speed_flags, speed.speed),
     "pack": (speed.pack_flags, speed.pack),
+    "export": (export.export_flags, export.export),
 }
 
 

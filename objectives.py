@@ -101,12 +101,13 @@ class Diffusion(nn.Module):
     previews, by default the labels in turn.
     """
 
-    options = {"sampler": "dpmpp-2m", "steps": 20, "grid": None, "guidance": 1.0, "guidance_rule": "cfg",
+    options = {"sampler": "dpmpp-2m", "steps": 20, "grid": None, "last": "clean", "guidance": 1.0, "guidance_rule": "cfg",
                "guidance_power": None, "guide_channels": None, "interval": None, "weak": Run(""), "clip": True,
                "threshold": None, "guide": Run(""), "guide_scale": 7.5, "guide_image": "", "size": None, "rope": None,
                "shift": None}
     options_help = {
         "steps": "sampling steps", "grid": "of sampling times (none: the process's own)",
+        "last": "where the grid ends: clean, or least, the least noisy level that the network knows",
         "guidance": "classifier-free guidance, 1 for none", "guidance_rule": "how it is applied",
         "guidance_power": "let it fall from noise to image by the power-cosine schedule (FiTv2), for example 1",
         "guide_channels": "guide only the first so many channels, as the published DiT does",
@@ -309,8 +310,8 @@ class Stitch(Diffusion):
         if options.get("weak"):
             raise ValueError("stitched models cannot be guided by a weak one: leave out --weak or --stitch")
         if self.rule == "steps":
-            steps, sampler = (options.get(key, self.options[key]) for key in ("steps", "sampler"))
-            times = times_of(self.process, steps, sampler, options.get("grid"))
+            steps, sampler, last = (options.get(key, self.options[key]) for key in ("steps", "sampler", "last"))
+            times = times_of(self.process, steps, sampler, options.get("grid"), last)
             self.chosen = stitch_by_steps(times, self.fractions)
         else:
             self.chosen = stitch_by_time(self.fractions, self.process.t_noisy - self.process.t_clean)

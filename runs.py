@@ -36,6 +36,7 @@ def write(path, save):
     """Call save(temporary path), flush it to disk and only then give it its name: `path` never holds half a file.
     Raises OSError with the space that is free and what was needed; what was there before is untouched."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     try:
         save(partial)

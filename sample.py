@@ -4,9 +4,9 @@
 From the run's averaged (EMA) weights. How it draws is the run's own; `python sample.py RUN --help` lists what may be
 set. Several runs in one trajectory, the small model first (T-Stitch):
     python sample.py runs/small runs/large --stitch 0.4
-A published checkpoint:
-    python sample.py --official dit --checkpoint DiT-XL-2-256x256.pt --decoder sd-vae-ft-ema.safetensors \\
-        --classes 207,360 --n 4
+A published checkpoint, as it was published; what it cannot say of itself is assumed, or said behind its name:
+    python sample.py DiT-XL-2-256x256.pt --decoder sd-vae-ft-ema.safetensors --classes 207,360 --n 4
+    python sample.py dit_moe_s.pt:arch=dit-moe,top_k=1
 Image i is a function of the seed and i alone, whatever --batch is.
 """
 
@@ -28,15 +28,12 @@ import data
 import figures
 import runs
 
-ARCHITECTURES = ["dit", "dit-moe", "terdit", "dico", "dimr", "uvit", "drwkv", "lit", "fit", "fitv2", "flag-dit",
-                 "a2rl", *build.MASKED]
-
 
 def flags():
     p = build.Flags(prog="sample.py", description=__doc__, add_help=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", nargs="*", help="folder of a run, or a checkpoint file in it; with --stitch several, "
-                                          "the smallest model first")
+    p.add_argument("run", nargs="*", help="folder of a run, a checkpoint file in it, or a published file; with "
+                                          "--stitch several, the smallest model first")
     p.add_argument("--n", type=build.positive, default=64, metavar="N", help="how many (default: %(default)s)")
     p.add_argument("--classes", metavar="NAME,...",
                    help="class names or numbers, drawn in turn (default: all of them in turn)")
@@ -66,8 +63,9 @@ def flags():
     p.add_argument("--mask", metavar="FILE", help="a picture of the image's size, white where it is to be drawn anew")
     p.add_argument("--help", action="store_true", help="print this, and how RUN may draw, and leave")
     g = p.add_argument_group("published checkpoints")
-    g.add_argument("--official", choices=ARCHITECTURES, help="architecture of the published checkpoint")
-    g.add_argument("--checkpoint", metavar="FILE", help="its file (.pt, .bin or .safetensors; of a2rl .pkl)")
+    g.add_argument("--official", metavar="NAME", help="architecture of a published file, where its names do not tell "
+                   f"it: {', '.join([*convert.OFFICIAL, *build.MASKED, 'a2rl'])}; with options, such as dit-moe:top_k=1")
+    g.add_argument("--checkpoint", metavar="FILE", help="its file or folder (of a2rl .pkl), the same as RUN")
     g.add_argument("--decoder", metavar="FILE", help="Stable Diffusion's autoencoder, to turn latents into images")
     return p
 
@@ -80,21 +78,23 @@ def parse(argv):
         print(parser.format_help() + "\nname a run before --help to see how it may draw")
         raise SystemExit
     device = build.device(args.device)
-    if args.official:
-        if not args.checkpoint:
-            raise ValueError("--official needs the published file: --checkpoint FILE")
-        opened = build.open_published(args.official, args.checkpoint, device)
-    elif not args.run:
-        raise ValueError("name the folder of a run (python sample.py runs/<name>), "
-                         "or a published model by --official and --checkpoint")
-    elif args.checkpoint or args.decoder:
-        raise ValueError("--checkpoint and --decoder go with --official")
-    elif (len(args.run) > 1) != (args.stitch is not None):
+    paths = [args.checkpoint] if args.checkpoint else args.run
+    if not paths:
+        raise ValueError("--official needs the published file: --checkpoint FILE" if args.official else
+                         "name the folder of a run (python sample.py runs/<name>), or a published file")
+    if (len(paths) > 1) != (args.stitch is not None):
         raise ValueError("several runs and --stitch go together: python sample.py runs/small runs/large --stitch 0.4")
+    if args.official:
+        if args.stitch is not None:
+            raise ValueError("with --stitch say the architecture behind each file's name: FILE:arch=dit")
+        name, said = build.split_name(args.official)
+        opened = build.open_published(paths[0], device, arch=name, **said)
     elif args.stitch is not None:
-        opened = build.open_stitched(args.run, args.stitch, args.stitch_rule, device, args.weights)
+        opened = build.open_stitched(paths, args.stitch, args.stitch_rule, device, args.weights)
     else:
-        opened = build.open_run(args.run[0], device, args.weights)
+        opened = build.open_run(paths[0], device, args.weights)
+    if args.decoder and "published" not in opened.config:
+        raise ValueError("--decoder goes with a published file of latents")
     build.drawing_flags(parser, opened.objective)
     if args.help:
         print(parser.format_help())
@@ -242,16 +242,17 @@ def write(x, labels, out, columns):
                 save_wav(out / f"{k:06d}.wav", data.sound(x[k:k + 1]))
 
 
-def decoded(x, path, device):
-    """Latents (n, 4, h, w) through Stable Diffusion's decoder: images (n, 3, 8h, 8w). Codes (n, h, w) through that of
-    a published tokenizer."""
+def decoded(x, path, scale, device):
+    """Latents (n, 4, h, w) of a scale through Stable Diffusion's decoder: images (n, 3, 8h, 8w). Codes (n, h, w)
+    through that of a published tokenizer."""
     if not x.is_floating_point():
         tokenizer = convert.load_tokenizer(path).to(device)
         with torch.no_grad():
             return torch.cat([tokenizer.decode(z[None].to(device)).cpu() for z in x])
     decoder = convert.load_decoder(path).to(device)
     with torch.no_grad():
-        return torch.cat([decoder(z[None].to(device)).cpu() for z in tqdm(x, desc="decoding", unit=" images", delay=2)])
+        return torch.cat([decoder.decode(z[None].to(device) / scale).cpu()
+                          for z in tqdm(x, desc="decoding", unit=" images", delay=2)])
 
 
 def crops(args, opened, options):
@@ -270,11 +271,12 @@ def sample():
     if args.crop:
         print("\n".join(map(str, crops(args, opened, options))))
         return
-    if args.official and (size := options.get("size")):              # eight pixels a latent
+    pixels = opened.config.get("pixels", 1)                          # of a published file of latents, 8
+    if pixels > 1 and (size := options.get("size")):
         size = (size,) if isinstance(size, int) else size
-        if any(side % 16 for side in size):
-            raise ValueError(f"--size {'x'.join(map(str, size))}: the sides must be multiples of 16")
-        options["size"] = tuple(side // 8 for side in size)
+        if any(side % (2 * pixels) for side in size):
+            raise ValueError(f"--size {'x'.join(map(str, size))}: the sides must be multiples of {2 * pixels}")
+        options["size"] = tuple(side // pixels for side in size)
     out = Path(args.out).expanduser() if args.out else opened.folder / "sample.png"
     check_out(out, len(objective.shape) - 1)
     if args.film and Path(args.film).suffix not in (".gif", ".webp"):
@@ -289,8 +291,8 @@ def sample():
         batches = opened.images(args.n, args.seed, args.batch, conditions, frames=frames, **options)
         x = torch.cat([b.cpu() for b in batches])
     if args.decoder:
-        x = decoded(x, args.decoder, opened.device)
-    elif args.official and objective.shape[0] != 3:
+        x = decoded(x, args.decoder, opened.config["latent_scale"], opened.device)
+    elif "published" in opened.config and objective.shape[0] != 3:
         latents = out.with_name(out.stem + ".latents.npz")
         save_npz(latents, arr_0=x.numpy())
         print(f"no --decoder was given: the latents are in {latents}, "

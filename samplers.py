@@ -84,6 +84,23 @@ def trailing(process, n):
     return double(*np.round(T - np.arange(n) * T / n) - 1)
 
 
+def even(process, n):
+    """Even steps of time that end at the least noisy level, which is not visited: with last=least, DPM-Solver's own."""
+    return torch.linspace(process.t_noisy, process.t_least, n + 1, dtype=torch.float64)[:-1]
+
+
+def fast(process, n):
+    """DPM-Solver-fast, 2206.00927, section 3.4: blocks of 3 points and a last one of 2 or 1, all equally long in lambda,
+    that end at the least noisy level (with last=least)."""
+    require(process.path(process.t_noisy)[0] > NO_IMAGE, "this process begins in pure noise, where log-SNR has no "
+            "beginning: choose a linspace, trailing or uniform grid")
+    sizes = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
+    ends = [math.log(alpha / sigma) for alpha, sigma in map(process.path, (process.t_noisy, process.t_least))]
+    length = (ends[1] - ends[0]) / len(sizes)
+    lams = [ends[0] + length * (block + k / size) for block, size in enumerate(sizes) for k in range(size)]
+    return torch.cat([double(process.t_noisy), process.time(torch.exp(-double(*lams[1:])))])
+
+
 def noise_levels(process, n, ramp, sigma_min, sigma_max):
     """Times whose p goes from sigma_max to sigma_min (None: the process's own) as ramp(high, low, share)."""
 
@@ -141,6 +158,8 @@ GRIDS: dict[str, Callable] = {
     "spaced": spaced,
     "leading": leading,
     "trailing": trailing,
+    "even": even,
+    "fast": fast,
     "karras": karras,
     "exponential": exponential,
     "beta": beta,
@@ -629,6 +648,8 @@ def singlestep(denoise, x, times, process, noise, memory, order, form, solver, e
         d, left = denoise(x, i.t), len(grid) - n
         if not block:                # a step out of pure noise, or into the clean image, is a block of its own
             size = max(1, left - 1) if left <= order and not grid[-1][1].sigma else min(order, left)
+            if left == order == 3 < len(grid) and solver == "paper":                 # DPM-Solver-fast ends in 2 and 1
+                size = 2
             memory["size"] = 1 if i.noise else size
         block.append((i, x, d.x0 if form == "x0" else d.eps))
         (start, x, m), *others = block

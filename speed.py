@@ -98,7 +98,7 @@ def timed_calls(objective, batch, device, args):
     if codes := getattr(objective, "codes_read", None):                 # a generator of a tokenizer's codes
         x = torch.randint(codes, (batch, *objective.grid), device=device)
     x = x.contiguous(memory_format=layout) if x.ndim == 4 else x
-    y = torch.randint(10, (batch,), device=device)
+    y = torch.randint(getattr(objective, "num_classes", 0) or 10, (batch,), device=device)
     optimiser = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad])
     half = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     if isinstance(objective, objectives.Diffusion):
@@ -151,7 +151,8 @@ def best_batch(device, make, largest):
 
 
 def speed_flags(p):
-    p.add_argument("models", nargs="*", metavar="MODEL", help="NAME or NAME:option=value,..., see train.py --list")
+    p.add_argument("models", nargs="*", metavar="MODEL", help="NAME or NAME:option=value,..., see train.py "
+                   "--list; or a run, or a published file")
     p.add_argument("--tokens", type=build.positive, metavar="N",
                    help="instead: time and memory of the token mixers (selective scan, Bi-WKV, linear and softmax "
                    "attention) from 64 to N tokens, as a table and a picture")
@@ -240,19 +241,24 @@ def speed(args):
 def prepared(text, macs, device, args):
     """One model of `speed`: (its name, (parameters, MACs, batches, peak bytes), its two calls). macs: None, or those
     that it is brought to."""
-    name, options = build.choose_model(text)
-    shape = 3, args.image_size, args.image_size
-    if macs is not None:
-        options = matched(name, options, args.image_size, macs)
-        text = build.join_name(name, options)
-    config = {"network": build.join_name(name, options), "model": name, "image_size": args.image_size, "in_channels": 3,
-              "num_classes": 10, "classes": [], "process": "flow", "prediction": "own", "weighting": "own",
-              "density": "own", "label_drop": 0.1, "text": "npz", "codes": None}
-    wanted = build.inspect.signature(build.kind_of(name)[name]).parameters
-    if "codes" in wanted and "in_channels" not in wanted:               # it takes codes alone: as many as usual
-        config["codes"] = 1024
-    objective = build.build(config, device)
-    objective.shape = getattr(objective, "shape", shape)
+    if build.is_published(text) or (Path(text).expanduser() / "ckpt.pt").exists():
+        if macs is not None:
+            raise ValueError(f"speed --fair brings models to the same MACs, and {text} has its own: name it first")
+        opened = build.open_run(text, device)
+        objective, config = opened.objective, opened.config
+    else:
+        name, options = build.choose_model(text)
+        if macs is not None:
+            options = matched(name, options, args.image_size, macs)
+            text = build.join_name(name, options)
+        config = {"network": build.join_name(name, options), "model": name, "image_size": args.image_size,
+                  "in_channels": 3, "num_classes": 10, "classes": [], "process": "flow", "prediction": "own",
+                  "weighting": "own", "density": "own", "label_drop": 0.1, "text": "npz", "codes": None}
+        wanted = build.inspect.signature(build.kind_of(name)[name]).parameters
+        if "codes" in wanted and "in_channels" not in wanted:           # it takes codes alone: as many as usual
+            config["codes"] = 1024
+        objective = build.build(config, device)
+        objective.shape = getattr(objective, "shape", (3, args.image_size, args.image_size))
     counts = build.checked_cost(objective, config)
     if args.channels_last:
         objective.to(memory_format=torch.channels_last)

@@ -102,7 +102,9 @@ def flags(every=True):
           ("--label-drop", 0.1, "share of labels or captions replaced by the null one, which guidance needs",
            {"type": number(0, 1), "metavar": "SHARE"}), common=False)
     group("ways to begin",
-          *((f"--{name}", None, build.line(way), run) for name, way in build.WAYS.items()), common=False)
+          *((f"--{name}", None, build.line(way), run) for name, way in build.WAYS.items()),
+          ("--official", None, "architecture of a published file that one of these names, where its weights do not tell "
+           "it", word), common=False)
     group("optimisation, more",
           ("--accum", 1, "micro-batches a step: less memory, same result", whole),
           ("--weight-decay", 0.0, "weight decay", {"type": number(0, 1e6), "metavar": "W"}),
@@ -154,6 +156,7 @@ def parse(argv):
             build.explain(args.help) if args.help not in ("", "all") else [flags(args.help == "all").format_help()]
         print(*pages, sep="\n")
         raise SystemExit
+    build.adopt(vars(args))
     name = build.split_name(args.data)[0], build.split_name(args.model)[0]
     folder, checkpoint = Path(args.out or f"runs/{'-'.join(name).replace('/', '-')}").expanduser(), None
     if args.resume:
@@ -165,6 +168,7 @@ def parse(argv):
         folder, checkpoint = path.parent, checkpoint or runs.load_checkpoint(path)
         checkpoint["config"] = build.upgraded(checkpoint["config"])
         args = parser.parse_args(argv, argparse.Namespace(**copy.deepcopy(checkpoint["config"])))
+        build.adopt(vars(args))
     elif runs.holds_run(folder) and not args.overwrite and (parts_of(folder) or (folder / "ckpt.pt").exists()):
         checkpoint = parts_of(folder) or runs.load_checkpoint(folder / "ckpt.pt")     # the same command again goes on
         checkpoint["config"] = build.upgraded(checkpoint["config"])

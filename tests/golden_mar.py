@@ -5,7 +5,7 @@ import math
 import torch
 from golden_masked import compare, grad_norms, watched
 
-import convert
+import convert_tokens
 import diffusion
 import masked
 import samplers
@@ -23,7 +23,7 @@ def ladder(kept):
 
 
 def check_mar(case):
-    model = convert.load_official("mar", case.config, case.state_dict).eval()
+    model = convert_tokens.load_tokens("mar", case.config, case.state_dict).eval()
     check = {"forward": check_mar_forward, "head": check_mar_head, "sample": check_mar_decode}[case.meta["kind"]]
     check(case, model)
 
@@ -153,7 +153,7 @@ def check_mar_decode(case, model):
 
 
 def check_recap(case):
-    model = convert.load_official("recap", case.config, case.state_dict).eval()
+    model = convert_tokens.load_tokens("recap", case.config, case.state_dict).eval()
     if case.config.get("backbone") == "mar":
         check_mar_decode(case, model)
     else:

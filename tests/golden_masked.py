@@ -4,7 +4,7 @@ import torch
 from golden_vitok import check_quantisers, check_vqgan
 from published import same
 
-import convert
+import convert_tokens
 import masked
 
 
@@ -42,7 +42,7 @@ def check_maskgit(case):
     elif not case.config:
         check_schedule(case)
     else:
-        model = convert.load_official("maskgit", case.config, case.state_dict).eval()
+        model = convert_tokens.load_tokens("maskgit", case.config, case.state_dict).eval()
         (check_decode if "gumbel_sample" in case.inputs else check_maskgit_forward)(case, model)
 
 
@@ -55,7 +55,7 @@ def check_maskgit_forward(case, model):
         ours["loss"] = masked.per_sample(losses, case.inputs["weights"])
         ours["loss"].backward()
         for name in case.state_dict:
-            (mine, _), = convert.translated(convert.MASKGIT_RULES, {name: None}).items()
+            (mine, _), = convert_tokens.translated(convert_tokens.MASKGIT_RULES, {name: None}).items()
             part = {"query": 0, "key": 1, "value": 2}.get(mine.split(".")[-2])
             if part is None:
                 grad = dict(model.named_parameters())[mine].grad
@@ -105,7 +105,7 @@ def check_mage(case):
     if not case.config:
         check_ratio(case)
         return
-    model = convert.load_official("mage", case.config, case.state_dict).eval()
+    model = convert_tokens.load_tokens("mage", case.config, case.state_dict).eval()
     (check_decode if "gumbel_sample" in case.inputs else check_mage_forward)(case, model)
 
 

@@ -32,7 +32,7 @@ def counts(size):
 
 def stacked(name, values):
     """The value of a published parameter's name out of {our name: value}: single experts are rows of a stack."""
-    (ours, _), = convert.moe_names({name: torch.zeros(())}).items()
+    (ours, _), = convert.moe_ours({name: torch.zeros(())}, None).items()
     if ".experts." in name or name.startswith("experts."):
         return values[ours][int(name.split("experts.")[1].split(".")[0])]
     return values[ours]
@@ -63,7 +63,7 @@ def layer(case):
     D = c["embed_dim"]
     ours = moe.MoE(D, c["mlp_ratio"] * D, c["num_experts"], c["num_experts_per_tok"], case.meta["n_shared_experts"] * D)
     state = {name.removeprefix("mlp."): value for name, value in
-             convert.moe_names({f"moe.{name}": value for name, value in case.state_dict.items()}).items()}
+             convert.moe_ours({f"moe.{name}": value for name, value in case.state_dict.items()}, None).items()}
     convert.fill(ours, state, "this layer")
     for ours.dispatch in (moe.loop, moe.grouped):
         for name, value in layer_outputs(case, ours, alpha).items():

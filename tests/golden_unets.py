@@ -9,25 +9,27 @@ import objectives
 from models import channel_norm
 
 
-def published(case, model, rules):
+def published(case, model):
     """{published name: parameter}, for the gradients that are recorded."""
+    pairs = {"dico": convert.DICO, "uvit": convert.UVIT, "dimr": convert.DIMR, "td-ln": ()}[case.arch]
     own, names = dict(model.named_parameters()), {name.partition(":")[2] for name in case.outputs if ":" in name}
-    return {name: own[convert.renamed(rules, name)] for name in names if convert.renamed(rules, name) in own}
+    ours = {name: next(iter(convert.renamed(convert.td_ln_ours({name: None}), pairs))) for name in names}
+    return {name: own[new] for name, new in ours.items() if new in own}
 
 
-def recorded_gradients(case, model, rules):
+def recorded_gradients(case, model):
     """The gradients of what was called backward, in the recorded shapes (position tables are flat there)."""
-    ours = gradients(published(case, model, rules))
+    ours = gradients(published(case, model))
     return {name: value.reshape(case.outputs[name].shape) for name, value in ours.items() if name in case.outputs}
 
 
-def with_mse(case, model, out, rules):
+def with_mse(case, model, out):
     """The loss against the recorded target and its gradients, if there is one."""
     if "target" not in case.inputs:
         return {"out": out}
     loss = (out - case.inputs["target"]).square().mean()
     loss.backward()
-    return {"out": out, "loss": loss} | recorded_gradients(case, model, rules)
+    return {"out": out, "loss": loss} | recorded_gradients(case, model)
 
 
 def dico(case):
@@ -49,14 +51,14 @@ def dico_block(case, model, i):
     out = model(x, c)
     (out * i["probe"]).mean().backward()
     return {"out": out, "norm1": channel_norm(x), "grad:x": x.grad, "grad:c": c.grad, **seen, **gate,
-            **recorded_gradients(case, model, convert.DICO)}
+            **recorded_gradients(case, model)}
 
 
 def dico_loss(case, model, i):
     process, x0 = chain({"learn_sigma": case.config["learn_sigma"]}), i.get("x0", i.get("x"))
     ours = process.loss(model, x0, i["y"], i["t"], i["noise"]) | {"x_t": process.noised(x0, i["noise"], i["t"])}
     ours["loss"].mean().backward()
-    return ours | recorded_gradients(case, model, convert.DICO)
+    return ours | recorded_gradients(case, model)
 
 
 def dico_guidance(case, model, i):
@@ -74,7 +76,7 @@ def dico_forward(case, model, i):
     down = watched({"down_1": model.encoder2[0]}, lambda args, output: args[0])
     up = watched({"up_2": model.up2}, lambda args, output: F.pixel_shuffle(output, 2))
     out = model(i["x"], i["t"], i.get("y"))
-    return with_mse(case, model, out, convert.DICO) | seen | down | up
+    return with_mse(case, model, out) | seen | down | up
 
 
 def uvit(case):
@@ -85,7 +87,7 @@ def uvit(case):
                     "mid_block": model.mid_block, "out_block0": model.out_blocks[0],
                     "decoder_pred": model.decoder_pred})
     out = model(i["x"], i["t"], i.get("y", i.get("context")))
-    compare(case, with_mse(case, model, out, convert.UVIT) | seen)
+    compare(case, with_mse(case, model, out) | seen)
 
 
 def td_ln(case):
@@ -95,7 +97,7 @@ def td_ln(case):
     (out * case.inputs["probe"]).mean().backward()
     bias = {} if model.bias is None else {"current:bias": model.bias(tau)}
     compare(case, {"current:weight": gain, "current:scale": gain, "out": out, **bias,
-                   **recorded_gradients(case, model, convert.TD_LN)})
+                   **recorded_gradients(case, model)})
 
 
 def planes(x):
@@ -132,7 +134,7 @@ def dimr(case):
         shares = [4 ** (k / max(1, n) - 1 + (n == 0)) for k in range(len(outputs))]
         ours["loss"] = multi_scale(shares, outputs, i["noise"])["loss"]
         ours["loss"].mean().backward()
-        ours |= recorded_gradients(case, model, convert.DIMR)
+        ours |= recorded_gradients(case, model)
     compare(case, ours)
 
 

@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from published import same
 
 import autoencoders
-import convert
+import convert_tokens
 
 
 def check_vitok(case):
-    model = convert.load_official("vitok", case.config, case.state_dict)
+    model = convert_tokens.load_tokens("vitok", case.config, case.state_dict)
     seen = {}
 
     def watch(name, module):
@@ -45,19 +45,19 @@ def check_vitok(case):
 
 
 def check_vqgan(case):
-    model = convert.load_official("vqgan", case.config, case.state_dict)
+    model = convert_tokens.load_tokens("vqgan", case.config, case.state_dict)
     x = case.inputs["x"]
     z = model.encoder(x)
     rec, terms = model(x)
     l2 = F.mse_loss(rec, x)
     loss = l2 + terms["commit"] + terms["codebook"] + terms["entropy"]
     loss.backward()
-    names = convert.vqgan_names(len(case.config["channel_multipliers"]), case.config["num_res_blocks"])
+    names = convert_tokens.vqgan_names(len(case.config["channel_multipliers"]), case.config["num_res_blocks"])
     grads = {name: p.grad for name, p in model.named_parameters()}
     ours = {"z": z, "ids": terms["codes"], "rec": rec, "loss": loss, "l2": l2, "e_latent_loss": terms["commit"],
             "q_latent_loss": terms["codebook"], "entropy_loss": terms["entropy"],
             "decode_ids": model.decode(case.inputs["ids_given"])}
-    ours |= {f"grad_norm:{name}": grads[convert.vqgan_name(name, names)].norm() for name in case.state_dict}
+    ours |= {f"grad_norm:{name}": grads[convert_tokens.vqgan_name(name, names)].norm() for name in case.state_dict}
     for name, value in case.outputs.items():
         same(ours[name], value, name)
 
