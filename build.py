@@ -376,10 +376,12 @@ def listing(word=""):
         yield f"{heading} (parameters, multiply-accumulates at 32x32x3 with 10 classes)" if registry is models.MODELS \
             else heading
         costs = models.costs(names) if registry is models.MODELS else {}
+        before = None
         for name in names:
             entry = registry[name]
-            yield f"  {name:20} " + (size_line(*costs[name]) if name in costs else
-                                     entry if isinstance(entry, str) else line(entry))
+            text = size_line(*costs[name]) if name in costs else entry if isinstance(entry, str) else line(entry)
+            yield f"  {name:20} " + ("the same, of another size" if text == before else text)
+            before = text
 
 
 def size_line(parameters, active, macs):
