@@ -14,7 +14,7 @@ import golden
 import numpy as np
 import pytest
 import torch
-from published import same
+from published import peer, same
 from test_train import call, here, refused  # noqa: F401 (a fixture among them)
 
 import build
@@ -465,7 +465,7 @@ def test_diffusers_folder_is_read_back(here):  # noqa: F811
 def test_diffusers_folder_opens_in_diffusers(here):  # noqa: F811
     """With its own classes, by its own loop: the same latents at 1e-5. diffusers divides the exponents of its time
     embedding by 127 where the published DiT has 128; that one number is set here."""
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = peer("diffusers")
     a_run(here / "run", "dit-nano:patch_size=2", process="linear:learned_variance=True", in_channels=4)
     call(evaluate.evaluate, "export", "run", "out", "--to", "diffusers")
     model = diffusers.DiTTransformer2DModel.from_pretrained("out/transformer").eval()
