@@ -62,7 +62,7 @@ def scan(name, table):
     registers, stack, code = read(compiled(getattr(module, name), [*module.STRIDES, "blocks", "slots"],
                                              constants, warps, half))
     (inner, shuffles), (tile, _) = loops(code)
-    slots = (inner * STATES + tile - inner) / tokens / (channels / 32)
+    slots = (inner * STATES + tile - inner) * warps / tokens / (channels / 32)
     return {"registers": registers, "stack": stack, "shuffles": shuffles, "slots": round(slots)}
 
 
@@ -77,7 +77,7 @@ def wkv(name, table):
     registers, stack, code = read(compiled(getattr(module, name), [*module.STRIDES, "blocks"], constants, warps, half))
     passes = loops(code)
     return {"registers": registers, "stack": stack, "shuffles": sum(s for _, s in passes),
-            "slots": round(sum(n for n, _ in passes) / tokens / (channels / 32))}
+            "slots": round(sum(n for n, _ in passes) * warps / tokens / (channels / 32))}
 
 
 if __name__ == "__main__":
