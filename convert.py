@@ -873,11 +873,11 @@ MARKS = {
     "stages.0.input_layer.1.weight": "dimr", "layers.0.attention.wq.alphas": "terdit",
     "layers.0.attention_y_norm.weight": "flag-dit-text", "global_adaLN_modulation.1.weight": "fitv2",
 }
-# What is known by name, and not one of our architectures.
+# What is known by name, and not one of our architectures. In this order: a MAR holds a MAGE's name too.
 ELSEWHERE = {
     "Embed_0.word_embeddings.weight": "a MaskGIT: say --official maskgit",
-    "decoder_pos_embed_learned": "a MAGE: say --official mage",
     "diffusion_pos_embed_learned": "a MAR: say --official mar",
+    "decoder_pos_embed_learned": "a MAGE: say --official mage",
     "context_embed.word_embeddings.weight": "a MaskGIT-r: say --official maskgit-r",
     "layers.0.attention_norm1.weight": "a Next-DiT of Lumina-Next, which is not built here",
     "blocks.0.cross_attn.q_linear.weight": "a PixArt, which is not built here",

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.launch import TRITON_TYPES, configuration, differentiable, on, options, rows, sum_type, training, wide
 
 # (tokens, channels, warps) of a tile. As in selective_scan.py the strides are kept from Triton's alignment analysis.
-FORWARD = {"default": (8, 32, 1), "interpreted": (4, 2, 1)}
-BACKWARD = {"default": (8, 32, 1), "interpreted": (4, 2, 1)}
+FORWARD = {"default": (4, 32, 1), "interpreted": (4, 2, 1)}
+BACKWARD = {"default": (4, 32, 1), "interpreted": (4, 2, 1)}
 STRIDES = ["k_b", "k_t", "v_b", "v_t", "T", "C"]
 NONE = tl.constexpr(-1e30)                                              # the key of no token at all
 

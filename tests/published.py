@@ -1,5 +1,8 @@
 """What every comparison with recorded numbers of a published implementation shares."""
 
+import importlib
+
+import pytest
 import torch
 
 import diffusion
@@ -15,6 +18,15 @@ def same(ours, theirs, what, tolerance=1e-5):
         return
     error = (ours.detach().double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-12)
     assert error <= tolerance, f"{what}: relative error {error:.2e}"
+
+
+def peer(name):
+    """The module of another project, installed for the comparison alone; the test is skipped where it is not to be had.
+    It may be absent, or fail on this machine: half-installed packages raise nearly everything."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        pytest.skip(f"for comparison only: {name} is not to be had here ({type(error).__name__})")
 
 
 def compare(case, ours, skip=()):

@@ -14,13 +14,15 @@ import golden
 import numpy as np
 import pytest
 import torch
-from published import same
+from published import peer, same
 from test_train import call, here, refused  # noqa: F401 (a fixture among them)
 
 import build
 import convert
+import convert_tokens
 import evaluate
 import layers
+import masked
 import models
 import objectives
 import runs
@@ -208,6 +210,30 @@ def test_published_files_are_recognised(file, name, side, channels, classes, mad
     assert {key for key in found.options if key not in made} <= extra
     told = [line for line in found.assumed if "experts" not in line and "rectified" not in line]
     assert told == [] or told == [f"images of {8 * side}x{8 * side} pixels"]
+
+
+GENERATORS = [  # architecture, network of the published size, what is read off it
+    ("mar", lambda: masked.MAR(16, 1000, 256, 768, 12, 12, 64, 6, 1024, 32),
+     {"encoder_depth": 12, "encoder_num_heads": 12, "diffloss_d": 6, "diffloss_w": 1024, "img_size": 256}),
+    ("mar", lambda: masked.MAR(16, 1000, 256, 1024, 16, 16, 64, 8, 1280, 32), {"encoder_num_heads": 16}),
+    ("mar", lambda: masked.MAR(16, 1000, 256, 1280, 20, 16, 64, 12, 1536, 32),
+     {"encoder_num_heads": 16, "vae_embed_dim": 16, "buffer_size": 64, "class_num": 1000}),
+    ("mage", lambda: masked.MAGE(1024, 256, 768, 12, 12, 768, legacy=True), {"num_heads": 12, "grid": 16}),
+    ("mage", lambda: masked.MAGE(1024, 256, 1024, 24, 16, 1024, legacy=True), {"num_heads": 16, "depth": 24}),
+    ("maskgit-r", lambda: masked.MaskGITr(1024, 1000, 256, 768, 24, 8), {"num_heads": 8, "num_classes": 1000}),
+]
+
+
+@pytest.mark.parametrize("arch, make, read", GENERATORS)
+def test_published_generators_of_tokens_are_recognised(arch, make, read):
+    """Of names and shapes alone, on the meta device; without --official they are named."""
+    with torch.device("meta"):
+        state = {re.sub(r"^head\.", "diffloss.net.", name): v for name, v in make().state_dict().items()}
+        arguments = convert_tokens.infer_tokens(arch, state)
+        assert {key: arguments[key] for key in read} == read
+        assert convert_tokens.load_tokens(arch, arguments, state).state_dict().keys() == make().state_dict().keys()
+    with pytest.raises(ValueError, match=rf"x.pt: this is a .*: say --official {arch}$"):
+        convert.described(weights.Weights(Path("x.pt"), state, {}, []))
 
 
 def test_wrong_architectures_are_named(here, capsys):  # noqa: F811
@@ -465,7 +491,7 @@ def test_diffusers_folder_is_read_back(here):  # noqa: F811
 def test_diffusers_folder_opens_in_diffusers(here):  # noqa: F811
     """With its own classes, by its own loop: the same latents at 1e-5. diffusers divides the exponents of its time
     embedding by 127 where the published DiT has 128; that one number is set here."""
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = peer("diffusers")
     a_run(here / "run", "dit-nano:patch_size=2", process="linear:learned_variance=True", in_channels=4)
     call(evaluate.evaluate, "export", "run", "out", "--to", "diffusers")
     model = diffusers.DiTTransformer2DModel.from_pretrained("out/transformer").eval()
@@ -774,6 +800,8 @@ def test_published_files_are_measured_as_runs_are(files, capsys):
     assert json.loads(Path("runs/dit_s/score.json").read_text())["images"] == 8
     call(evaluate.evaluate, "speed", "dit_s.pt", "run-dit_xl", "--batch", "2", "--rounds", "1")
     assert "dit_s.pt" in capsys.readouterr().out
+    call(evaluate.evaluate, "classify", "dit_s.pt:data=shapes:size=16", "--n", "2", "--keep", "3,1", "--samples", "2,4")
+    assert len(list(Path("runs/dit_s").glob("classify-*.jsonl"))) == 1
     call(evaluate.evaluate, "experts", "dit_moe.pt:top_k=1", "--n", "1", "--steps", "2")
     assert json.loads(Path("runs/dit_moe/experts.json").read_text())["images_per_class"] == 1
     call(evaluate.evaluate, "pack", "terdit.pt", "--n", "1", "--rounds", "1", "--steps", "2")

@@ -2,8 +2,11 @@
 
 import copy
 import os
+import signal
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from torch import nn
 
 import optim
 import parallel
+import speed
+import train
 from models import create_model
 
 ROOT = Path(__file__).parent.parent
@@ -141,6 +146,42 @@ def test_two_processes_are_one(tmp_path):
         parallel.load(tmp_path / "nowhere", {})
 
 
+@pytest.mark.slow
+def test_a_sharded_training_is_one_process_and_goes_on_exactly(tmp_path):
+    """train.py --shard under torchrun, two processes (gloo): the weights of one process within 1e-5; a run killed
+    between two checkpoints and started again ends with the bits of one that was not. Its file opens as any other."""
+    command = ["train.py", "--model", "dit-nano:depth=2,hidden_size=32,num_heads=2", "--data", "shapes:size=8",
+               "--batch", "8", "--steps", "60", "--save-every", "5", "--sample-every", "0", "--sample-n", "2", "--draw",
+               "steps=2", "--device", "cpu", "--out"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def start(name, *before):
+        more = ["--shard"] if before else []
+        return subprocess.Popen([*(before or [sys.executable]), *command, str(tmp_path / name), *more], cwd=ROOT,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                                start_new_session=True)
+
+    assert start("one").wait() == 0 and start("straight", *torchrun).wait() == 0
+    killed = start("killed", *torchrun)
+    while killed.poll() is None and not (tmp_path / "killed/ckpt.parts.prev").exists():
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    parts = tmp_path / "killed" / "ckpt.parts"
+    assert parts.exists() and 0 < int((parts / "step").read_text()) < 60
+    assert start("killed", *torchrun).wait() == 0 and not parts.exists()
+    one, straight, again = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
+                            for name in ("one", "straight", "killed"))
+    assert all(same(straight[key], again[key]) for key in ("step", "model", "ema", "optimiser"))
+    worst = 0.0
+    for key in ("model", "ema"):
+        for name, value in one[key].items():
+            error = ((value - straight[key][name]).norm() / value.norm().clamp(min=1e-6)).item()
+            worst = max(worst, 0.0 if name.endswith("qkv.bias") else error)     # a key's bias: no gradient but rounding
+    print(f"\n60 steps, two processes sharded against one: largest relative difference of a weight {worst:.1e}")
+    assert worst < 1e-5
+
+
 def saved(model, inputs):
     """Bytes that a forward pass keeps for the backward one."""
     kept = {}
@@ -184,3 +225,36 @@ def test_remat():
     lonely.weight = nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="--shard: Module holds weights of its own"):
         parallel.cut(lonely, torch.device("cpu"))
+
+
+def test_imitated_bf16_is_warned_of(monkeypatch, capsys):
+    """train.py --precision bf16 on a processor without units for it; on one with them nothing is said."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "shapes:size=8", "--precision", "bf16", "--device", "cpu",
+                                      "--model", "dit-nano:depth=1,hidden_size=32,num_heads=1", "--dry-run"])
+    for capabilities, warned in (({"avx2": True, "avx512_bf16": False}, True), ({"amx_bf16": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        train.train()
+        said = capsys.readouterr().err
+        assert ("this cpu has no units for bfloat16 and imitates them, slowly: --precision fp32" in said) == warned
+
+
+@pytest.mark.slow
+def test_remat_figures():
+    """What --remat saves and costs: DiT-S/2, batch 8, a training step.  python -m pytest -m slow -k remat_figures -s"""
+    options = {"image_size": 32, "in_channels": 4, "num_classes": 1000}
+    models = {"kept": create_model("dit-s/2", **options)}
+    models["twice"] = parallel.remat(copy.deepcopy(models["kept"]))
+    x, t, y = torch.randn(8, 4, 32, 32), torch.rand(8) * 1000, torch.arange(8)
+    memory, times = {}, {name: [] for name in models}
+    steps = {name: lambda m=model: m(x, t, y).square().mean().backward() for name, model in models.items()}
+    for step in steps.values():                                # gradients are there from now on
+        step()
+    for name, step in steps.items():
+        memory[name] = speed.peak_memory(torch.device("cpu"), step) / 2**20
+    for _ in range(5):
+        for name, step in steps.items():
+            times[name].append(speed.seconds(torch.device("cpu"), step))
+    kept, twice = (statistics.median(times[name]) for name in models)
+    print(f"\npeak of a step beyond weights and gradients: {memory['kept']:.0f} MiB kept, {memory['twice']:.0f} MiB "
+          f"computed twice; time {twice / kept:.2f} times")
+    assert memory["twice"] < 0.5 * memory["kept"] and twice < 1.8 * kept

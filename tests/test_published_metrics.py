@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from published import peer
 
 import data
 import distance
@@ -20,14 +21,6 @@ import metrics
 
 ROOT = Path(__file__).parent.parent
 N = 500
-
-
-def installed(name):
-    """The module, or a skipped test: a package may be absent, or fail on this machine."""
-    try:
-        return __import__(name, fromlist=["_"])
-    except Exception as error:                                    # half-installed packages raise nearly everything
-        pytest.skip(f"{name} is not to be had here: {type(error).__name__}")
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +69,8 @@ def agree(name, mine, theirs, bound):
 
 @pytest.mark.slow
 def test_pytorch_fid(sides, ours, monkeypatch, tmp_path):
-    installed("scipy")
-    tool, network = installed("pytorch_fid.fid_score"), installed("pytorch_fid.inception")
+    peer("scipy")
+    tool, network = peer("pytorch_fid.fid_score"), peer("pytorch_fid.inception")
     monkeypatch.setattr(network, "load_state_dict_from_url",
                         lambda *args, **options: torch.load(sides[2], weights_only=True))
     with torch.no_grad():
@@ -99,7 +92,7 @@ def test_pytorch_fid(sides, ours, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_torch_fidelity(sides, ours):
-    tool = installed("torch_fidelity")
+    tool = peer("torch_fidelity")
     with contextlib.redirect_stderr(io.StringIO()):
         theirs = tool.calculate_metrics(
             input1=str(sides[0]), input2=str(sides[1]), isc=True, fid=True, kid=True, kid_subset_size=N, kid_subsets=2,
@@ -110,12 +103,12 @@ def test_torch_fidelity(sides, ours):
     agree("IS, std", mine["is_std"], theirs["inception_score_std"], 1e-3)
     agree("KID, all images", mine["kid"], theirs["kernel_inception_distance_mean"], 1e-4)
     generated, real = (torch.from_numpy(ours["tf", n]) for n in (0, 1))
-    theirs = installed("torch_fidelity.metric_prc").prc_features_to_metric(
+    theirs = peer("torch_fidelity.metric_prc").prc_features_to_metric(
         generated, real, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=False, verbose=False)
     inclusive = metrics.prdc(real, generated, 3, inclusive=True)
     agree("precision, k = 3, <=", inclusive["precision"], theirs["precision"], 1.01 / N)       # in float32 there
     agree("recall, k = 3, <=", inclusive["recall"], theirs["recall"], 1.01 / N)
-    theirs = installed("torch_fidelity.metric_kid").kid_features_to_metric(
+    theirs = peer("torch_fidelity.metric_kid").kid_features_to_metric(
         real.double(), generated.double(), kid_subsets=20, kid_subset_size=100, verbose=False)
     mean, std = metrics.kid(real, generated, 20, 100)
     agree("KID, 20 subsets of 100", mean, theirs["kernel_inception_distance_mean"], 1e-9)
@@ -124,7 +117,7 @@ def test_torch_fidelity(sides, ours):
 
 @pytest.mark.slow
 def test_prdc(ours):
-    tool = installed("prdc")
+    tool = peer("prdc")
     for k in (3, 5):
         mine = metrics.prdc(torch.from_numpy(ours["tf", 1]), torch.from_numpy(ours["tf", 0]), k)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -138,7 +131,7 @@ def test_prdc(ours):
 def test_scipy_sqrtm(n):
     """Seconds and error of a Frechet distance at D = 2048 whose value is known: y = 1.3 x + v. From features, from
     statistics, and by scipy.linalg.sqrtm, as pytorch-fid, ADM and EDM compute it."""
-    linalg = installed("scipy.linalg")
+    linalg = peer("scipy.linalg")
     rng = torch.Generator().manual_seed(0)
     mix = torch.randn(2048, 2048, generator=rng, dtype=torch.float64) * torch.logspace(0, -2, 2048).double()
     x = (torch.randn(n, 2048, generator=rng, dtype=torch.float64) @ mix.T / 16).relu()
