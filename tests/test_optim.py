@@ -8,6 +8,8 @@ import stubs
 import torch
 from torch import nn
 
+import diffusion
+import objectives
 import optim
 from models import create_model
 
@@ -94,3 +96,27 @@ def test_state_goes_through_a_checkpoint():
     step(model, pair, 1)
     step(twin, other, 1)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("name", ["flow", "linear", "cosine", "edm"])
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
+def test_errors_by_noise(name, prediction):
+    """A network that is off by e in x0 is off by e in every bin, whatever it predicts; the bins hold every sample once,
+    in order of its noise, and those of two halves of a batch average to those of the whole."""
+    process = diffusion.create_process(name, prediction)
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, off = (torch.randn(64, 1, 4, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    t = process.training_times(torch.rand(64, generator=generator))
+    alpha, sigma, p, q = process.coefficients(t.double())
+    wrong = 0.1 * off / off.square().mean((1, 2, 3), keepdim=True).sqrt()
+    shift = ((p * sigma - q * alpha) / sigma)[:, None, None, None] * wrong     # of m, as x_t is known: eps moves along
+    network = lambda x, time, y: process.target(x0, eps, t.double()) + shift
+    parts = process.loss(network, x0, None, t.double(), eps)
+    loss, error, n = objectives.by_noise(process, t.double(), parts)
+    assert n.sum() == pytest.approx(1) and loss.sum() == pytest.approx(parts["loss"].mean().item(), rel=1e-5)
+    torch.testing.assert_close(error, 0.01 * n, rtol=1e-4, atol=1e-9)
+    level = sigma / (alpha + sigma)
+    assert [round(64 * v) for v in n.tolist()] == [((level * 10).long() == k).sum().item() for k in range(10)]
+    halves = [objectives.by_noise(process, t[rows].double(), {k: v[rows] for k, v in parts.items()})
+              for rows in (slice(32), slice(32, 64))]
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, torch.stack([loss, error, n]))

@@ -518,6 +518,23 @@ def test_score_and_speed(run, capsys):
     assert "dit-nano:patch_size=2,hidden_size=" in said and 0.95 < share < 1.05 and "training" in said
 
 
+def test_runs_beside_each_other(here, capsys):
+    """Two logs as one picture; the bins of the noise level hold the run's loss and one number a bin, wherever samples
+    fell; a folder without a log is refused."""
+    call(train.train, *TINY, "--out", "a", "--log-every", "3")
+    call(train.train, *TINY, "--out", "b", "--prediction", "flow", "--accum", "2", "--log-every", "3")
+    for folder in ("a", "b"):
+        for entry in runs.history(Path(folder)):
+            assert len(entry["loss_by_noise"]) == len(entry["error_by_noise"]) == 10
+            there = [value for value in entry["loss_by_noise"] if value is not None]
+            assert min(there) <= entry["loss"] <= max(there)
+    capsys.readouterr()
+    call(evaluate.evaluate, "curves", "a", "b", "--out", "c.png")
+    said = capsys.readouterr().out
+    assert "c.png" in said and Image.open("c.png").size == (1600, 920)
+    assert "name folders of runs" in refused(capsys, evaluate.evaluate, "curves", ".")
+
+
 def test_list_and_help_and_recipes(here, capsys):
     for argv, words in ((["--list", "dit-xl"], ["dit-xl/2", "118.6"]),
                         (["--list"], ["imagenet64", "heun", "min-snr", "distill"]),
