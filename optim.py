@@ -173,6 +173,7 @@ def muon(objective, lr, weight_decay, *, momentum=0.95, steps=5, adamw_lr=3e-3, 
 
 
 OPTIMISERS = {"adamw": adamw, "muon": muon}
+RATES = {"adamw": 1e-3, "muon": 0.02}            # for small models, where nothing else is said
 
 
 # ------------------------------------------------------------------------------------------------- rates and averages

@@ -68,8 +68,10 @@ def flags(every=True):
     group("how long and how fast",
           ("--steps", 2000, "optimiser steps", whole),
           ("--batch", 32, "images a step, over all GPUs and micro-batches together", whole),
-          ("--optimiser", "adamw", "what moves the weights: adamw, or muon (on small models usually faster)", word),
-          ("--lr", 1e-3, "learning rate", {"type": number(0, 1e30), "metavar": "RATE"}),
+          ("--optimiser", None, "what moves the weights: muon (small models learn in fewer steps) or adamw (default: the "
+           "model's own)", word),
+          ("--lr", None, "learning rate (default: the model's own, or that of --optimiser)",
+           {"type": number(0, 1e30), "metavar": "RATE"}),
           ("--warmup", 100, "steps in which it rises from 0", {"type": build.count(0, 10**9), "metavar": "N"}),
           ("--decay", "linear", "then: constant, or linear or cosine down to 0",
            {"choices": ["constant", "linear", "cosine"]}),
@@ -175,6 +177,7 @@ def parse(argv):
     config = {key: value for key, value in vars(args).items()
               if key not in ("out", "resume", "overwrite", "list", "help")}
     config["version"] = build.VERSION
+    build.own_optimiser(config)
     build.check_settings(config)
     if checkpoint:                                                    # what data and ways to begin said is kept
         config = checkpoint["config"] | config

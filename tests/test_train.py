@@ -67,8 +67,10 @@ def weights(folder):
     """Everything that must be equal, as bytes."""
     state = runs.load_checkpoint(Path(folder) / "ckpt.pt")
     tensors = {f"{k}.{n}": v for k in ("model", "ema") for n, v in state[k].items()}
-    for k, moments in state["optimiser"]["state"].items():
-        tensors |= {f"optimiser.{k}.{n}": v for n, v in moments.items()}
+    optimisers = state["optimiser"]                                 # of Muon a pair
+    for part, one in ({"adamw": optimisers} if "state" in optimisers else optimisers).items():
+        for k, moments in one["state"].items():
+            tensors |= {f"{part}.{k}.{n}": v for n, v in moments.items()}
     return state["step"], {n: v.numpy().tobytes() for n, v in tensors.items()}
 
 
@@ -114,6 +116,20 @@ def test_resumed_is_unbroken(here, options):
     assert weights("parts")[0] == 4
     call(train.train, "--out", "parts", "--resume", "--save-every", "3")
     assert weights("parts") == weights("whole") and losses("parts") == losses("whole")
+
+
+@pytest.mark.parametrize("argv, own", [
+    (["--model", "dit-nano"], ("muon", 0.02)),
+    (["--model", "dit-nano", "--lr", "0.01"], ("muon", 0.01)),
+    (["--model", "dit-nano", "--optimiser", "adamw"], ("adamw", 1e-3)),
+    (["--model", "dit-nano:ternary=True"], ("adamw", 3e-3)),
+    (["--model", "terdit-nano", "--optimiser", "muon:momentum=0.9"], ("muon:momentum=0.9", 0.02)),
+    (["--model", "dit-s/2"], ("adamw", 1e-4)),
+    (["--model", "vitok-nano"], ("adamw", 1e-3)),
+])
+def test_a_model_says_its_own_optimiser(here, argv, own):
+    config = train.parse(["--out", "r", *argv])[0]
+    assert (config["optimiser"], config["lr"]) == own
 
 
 def test_micro_batches_and_seed(here):
@@ -548,6 +564,7 @@ def test_list_and_help_and_recipes(here, capsys):
         assert all(word in said for word in words), argv
     for recipe in (ROOT / "recipes").glob("*.txt"):
         args = train.flags().parse_args([f"@{recipe}"])
+        build.own_optimiser(vars(args))
         build.check_settings(vars(args))
     Path("flags.txt").write_text("\ufeff--steps 9   # nine\n\n# only a comment\n--model dit-nano:depth=1\n")
     call(train.train, *TINY, "@flags.txt", "--dry-run", "--batch", "4")
