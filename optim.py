@@ -159,8 +159,8 @@ def adamw(objective, lr, weight_decay, *, betas=(0.9, 0.99)):
     return torch.optim.AdamW(groups(trained(objective), weight_decay), lr, tuple(betas), fused=True)
 
 
-def muon(objective, lr, weight_decay, *, momentum=0.95, steps=5, adamw_lr=3e-3, betas=(0.9, 0.99)):
-    """Muon, 2502.16982, for hidden matrices, which --lr is for; AdamW at adamw_lr for all else.
+def muon(objective, lr, weight_decay, *, momentum=0.95, steps=5, adamw_share=0.15, betas=(0.9, 0.99)):
+    """Muon, 2502.16982, for hidden matrices; AdamW for all else, at its share of --lr (of 0.02: at 3e-3).
 
     momentum: Nesterov's. steps: of the Newton-Schulz iteration. betas: AdamW's."""
     hidden = hidden_matrices(objective)
@@ -169,7 +169,7 @@ def muon(objective, lr, weight_decay, *, momentum=0.95, steps=5, adamw_lr=3e-3, 
     ours = {id(p) for p in hidden}
     others = [p for p in trained(objective) if id(p) not in ours]
     return Pair(Muon(groups(hidden, weight_decay), lr, momentum, weight_decay, steps),
-                torch.optim.AdamW(groups(others, weight_decay, adamw_lr / lr), adamw_lr, tuple(betas), fused=True))
+                torch.optim.AdamW(groups(others, weight_decay, adamw_share), lr, tuple(betas), fused=True))
 
 
 OPTIMISERS = {"adamw": adamw, "muon": muon}

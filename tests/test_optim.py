@@ -75,7 +75,7 @@ def test_what_muon_leaves_to_adamw(name):
         if ".attn.qkv.weight" in part or part.endswith((".gate", ".down")) and p.ndim == 3:
             assert id(p) in muon, part
     shares = {g["rate"] for g in pair.parts["adamw"].param_groups}
-    assert shares == {3e-3 / 0.02}
+    assert shares == {0.15}
 
 
 def test_state_goes_through_a_checkpoint():
