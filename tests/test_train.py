@@ -124,6 +124,7 @@ def test_resumed_is_unbroken(here, options):
     (["--model", "dit-nano", "--optimiser", "adamw"], ("adamw", 1e-3)),
     (["--model", "dit-nano:ternary=True"], ("adamw", 3e-3)),
     (["--model", "terdit-nano", "--optimiser", "muon:momentum=0.9"], ("muon:momentum=0.9", 0.02)),
+    (["--model", "dit-nano", "--shard"], ("adamw", 1e-3)),
     (["--model", "dit-s/2"], ("adamw", 1e-4)),
     (["--model", "vitok-nano"], ("adamw", 1e-3)),
 ])
