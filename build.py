@@ -621,6 +621,20 @@ def check_settings(config):
     ways(config)
 
 
+def own_optimiser(config):
+    """Write into a config the optimiser and the rate where they are None: the model's own (`models.optimiser_of`; of
+    what is no backbone AdamW at 1e-3), and to an optimiser that is not its own that one's usual rate. A sharded run
+    has AdamW: Muon needs whole matrices."""
+    name, options = choose_model(config["model"])
+    own, rate = models.optimiser_of(name, **options) if name in models.MODELS else ("adamw", 1e-3)
+    if config["shard"] and own != "adamw":
+        own, rate = "adamw", optim.RATES["adamw"]
+    config["optimiser"] = config["optimiser"] or own
+    if config["lr"] is None:
+        chosen = split_name(config["optimiser"])[0]
+        config["lr"] = rate if chosen == own else optim.RATES.get(chosen, rate)
+
+
 def build_optimiser(objective, config):
     """The optimiser that a config describes, over the parameters that learn."""
     name, options = choose("optimiser", config["optimiser"], optim.OPTIMISERS)

@@ -148,8 +148,8 @@ def plain_loop(config, steps):
 def test_the_loop_against_a_plain_one(here, accum):  # noqa: F811
     """Would catch: a warm-up of the averages or of the rate off by one, gradients not divided by the micro-batches,
     marks ignored, clipping after the step, the decay at another step."""
-    argv = [*TINY, "--model", "dimr-nano:hidden_size=16,depth=2,num_heads=2", "--lr", "2e-2", "--warmup", "4",
-            "--weight-decay", "5", "--ema", "0.3", "--clip", "0.5"]
+    argv = [*TINY, "--model", "dimr-nano:hidden_size=16,depth=2,num_heads=2", "--optimiser", "adamw", "--lr", "2e-2",
+            "--warmup", "4", "--weight-decay", "5", "--ema", "0.3", "--clip", "0.5"]
     call(train.train, *argv, "--accum", accum, "--out", "r")
     state = runs.load_checkpoint("r/ckpt.pt")
     config = {k: v for k, v in state["config"].items()}
