@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from analytic import MEANS, STDS, Tiny, gaussian, log_density, mixture, seeded_noise, start
+from analytic import MEANS, STDS, Tiny, gaussian, log_density, made, mixture, seeded_noise, start
 
 import build
 import diffusion as D
@@ -325,7 +325,7 @@ def test_stitching_by_steps_and_by_time():
 def test_every_prediction_trains_and_samples_or_says_why_not(name, prediction):
     torch.manual_seed(0)
     try:
-        process = D.create_process(name, prediction)
+        process = made(name, prediction)
     except ValueError as refusal:
         assert len(str(refusal)) > 30 and (prediction == "velocity" or name == "zero-snr")
         return
@@ -352,7 +352,7 @@ def test_every_prediction_trains_and_samples_or_says_why_not(name, prediction):
     (lambda: D.VP(beta_min=-1.0), "rise"),
     (lambda: S.grid_times(D.RectifiedFlow(), 0), "at least 1"),
     (lambda: S.grid_times(D.RectifiedFlow(), 5, "leading"), "chain"),
-    (lambda: S.grid_times(D.RectifiedFlow(), 5, "even"), "karras"),
+    (lambda: S.grid_times(D.RectifiedFlow(), 5, "evenly"), "karras"),
     (lambda: S.grid_times(D.RectifiedFlow(), 5, last="end"), "clean"),
     (lambda: S.grid_times(CHAIN, 1001), "1000"),
     (lambda: S.grid_times(D.EDM(), 5, partial(S.karras, sigma_min=90.0)), "fall"),

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from analytic import MEANS, Tiny, end, gaussian, mixture, no_noise, seeded_noise, start
+from analytic import MEANS, Tiny, end, gaussian, made, mixture, no_noise, seeded_noise, start
 
 import build
 import diffusion as D
@@ -278,7 +278,7 @@ def test_inversion_returns_the_image(process):
 @pytest.mark.parametrize("name", D.PROCESSES)
 def test_every_sampler_runs_on_every_process_or_says_why_not(name, sampler):
     torch.manual_seed(0)
-    process, model = D.create_process(name), Tiny(3)
+    process, model = made(name), Tiny(3)
     x = torch.randn(2, 3, 4, 4) * (0.3 if sampler == "ddim-inversion" else 1)
     try:
         states = list(S.generate(process, model, x, sampler=sampler, steps=6))
