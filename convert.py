@@ -1027,7 +1027,7 @@ class DiTMoEFlow(RectifiedFlow):
     """The rectified flow of DiT-MoE's XL and G: the network is told t itself, 0 to 1, and the second half of its
     channels, if it has one (spare), has no loss and is thrown away."""
 
-    def __init__(self, spare=True, prediction=None, **options):
+    def __init__(self, prediction=None, *, spare=False, **options):
         super().__init__(prediction, **options)
         self.spare = spare
 
