@@ -376,10 +376,12 @@ def listing(word=""):
         yield f"{heading} (parameters, multiply-accumulates at 32x32x3 with 10 classes)" if registry is models.MODELS \
             else heading
         costs = models.costs(names) if registry is models.MODELS else {}
+        before = None
         for name in names:
             entry = registry[name]
-            yield f"  {name:20} " + (size_line(*costs[name]) if name in costs else
-                                     entry if isinstance(entry, str) else line(entry))
+            text = size_line(*costs[name]) if name in costs else entry if isinstance(entry, str) else line(entry)
+            yield f"  {name:20} " + ("the same, of another size" if text == before else text)
+            before = text
 
 
 def size_line(parameters, active, macs):
@@ -617,6 +619,20 @@ def check_settings(config):
     choose("optimiser", config["optimiser"], optim.OPTIMISERS)
     build_process(config)
     ways(config)
+
+
+def own_optimiser(config):
+    """Write into a config the optimiser and the rate where they are None: the model's own (`models.optimiser_of`; of
+    what is no backbone AdamW at 1e-3), and to an optimiser that is not its own that one's usual rate. A sharded run
+    has AdamW: Muon needs whole matrices."""
+    name, options = choose_model(config["model"])
+    own, rate = models.optimiser_of(name, **options) if name in models.MODELS else ("adamw", 1e-3)
+    if config["shard"] and own != "adamw":
+        own, rate = "adamw", optim.RATES["adamw"]
+    config["optimiser"] = config["optimiser"] or own
+    if config["lr"] is None:
+        chosen = split_name(config["optimiser"])[0]
+        config["lr"] = rate if chosen == own else optim.RATES.get(chosen, rate)
 
 
 def build_optimiser(objective, config):

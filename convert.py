@@ -838,6 +838,8 @@ def layout_of(arch):
 def load_official(arch, config, state_dict):
     """Our model of architecture `arch`, from the published constructor's arguments and published weights.
     config["part"] names a part of the model to return instead."""
+    if arch in convert_tokens.TOKENS:
+        return convert_tokens.load_tokens(arch, config, state_dict)
     part = config.get("part")
     if make := PARTS.get((arch, part)):
         return make(config, state_dict)

@@ -964,7 +964,8 @@ class EDM(VE):
 
 
 def chain(betas, line, own_prediction="eps", kind=Discrete):
-    """An entry of `PROCESSES`: the discrete chain (of this kind) of a table, with the options of both. line: what it is."""
+    """An entry of `PROCESSES`: the discrete chain (of this kind) of a table, with the options of both. line: what it
+    is."""
 
     def make(prediction=None, **options):
         of_table = {name: options.pop(name) for name in inspect.signature(betas).parameters if name in options}

@@ -39,6 +39,7 @@ COMMANDS = {
     "prompts": (scores.prompts_flags, scores.prompts),
     "sizes": (scores.sizes_flags, scores.sizes),
     "stitch": (scores.stitch_flags, scores.stitch),
+    "curves": (scores.curves_flags, scores.curves),
     "likelihood": (diffusion.likelihood_flags, diffusion.likelihood),
     "experts": (moe.experts_flags, moe.experts),
     "reconstruct": (autoencoders.reconstruct_flags, autoencoders.reconstruct),

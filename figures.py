@@ -76,6 +76,23 @@ def nice_ticks(low, high, count=5):
     return [step * k for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
+def running_mean(values):
+    """Each value's mean with those before it, a fiftieth of all."""
+    width = max(1, len(values) // 50)
+    windows = [values[max(0, k - width):k + 1] for k in range(len(values))]
+    return [sum(w) / len(w) for w in windows]
+
+
+def beside(pictures, columns=2):
+    """PIL pictures of one size on one sheet, row by row."""
+    width, height = pictures[0].size
+    columns = min(columns, len(pictures))
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for k, picture in enumerate(pictures):
+        sheet.paste(picture, (k % columns * width, k // columns * height))
+    return sheet
+
+
 def curves(series, title="", x_label="", y_label="", size=(800, 460)):
     """Lines {name: (xs, ys)} on one pair of axes, as a PIL picture. A name that starts with "_" is drawn pale and kept
     out of the legend (raw values behind their running mean)."""

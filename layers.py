@@ -822,16 +822,20 @@ def detached(module, *inputs):
 class Multiplications(TorchDispatchMode):
     """While it is on, `total` grows by the multiply-accumulates of every matrix product and convolution that is called
     with a tensor of the meta device, and nothing of that is computed: of real weights only the shapes are used. What an
-    operation gives is remembered, since a network repeats its blocks."""
+    operation gives is remembered, since a network repeats its blocks.
 
-    def __init__(self):
+    real: count what is called with real tensors alone, too, which is computed as ever."""
+
+    def __init__(self, real=False):
         super().__init__()
-        self.total, self.known = 0, {}
+        self.total, self.known, self.real = 0, {}, real
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         leaves, form = tree_flatten((args, kwargs or {}))
         if not any(isinstance(v, torch.Tensor) and v.is_meta for v in leaves):
-            return function(*args, **kwargs or {})
+            out = function(*args, **kwargs or {})
+            self.total += self.products(function.overloadpacket, args, out) if self.real else 0
+            return out
         looks = tuple((v.shape, v.stride(), v.dtype) if isinstance(v, torch.Tensor) else v for v in leaves)
         key = function, looks, form
         if key in self.known:

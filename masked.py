@@ -1220,7 +1220,7 @@ def reuse(args):
     print(f"{'steps':18}{'full':>5}{'local':>6}{'GMACs an image':>16}{'seconds':>9}{'accuracy':>17}{'Frechet':>17}")
     for name, rows in found.items():
         spread = lambda key: f"{np.mean([r[key] for r in rows]):.3f} +- {np.std([r[key] for r in rows]):.3f}"
-        print(f"{name:18}{rows[0]['full']:5}{rows[0]['local']:6}{rows[0]['macs'] / 1e9:16.3f}"
+        print(f"{name:18}{rows[0]['full']:5}{rows[0]['local']:6}{rows[0]['macs'] / 1e9:16.3g}"
               f"{np.median([r['seconds'] for r in rows]):9.2f}{spread('accuracy'):>17}{spread('frechet'):>17}")
     print(f"({args.n} images a row, {args.seeds} seeds, mean +- standard deviation; {judge.title}; MACs of the network "
           "and its head, without the tokenizer)")
@@ -1236,7 +1236,7 @@ def measured(run, judge, reference, n, seed, options):
 
     hook = run.objective.network.register_forward_pre_hook(tally, with_kwargs=True)
     decoder = run.objective.__dict__.pop("decoder", None)
-    with Multiplications() as counter:
+    with Multiplications(real=True) as counter:
         for _ in run.images(1, seed, **options):
             pass
     hook.remove()

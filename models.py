@@ -1643,6 +1643,24 @@ def options_of(name):
             if option not in facts}
 
 
+def optimiser_of(name, ternary=False, **options):
+    """(--optimiser, --lr) for a model of the registry and its options, where train.py is told neither.
+
+    The small presets (-nano, -pico): Muon at 0.02, but ternary weights AdamW at 3e-3; measured on shapes, see
+    docs/optimiser.md. Published sizes: AdamW at the papers' rates, 2e-4 for DDPM's U-Net on CIFAR-10 (2006.11239,
+    appendix B), U-ViT (2209.12152) and DiMR (2406.09416), 5e-4 for Flag-DiT (2405.05945) and TerDiT (2405.14854), and
+    for all others that of DiT, 1e-4 (2212.09748, section 4).
+    """
+    small = name.endswith(("-nano", "-pico"))
+    if small and (ternary or name.startswith("terdit")):
+        return "adamw", 3e-3
+    if small:
+        return "muon", 0.02
+    if name.startswith(("flag-dit", "terdit")):
+        return "adamw", 5e-4
+    return "adamw", 2e-4 if name.startswith(("unet-cifar", "uvit", "dimr")) else 1e-4
+
+
 def backbone(name):
     """The class of a model of the registry, whose attributes (`layers.Backbone`) say what it can before it is built; of
     an entry that is a function Backbone itself, with the defaults."""

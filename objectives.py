@@ -2,8 +2,8 @@
 
 Everything that is trained, denoiser or not, is an nn.Module with this contract (no base class is needed):
 
-    loss(batch)            {"loss": scalar, name: scalar, ...} of batch: x, y, step, noise (a `StepNoise`). One backward
-                           pass a step. Two players (a generator and its critic): their losses are added, each detached
+    loss(batch)            {"loss": scalar, name: scalar, ...} of batch: x, y, step, noise (a `StepNoise`); a denoiser's
+                           also {"by_noise": `by_noise`}. One backward pass a step. Two players (a generator and its critic): their losses are added, each detached
                            from the other's weights (`layers.detached`). Marks on parameters: rate, a share of --lr;
                            no_decay; paused, set in loss(): this step leaves them
     conditions(n)          the conditions of a preview of n: labels in turn, example captions, ...; None without any
@@ -142,7 +142,7 @@ class Diffusion(nn.Module):
         else:
             parts = self.parts(x, y, t, noise(x.shape))
         losses = {name: value.mean() for name, value in parts.items()}
-        return losses | balanced(self.model, losses["loss"])
+        return losses | balanced(self.model, losses["loss"]) | {"by_noise": by_noise(self.process, t, parts)}
 
     forward = loss                                 # DistributedDataParallel calls the module itself
 
@@ -249,6 +249,19 @@ def extrapolate(objective, size=None, rope=None, shift=None):
         if isinstance(objective.process, Discrete) or not shift > 0:
             raise ValueError(f"shift {shift}: it must be above 0, and a discrete chain is shifted in training only")
         objective.process.shift = shift
+
+
+@torch.no_grad()
+def by_noise(process, t, parts, bins=10):
+    """What each noise level has in a batch of losses {"loss": (B,), "mse": (B,)} at times t (B,): (3, bins), the sums of
+    the loss and of the squared error of the clean image, and the number of samples, over B. Means over the parts of a
+    batch are those of the whole. The bins are even in sigma/(alpha + sigma): 0 clean, 1 noise, on rectified flow t."""
+    alpha, sigma, p, q = process.coefficients(t)
+    sigma = sigma.clamp(min=1e-8)
+    error = parts["mse"] * (sigma / (alpha * q - sigma * p)) ** 2     # of x0, from that of the prediction p x0 + q eps
+    rows = torch.stack([parts["loss"].to(error), error, torch.ones_like(error)])                        # (3, B)
+    here = F.one_hot((sigma / (alpha + sigma) * bins).long().clamp(0, bins - 1), bins)                  # (B, bins)
+    return (rows[:, :, None] * here).mean(1).float()
 
 
 class Distilled(nn.Module):

@@ -90,8 +90,8 @@ def even(process, n):
 
 
 def fast(process, n):
-    """DPM-Solver-fast, 2206.00927, section 3.4: blocks of 3 points and a last one of 2 or 1, all equally long in lambda,
-    that end at the least noisy level (with last=least)."""
+    """DPM-Solver-fast, 2206.00927, section 3.4: blocks of 3 points and a last one of 2 or 1, equally long in lambda,
+    to the least noisy level, which is not visited."""
     require(process.path(process.t_noisy)[0] > NO_IMAGE, "this process begins in pure noise, where log-SNR has no "
             "beginning: choose a linspace, trailing or uniform grid")
     sizes = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]

@@ -4,9 +4,11 @@ of the data set (metrics.judge) or compare its features with those of real image
     score      class accuracy and Frechet distance        samplers   every sampler at several numbers of steps
     prompts    do samples show what captions say?         sizes      sizes that no training image had
     stitch     two runs in one trajectory, over the share of the smaller one
+    curves     how runs learned, beside each other, from their logs alone
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -328,3 +330,67 @@ def print_stitched(args, seeds, rows, macs):
         f, a, s = row["frechet_classifier"], row["class_accuracy"], statistics.median(row["seconds"])
         print(f"{row['fraction']:8.2f}{statistics.mean(f):12.3f} +- {spread(f):4.3f}{statistics.mean(a):12.4f} +- "
               f"{spread(a):4.3f}{s:10.1f}{s / full:18.3f}{row['macs'] / rows[0]['macs']:8.3f}")
+
+
+def curves_flags(p):
+    p.add_argument("folders", nargs="+", metavar="run", help="folders of runs")
+    p.add_argument("--out", default="curves.png", help="the picture (default: %(default)s)")
+
+
+def curves(args):
+    """Runs beside each other, from their logs: loss by time and by multiply-accumulates, error and scores by steps, and
+    the error of the clean image in ten bins of the noise level."""
+    logs = {}
+    for folder in args.folders:
+        log = learned(folder)
+        logs[log["name"] if log["name"] not in logs else folder] = log
+    macs = all(log["macs"] for log in logs.values())
+    by_work = {name: (log["macs" if macs else "steps"], log["loss"]) for name, log in logs.items()}
+    panels = [(by_work, "loss", "multiply-accumulates of training, 10^12" if macs else "steps"),
+              ({name: (log["seconds"], log["loss"]) for name, log in logs.items()}, "loss", "seconds of training"),
+              ({name: (log["steps"], log["error"]) for name, log in logs.items() if log["error"]},
+               "squared error of the clean image", "steps"),
+              ({name: log["bins"] for name, log in logs.items() if log["bins"]},
+               "the same in the last tenth, by noise", "noise level, 0 clean to 1 noise"),
+              ({name: log["accuracy"] for name, log in logs.items() if log["accuracy"]}, "class accuracy", "steps"),
+              ({name: log["frechet"] for name, log in logs.items() if log["frechet"]}, "Frechet distance", "steps")]
+    figures.save(figures.beside([figures.curves(series, title, across) for series, title, across in panels if series]),
+                 Path(args.out))
+    print(f"{'run':32}{'steps':>8}{'seconds':>9}{'loss':>9}   error of the clean image by noise level, last tenth")
+    for name, log in logs.items():
+        cells = " ".join(f"{error:.4f}" for error in log["bins"][1]) if log["bins"] else "not in its log"
+        print(f"{name:32}{log['steps'][-1]:8,}{log['seconds'][-1]:9.0f}{log['loss'][-1]:9.4f}   {cells}")
+    print(f"picture: {args.out}")
+
+
+def learned(folder):
+    """What a run's log says: lists over its lines (steps, seconds, macs, loss, error, running means of the last two),
+    pairs of lists over the scores (accuracy, frechet) and over noise levels (bins); None for what it does not hold."""
+    folder = Path(folder).expanduser()
+    entries = runs.history(folder)
+    lines = [e for e in entries if "loss" in e]
+    if len(lines) < 2:
+        raise ValueError(f"{folder}: its metrics.jsonl holds no two lines of losses to draw; name folders of runs")
+    config = json.loads((folder / "config.json").read_text())
+    steps = [e["step"] for e in lines]
+    taken = [b - a for a, b in zip([0, *steps], steps)]
+    seconds = list(itertools.accumulate(n * config["batch"] / e["images_per_s"] for n, e in zip(taken, lines)))
+    tenths = [e for e in lines if e["step"] > 0.9 * steps[-1]]
+    bins, error = None, None
+    if "error_by_noise" in lines[-1]:
+        rows = [mean_of(column) for column in zip(*(e["error_by_noise"] for e in tenths))]
+        bins = [(k + 0.5) / len(rows) for k, row in enumerate(rows) if row is not None], [r for r in rows if r is not None]
+        error = figures.running_mean([mean_of(e["error_by_noise"]) for e in lines])
+    work = [e["tmacs"] for e in lines] if "tmacs" in lines[-1] else None
+    scored = {key: ([e["step"] for e in entries if key in e], [e[key] for e in entries if key in e])
+              for key in ("class_accuracy", "frechet")}
+    return {"name": folder.name, "steps": steps, "seconds": seconds, "macs": work, "bins": bins, "error": error,
+            "loss": figures.running_mean([e["loss"] for e in lines]),
+            "accuracy": scored["class_accuracy"] if scored["class_accuracy"][0] else None,
+            "frechet": scored["frechet"] if scored["frechet"][0] else None}
+
+
+def mean_of(values):
+    """The mean of those that are not None; None if none is."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None

@@ -68,8 +68,10 @@ def flags(every=True):
     group("how long and how fast",
           ("--steps", 2000, "optimiser steps", whole),
           ("--batch", 32, "images a step, over all GPUs and micro-batches together", whole),
-          ("--optimiser", "adamw", "what moves the weights: adamw, or muon (on small models usually faster)", word),
-          ("--lr", 1e-3, "learning rate", {"type": number(0, 1e30), "metavar": "RATE"}),
+          ("--optimiser", None, "what moves the weights: muon (small models learn in fewer steps) or adamw (default: the "
+           "model's own)", word),
+          ("--lr", None, "learning rate (default: the model's own, or that of --optimiser)",
+           {"type": number(0, 1e30), "metavar": "RATE"}),
           ("--warmup", 100, "steps in which it rises from 0", {"type": build.count(0, 10**9), "metavar": "N"}),
           ("--decay", "linear", "then: constant, or linear or cosine down to 0",
            {"choices": ["constant", "linear", "cosine"]}),
@@ -175,6 +177,7 @@ def parse(argv):
     config = {key: value for key, value in vars(args).items()
               if key not in ("out", "resume", "overwrite", "list", "help")}
     config["version"] = build.VERSION
+    build.own_optimiser(config)
     build.check_settings(config)
     if checkpoint:                                                    # what data and ways to begin said is kept
         config = checkpoint["config"] | config
@@ -233,11 +236,14 @@ class Place:
         if self.world > 1 and self.rank == 0:
             dist.barrier()
 
-    def mean(self, numbers):
-        """The mean of some numbers over all processes, as a list."""
+    def means(self, values):
+        """{name: tensor} -> {name: its mean over all processes}, a number where it is a scalar."""
+        flat = torch.cat([value.flatten() for value in values.values()])
         if self.world > 1:
-            dist.all_reduce(numbers)
-        return (numbers / self.world).tolist()
+            dist.all_reduce(flat)
+        parts = (flat / self.world).cpu().split([value.numel() for value in values.values()])
+        return {name: part.item() if value.ndim == 0 else part.view_as(value)
+                for (name, value), part in zip(values.items(), parts)}
 
     def leave(self):
         if self.world > 1:
@@ -261,10 +267,8 @@ def loss_curve(entries):
     """The loss over the steps, raw and averaged, as a picture."""
     entries = [e for e in entries if "loss" in e]                   # not those of a score
     steps, raw = [e["step"] for e in entries], [e["loss"] for e in entries]
-    width = max(1, len(raw) // 50)
-    windows = [raw[max(0, k - width):k + 1] for k in range(len(raw))]
-    smooth = [sum(w) / len(w) for w in windows]
-    return figures.curves({"_raw": (steps, raw), "running mean": (steps, smooth)}, "training loss", "step", "loss")
+    return figures.curves({"_raw": (steps, raw), "running mean": (steps, figures.running_mean(raw))}, "training loss",
+                          "step", "loss")
 
 
 def assemble(config, checkpoint, place):
@@ -337,6 +341,13 @@ def resume_sharded(checkpoint, folder, objective, averages, optimiser):
     return step
 
 
+def noise_levels(sums):
+    """The mean loss and error of x0 in each bin of `objectives.by_noise`; None where no sample fell."""
+    *kinds, counts = sums.tolist()
+    return {f"{name}_by_noise": [round(value / n, 6) if n else None for value, n in zip(values, counts)]
+            for name, values in zip(("loss", "error"), kinds)}
+
+
 class Record:
     """What a run leaves in its folder; the first process alone writes."""
 
@@ -357,6 +368,9 @@ class Record:
             return None
         now = time.perf_counter()
         entry = {"step": step} | {name: sum(w[name] for w in self.window) / len(self.window) for name in means} | more
+        if "by_noise" in entry:
+            entry |= noise_levels(entry.pop("by_noise"))
+        entry["tmacs"] = 3e-12 * self.macs * self.config["batch"] * step       # so far: one pass forward and two back
         entry["images_per_s"] = len(self.window) * self.config["batch"] / (now - self.clock)
         entry |= speed.utilisation(self.macs, entry["images_per_s"], self.place.device, self.place.world)
         runs.log(self.folder, entry)
@@ -456,9 +470,8 @@ def train():
         norm = parallel.full(torch.nn.utils.clip_grad_norm_(weights, config["clip"] or math.inf)).item()
 
         # What all processes must agree on: the losses, and whether to stop. A step that is not finite is not taken.
-        *means, stopping = place.mean(torch.stack([*losses.values(), torch.tensor(float(bool(stop)),
-                                                                                  device=place.device)]))
-        means = dict(zip(losses, means))
+        means = place.means(losses | {"stop": torch.tensor(float(bool(stop)), device=place.device)})
+        stopping = means.pop("stop")
         check_finite(step, means["loss"], norm, folder)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)

@@ -1,9 +1,11 @@
 """The exact denoiser of a mixture of isotropic Gaussians, float64, against which theory is tested."""
 
 import math
+from functools import partial
 
 import torch
 
+import build
 import diffusion as D
 
 MEANS = torch.tensor([[1.2, -0.6], [-0.9, 0.8], [0.1, 1.1]], dtype=torch.float64).view(3, 1, 2, 1, 1)
@@ -56,6 +58,12 @@ def end(sampler, process, times, x, noise=no_noise, denoise=None, memory=None, *
     """The last state of a walk."""
     *_, last = sampler(denoise or mixture(process), x, times, process, noise, memory, **options)
     return last
+
+
+def made(name, *given):
+    """A process of the registry, with a network of as many channels out as in: published ones may throw some away."""
+    spare = {"spare": False} if "spare" in build.parameters(D.PROCESSES[name]) else {}
+    return D.create_process(partial(D.PROCESSES[name], **spare), *given)
 
 
 class Tiny(torch.nn.Module):

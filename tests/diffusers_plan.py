@@ -14,7 +14,8 @@ import samplers as S
 SD = {"beta_start": 0.00085, "beta_end": 0.012}
 DISTILLED = SD | {"beta_schedule": "scaled_linear", "original_inference_steps": 50, "timestep_scaling": 10.0,
                   "set_alpha_to_one": True}
-COGVIDEO = SD | {"beta_schedule": "scaled_linear", "snr_shift_scale": 3.0, "set_alpha_to_one": True, "clip_sample": True}
+COGVIDEO = SD | {"beta_schedule": "scaled_linear", "snr_shift_scale": 3.0, "set_alpha_to_one": True,
+                 "clip_sample": True}
 MULTISTEP = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "solver_order": 2, "euler_at_final": False,
              "use_lu_lambdas": False, "lambda_min_clipped": -math.inf, "variance_type": None,
              "final_sigmas_type": "zero"}
@@ -112,7 +113,8 @@ def table(c, last=None):
         betas = D.linear_betas(T, start * T / 1000, end * T / 1000)
     else:
         ends = {"scaled_linear": (start, end), "sigmoid": (start, end)}.get(c.beta_schedule, ())
-        betas = D.BETAS[{"squaredcos_cap_v2": "cosine"}.get(c.beta_schedule, c.beta_schedule.replace("_", "-"))](T, *ends)
+        ours = {"squaredcos_cap_v2": "cosine"}.get(c.beta_schedule, c.beta_schedule.replace("_", "-"))
+        betas = D.BETAS[ours](T, *ends)
     if c.rescale_betas_zero_snr:
         betas = D.zero_terminal_snr(betas)
     alpha_bar = torch.cumprod(1 - betas.float(), 0).double()
@@ -152,7 +154,7 @@ def of_table(plan, c):
     """alpha_bar looked up at whole t. The previous step of DDIM and PNDM is t - T//n, whatever the spacing: right for
     leading, off by one for trailing, wrong for linspace. `pairs` are the steps that they take."""
     betas, T = table(c), c.num_train_timesteps
-    if hasattr(c, "snr_shift_scale"):                # CogVideoX: alpha_bar/(s + (1 - s) alpha_bar), then zero terminal SNR
+    if hasattr(c, "snr_shift_scale"):                # CogVideoX: alpha_bar/(s + (1 - s) alpha_bar), then zero SNR at T
         betas = D.shifted_betas(table(SimpleNamespace(**vars(c) | {"rescale_betas_zero_snr": False})),
                                 c.snr_shift_scale**0.5)
         betas = D.zero_terminal_snr(betas) if c.rescale_betas_zero_snr else betas
@@ -172,7 +174,7 @@ def of_table(plan, c):
         plan.sampler = "plms" if c.skip_prk_steps else "pndm"
         plan.pairs = [(t, below(t)) for t in times]
     elif plan.sampler == "ddpm":
-        plan.last_noise = c.variance_type == "fixed_large" and times[-1] > 0     # t > 0 in the last step: noise is added
+        plan.last_noise = c.variance_type == "fixed_large" and times[-1] > 0      # noise is added at t > 0
         plan.options = {"variance": "large" if c.variance_type == "fixed_large" else "small"}
 
 
@@ -215,7 +217,7 @@ def of_sigmas(plan, c):
         times = listed or spaced(c, plan.n, plan.process.T, "linspace").tolist()
         s = plan.process.p(torch.tensor([times[0], times[-1]], dtype=torch.float64)).tolist()
         times = grid_of(plan, c, s) or times
-    if getattr(c, "interpolation_type", "") == "log_linear":       # n + 1 levels over the table, of which n steps are made
+    if getattr(c, "interpolation_type", "") == "log_linear":       # n + 1 levels over the table, which make n steps
         ends = plan.process.p(torch.tensor([plan.process.T - 1.0, 0.0], dtype=torch.float64)).tolist()
         grid = partial(S.exponential, sigma_max=ends[0], sigma_min=ends[1])
         times = S.grid_times(plan.process, plan.n + 1, grid)[:-1].tolist()
@@ -327,7 +329,8 @@ def of_multistep(plan, c):
     n, orders = plan.n, []
     for k in range(n):
         lower = c.lower_order_final and n < 15
-        last = k == n - 1 and (getattr(c, "euler_at_final", False) or lower or getattr(c, "final_sigmas_type", "") == "zero")
+        to_clean = getattr(c, "final_sigmas_type", "") == "zero"
+        last = k == n - 1 and (getattr(c, "euler_at_final", False) or lower or to_clean)
         order = 1 if last else min(c.solver_order, k + 1)
         orders.append(min(order, 2) if lower and k == n - 2 else order)
     plan.orders = orders

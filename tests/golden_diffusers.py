@@ -51,7 +51,8 @@ def singlestep(plan, denoise, x, noise):
         block = list(memory.get("block", []))
         seen = []
         watch = lambda x, t: seen.append(denoise(x, t)) or seen[-1]  # noqa: B023
-        x = next(S.singlestep(watch, x, plan.times[n:], plan.process, noise, memory, form=form, eta=eta, **plan.options))
+        rest = plan.times[n:]
+        x = next(S.singlestep(watch, x, rest, plan.process, noise, memory, form=form, eta=eta, **plan.options))
         if eta and len(block) == 2 and c.solver_type == "heun":
             (i, _, m0), (s1, _, m1) = block
             ((s2, j),) = S.steps(plan.process, plan.times[n:n + 2])
@@ -86,7 +87,8 @@ def pndm(plan, denoise, x, noise):
                 said.append(output(plan, denoise, S.along(x, i, at, as_eps(plan, said[-1], t, x)), told))
         read = [as_eps(plan, m, t, x) for m in said]
         memory = {"outputs": [(None, as_eps(plan, m, t, x)) for m in outputs]}
-        known = lambda x, t, each=iter(read): D.Denoised(x, next(each))
+        each = iter(read)
+        known = lambda x, t: D.Denoised(x, next(each))  # noqa: B023
         (x,) = S.SAMPLERS[walk](known, x, [t, s if s >= 0 else -1 + 1e-9], process, noise, memory)
         outputs = [said[0], *outputs][:3]
         yield x
@@ -145,8 +147,10 @@ def walk(plan, denoise, x, noise):
     else:
         options = {k: v for k, v in plan.options.items() if not k.startswith(("s_t", "s_churn"))}
         options = options if plan.sampler != "euler" else {}
-        times = plan.times if plan.sampler not in ("lms", "ipndm") else plan.times.clamp(min=plan.process.t_clean + 1e-9)
-        if plan.sampler == "ipndm":                    # the library divides by max(alpha, 1e-8): at alpha = 0 it loses x0
+        times = plan.times
+        if plan.sampler in ("lms", "ipndm"):
+            times = times.clamp(min=plan.process.t_clean + 1e-9)
+        if plan.sampler == "ipndm":                    # dividing by max(alpha, 1e-8), the library loses x0 at alpha = 0
             inner = denoise
             denoise = lambda x, t: inner(x, t).replace(x0=0 * x) if t == 1 else inner(x, t)
         yield from S.SAMPLERS[plan.sampler](denoise, x, times, plan.process, noise, **options)
@@ -157,7 +161,8 @@ def with_clipping(plan, denoise):
     c, o = plan.c, None
     if getattr(c, "thresholding", False):
         o = (1.0, c.dynamic_thresholding_ratio, c.sample_max_value)
-    elif getattr(c, "clip_sample", False) and not plan.name.startswith("CogVideoX") or getattr(c, "clip_denoised", False):
+    elif getattr(c, "clip_denoised", False) or (getattr(c, "clip_sample", False)
+                                                and not plan.name.startswith("CogVideoX")):
         o = (getattr(c, "clip_sample_range", 1.0),)
     if o is None or plan.sampler != "ddim" or plan.clipped_eps:
         return denoise if o is None else clipped(denoise, plan.process, *o)
@@ -179,7 +184,7 @@ def run_diffusers(report, name, run):
     process, mixture, calls, outputs = plan.process, Mixture(case.inputs), [], []
     scale = lambda t: process.path(t)[0] if space == "ve" else 1.0
 
-    def network(x, t):                                 # what a network of the run's prediction says, read by our process
+    def network(x, t):                                 # a network of the run's prediction, read by our process
         out = process.target(*mixture(x, *process.path(t)), t)
         outputs.append(torch.cat([out, torch.sin(3 * x)], 1) if process.learned_variance else out)
         return process.denoised(outputs[-1], x, t)
@@ -220,7 +225,8 @@ def compare_grid(report, plan, name, t, space=None):
     if getattr(plan.c, "interpolation_type", "") == "log_linear":      # its times do not belong to its levels
         report.skip(f"t:{name}")
     else:
-        report.same(f"t:{name}", plan.told(t), slack, scale=torch.ones(()) if ref.abs().max() > 2 else torch.tensor(0.01))
+        scale = torch.tensor(1.0 if ref.abs().max() > 2 else 0.01)
+        report.same(f"t:{name}", plan.told(t), slack, scale=scale)
     if f"sigmas:{name}" in report.left:                # without repetitions
         flow = plan.family == "flow" or getattr(plan.c, "use_flow_sigmas", False)
         s = process.path(plan.times)[1] if flow else process.p(plan.times)

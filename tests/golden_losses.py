@@ -27,7 +27,8 @@ def loss_dit(report):
     for name, run in case.config["runs"].items():
         o = dict(run)
         learned = o.pop("learn_sigma", True)
-        objective = "vlb" if o.pop("use_kl", False) else "rescaled" if o.pop("rescale_learned_sigmas", False) else "hybrid"
+        objective = "rescaled" if o.pop("rescale_learned_sigmas", False) else "hybrid"
+        objective = "vlb" if o.pop("use_kl", False) else objective
         o.pop("rescale_learned_sigmas", None)
         kind = "x0" if o.pop("predict_xstart", False) else "eps"
         variance = "small" if o.pop("sigma_small", False) else "large"
@@ -67,7 +68,8 @@ def loss_sit(report):
         kind = {"velocity": "velocity", "noise": "eps", "score": "score"}[run["prediction"]]
         weighting = {"velocity": "velocity", "likelihood": "likelihood", None: "snr" if kind == "score" else None}
         weighting = None if kind == "velocity" else weighting[run["weight"]]
-        process, sign = paths[run["path"]](kind, weighting=weighting, density="uniform"), -1 if kind == "velocity" else 1
+        process = paths[run["path"]](kind, weighting=weighting, density="uniform")
+        sign = -1 if kind == "velocity" else 1
         t = process.training_times(1 - u)
         parts, grad = constant_loss(process, x0, t, noise, sign * output)
         report.same(f"loss:{name}", parts["loss"], 1e-4)

@@ -9,7 +9,8 @@ from recorded import RUNS, Watched, check_sampler, pool
 import diffusion as D
 import samplers as S
 
-PREDICTORS = {"reverse_diffusion": "reverse", "euler_maruyama": "euler", "ancestral_sampling": "ancestral", "none": "none"}
+PREDICTORS = {"reverse_diffusion": "reverse", "euler_maruyama": "euler", "ancestral_sampling": "ancestral",
+              "none": "none"}
 
 
 class Coded:
@@ -22,7 +23,7 @@ class Coded:
         if self.exploding:                           # N levels, evenly in log sigma
             s = lambda k: self.sigma_min * (self.sigma_max / self.sigma_min) ** (k / (self.N - 1)) if k >= 0 else 0.0
             return 1.0, s(k) ** 2 - s(k - 1) ** 2
-        beta = (self.beta_min + k / (self.N - 1) * (self.beta_max - self.beta_min)) / self.N      # DDPM's betas, N of them
+        beta = (self.beta_min + k / (self.N - 1) * (self.beta_max - self.beta_min)) / self.N  # DDPM's N betas
         return math.sqrt(1 - beta), beta
 
 

@@ -145,6 +145,50 @@ def test_paired_noise_is_less_noisy():
     assert paired < 0.8 * unpaired
 
 
+@pytest.mark.parametrize("name, options", CASES)
+def test_half_precision_finds_the_same_class(name, options):
+    """A bfloat16 answer of the network moves errors by a percent, far less than the classes' difference here."""
+    process = diffusion.create_process(name, **options)
+    exact = gaussian_denoiser(process)
+
+    def rounded(y):
+        def denoise(xt, t):
+            d = exact(y)(xt, t)
+            return diffusion.Denoised(d.x0.bfloat16().double(), d.eps.bfloat16().double())
+        return denoise
+
+    (t, eps), generator, sure = slots(process, 100), torch.Generator().manual_seed(5), 0
+    for _ in range(20):
+        x = torch.randn(1, *MEANS.shape[1:], generator=generator, dtype=torch.float64)
+        a, b = (dc.errors(process, d, x, torch.arange(3), t, eps, "l2", "eps") for d in (exact, rounded))
+        best, second = a.mean(1).argsort()[:2]
+        difference, error = dc.paired_difference(a[best], a[second])
+        if abs(difference) > 2 * error:
+            sure += 1
+            assert b.mean(1).argmin() == best
+    assert sure >= 10
+
+
+def test_who_knows_nothing_is_at_chance():
+    """An untrained network ignores the class: equal errors, whatever the image. One taught shuffled classes is as
+    often right as chance says."""
+    process = diffusion.create_process("flow")
+    net = build.models.create_model("dit-nano", image_size=4, in_channels=1, num_classes=3, depth=2, hidden_size=16,
+                                    num_heads=2, patch_size=2).eval()
+    t, eps = dc.slot_times(process, torch.tensor(dc.stages([6])[0])), torch.randn(6, 1, 4, 4)
+    found = dc.errors(process, lambda y: process.denoiser(net, y), torch.randn(1, 1, 4, 4), torch.arange(3), t, eps)
+    assert torch.equal(found, found[:1].expand(3, -1))
+    (t, eps), generator, right = slots(diffusion.create_process("linear"), 60), torch.Generator().manual_seed(6), 0
+    process = diffusion.create_process("linear")
+    for i in range(150):
+        x = 3 * MEANS[i % 3][None] + 0.3 * torch.randn(1, *MEANS.shape[1:], generator=generator, dtype=torch.float64)
+        taught = torch.randperm(3, generator=generator)            # anew for each image
+        conditions = torch.arange(3)[taught]
+        found = dc.errors(process, gaussian_denoiser(process), x, conditions, t, eps, "l2", "eps").mean(1)
+        right += int(found.argmin() == i % 3)
+    assert abs(right / 150 - 1 / 3) < 4 * (2 / 9 / 150) ** 0.5
+
+
 def test_posterior_needs_the_sum():
     mean = torch.tensor([0.10, 0.11, math.nan])
     p = dc.posterior(mean, 768)

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_lines_an_entry_takes():
 
 def plain_loop(config, steps):
     """The training loop written down once more, without micro-batches, groups or fused operations: the weights and the
-    averages after so many steps."""
+    averages after so many steps, and the norms of the gradients."""
     dataset = build.load_data(config, "train")
     build.describe(config, dataset)
     torch.manual_seed(config["seed"])
@@ -119,7 +120,7 @@ def plain_loop(config, steps):
     weights_ = dict(objective.named_parameters())
     averages = {name: p.detach().clone() for name, p in weights_.items()}
     first, second = ({name: torch.zeros_like(p) for name, p in weights_.items()} for _ in range(2))
-    b1, b2 = 0.9, 0.99
+    b1, b2, norms = 0.9, 0.99, []
     for step in range(steps):
         rate = config["lr"] * min(1, (step + 1) / config["warmup"]) * (1 - step / config["steps"])
         torch.manual_seed(objectives.seeded(config["seed"], step, 0).initial_seed())
@@ -129,6 +130,7 @@ def plain_loop(config, steps):
         loss = objective.loss({"x": x, "y": y, "step": step, "noise": noise})["loss"]
         gradients = dict(zip(names, torch.autograd.grad(loss, [weights_[n] for n in names])))
         norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+        norms.append(norm.item())
         with torch.no_grad():
             for name, p in weights_.items():
                 g = gradients[name] * min(1, config["clip"] / (norm + 1e-6))
@@ -139,20 +141,22 @@ def plain_loop(config, steps):
                 p.copy_(p * (1 - rate * decay) - rate * m / (v.sqrt() + 1e-8))
                 decay = min(config["ema"], (1 + step) / (10 + step))
                 averages[name] = decay * averages[name] + (1 - decay) * p
-    return {name: p.detach() for name, p in weights_.items()}, averages
+    return {name: p.detach() for name, p in weights_.items()}, averages, norms
 
 
 @pytest.mark.parametrize("accum", [1, 4])
 def test_the_loop_against_a_plain_one(here, accum):  # noqa: F811
     """Would catch: a warm-up of the averages or of the rate off by one, gradients not divided by the micro-batches,
     marks ignored, clipping after the step, the decay at another step."""
-    argv = [*TINY, "--model", "dimr-nano:hidden_size=16,depth=2,num_heads=2", "--lr", "2e-2", "--warmup", "4",
-            "--weight-decay", "0.5", "--ema", "0.3", "--clip", "0.5"]
+    argv = [*TINY, "--model", "dimr-nano:hidden_size=16,depth=2,num_heads=2", "--optimiser", "adamw", "--lr", "2e-2",
+            "--warmup", "4", "--weight-decay", "5", "--ema", "0.3", "--clip", "0.5"]
     call(train.train, *argv, "--accum", accum, "--out", "r")
     state = runs.load_checkpoint("r/ckpt.pt")
     config = {k: v for k, v in state["config"].items()}
     assert any(hasattr(p, "no_decay") for p in build.build(config).parameters())
-    plain, averages = plain_loop(config, 6)
+    plain, averages, norms = plain_loop(config, 6)
+    logged = [json.loads(entry)["grad_norm"] for entry in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert logged == pytest.approx(norms, rel=1e-2)          # Adam's step alone does not tell the gradients' size
     for ours, theirs in ((state["model"], plain), (state["ema"], averages)):
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value, rtol=2e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
@@ -164,6 +168,7 @@ def test_grids_of_a_chain():
     times = lambda grid: samplers.grid_times(process, 4, grid).tolist()
     assert times("leading") == [750, 500, 250, 0, -1] and times("trailing") == [999, 749, 499, 249, -1]
     assert times("spaced") == [999, 666, 333, 0, -1]
+    assert times(partial(samplers.leading, offset=1)) == [751, 501, 251, 1, -1]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from test_train import call, here, losses, refused, weights  # noqa: F401 (a fix
 import build
 import diffusion
 import evaluate
+import layers
 import masked
 import objectives
 import runs
@@ -146,6 +147,32 @@ def test_mar_sees_no_hidden_values_and_learns_from_hidden_ones_alone():
     assert through_z.any(-1).all() and torch.equal(target_alone.any(-1), hidden)
 
 
+def test_mage_with_half_hidden_encodes_no_mask():
+    """What is hidden is then all that is dropped, so the encoder reads visible tokens alone."""
+    network = network_of("mage")
+    hidden, drop = network.hidden_and_dropped(torch.rand(2, 16), 0.5, 0.5)
+    assert torch.equal(hidden, drop)
+    tokens = torch.randint(0, 20, (2, 16))
+    seen = network.encode(tokens, drop=drop)[0]
+    with torch.no_grad():
+        network.token_emb.word_embeddings.weight[21] += 1.0          # the mask's
+    assert torch.equal(network.encode(tokens, drop=drop)[0], seen)
+
+
+@pytest.mark.parametrize("buffer", [1, 3])
+def test_mar_guided_by_one_is_the_plain_path(buffer):
+    """Guidance of 1 with the classless rows below gives what the class alone gives, with any number of buffer tokens;
+    at temperature 0 only the start is drawn."""
+    objective = masked.Continuous(mar_of(buffer=buffer).float(), diffusion.create_process("flow"), (4, 4, 4),
+                                  head_steps=3)
+    draw = lambda y, **o: list(objective.trajectory(objectives.ImageNoise(0, [0, 1]), y, steps=4, **o))[-1]
+    y = torch.tensor([1, 2])
+    plain = draw(y)
+    torch.testing.assert_close(draw(y, guidance=1 + 1e-12, guidance_schedule="constant"), plain)
+    assert not torch.allclose(draw(y, guidance=3.0, guidance_schedule="constant"), plain)
+    assert torch.equal(draw(y, temperature=0.0), draw(y, temperature=0.0))
+
+
 def test_mar_head_starts_as_zero():
     """So that its first loss is the variance of the noise."""
     head = masked.DiffusionHead(4, 16, 32, 2, 4)
@@ -229,6 +256,19 @@ def test_a_local_pass_over_unchanged_tokens_is_the_full_pass(name, n):
     if n < 16:                                                     # its own stale keys would be seen twice
         twice, _ = network(masked.take(tokens, S), y, S, [(k[:, 1:], v[:, 1:]) for k, v in memory])
         assert not torch.allclose(twice, local)
+
+
+@pytest.mark.parametrize("n", [1, 5, 16])
+@pytest.mark.parametrize("name", CODES)
+def test_a_local_pass_costs_its_share_of_the_tokens(name, n):
+    """Every product but that with the few class or context tokens is in proportion to the targets."""
+    network, tokens, y = network_of(name), torch.randint(0, 21, (1, 16)), torch.tensor([0])
+    with layers.Multiplications(real=True) as full:
+        _, memory = network(tokens, y)
+    S = torch.arange(n)[None]
+    with layers.Multiplications(real=True) as local:
+        network(masked.take(tokens, S), y, S, masked.outside(memory, S, front=1))
+    assert n / 16 <= local.total / full.total <= (n + 1) / 17
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -377,7 +417,7 @@ def test_measuring(here, capsys, monkeypatch):  # noqa: F811
     call(evaluate.evaluate, "reuse", "mage", "--T", "6", "--reuse", "u=1,full=2", "--n", "8", "--seeds", "1",
          "--device", "cpu")
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "full" in line][-1]
-    assert rows[2:4] == ["4", "2"]
+    assert rows[2:4] == ["4", "2"] and 0 < float(rows[4])
 
 
 @pytest.mark.parametrize("arch", ["maskgit", "maskgit-r", "mage", "mar"])

@@ -1,5 +1,5 @@
-"""samplers.py against what theory says: orders of convergence, closed-form moments, equivalences, what every sampler must
-survive, and what users can choose."""
+"""samplers.py against what theory says: orders of convergence, closed-form moments, equivalences, what every sampler
+must survive, and what users can choose."""
 
 import functools
 import itertools
@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from analytic import MEANS, Tiny, end, gaussian, mixture, no_noise, seeded_noise, start
+from analytic import MEANS, Tiny, end, gaussian, made, mixture, no_noise, seeded_noise, start
 
 import build
 import diffusion as D
@@ -24,7 +24,7 @@ MULTISTEP = [n for n, walk in S.SAMPLERS.items() if "lower_final" in S.options_o
 PLAIN = [n for n in S.SAMPLERS if n not in ("ddim-inversion", "rk45", "dpm-adaptive")]
 
 
-# ------------------------------------------------------------------------------------------------- orders of convergence
+# ------------------------------------------------------------------------------------------------ orders of convergence
 
 
 def lambda_grid(process, n, low=-2.0, high=2.5, eased=False):
@@ -97,7 +97,8 @@ ORDERS = [  # sampler, options, theoretical order, steps
 @pytest.mark.parametrize("name, options, order, sizes", ORDERS, ids=[f"{n}-{o}" for n, o, *_ in ORDERS])
 def test_order_of_convergence(name, options, order, sizes):
     options = options | ({"lower_final": False} if name in MULTISTEP else {})
-    measured = measured_order(S.SAMPLERS[name], D.VP("eps"), sizes, order > 2 and name not in ("unipc", "rk4"), **options)
+    eased = order > 2 and name not in ("unipc", "rk4")
+    measured = measured_order(S.SAMPLERS[name], D.VP("eps"), sizes, eased, **options)
     assert abs(measured - order) < 0.3, f"{name} {options}: order {measured:.2f} instead of {order}"
 
 
@@ -110,7 +111,8 @@ def test_published_third_order_is_second_order():
 
 @pytest.mark.parametrize("name, order", [("pndm", 4), ("plms", 3), ("ipndm", 2), ("lms", 2), ("rk4", 4), ("euler", 1)])
 def test_order_on_a_straight_path_in_even_steps(name, order):
-    """Even steps of t, for which the Adams-Bashforth weights of PNDM are exact; its order is then that of its warm-up."""
+    """Even steps of t, for which the Adams-Bashforth weights of PNDM are exact; its order is then that of its warm-up.
+    """
     process, x = D.RectifiedFlow(), start()
     grid = lambda n: torch.linspace(0.9, 0.1, n + 1, dtype=torch.float64)
     exact = end(S.rk4, process, grid(320), x)
@@ -126,7 +128,7 @@ def test_adaptive_solvers_reach_their_tolerance(name, loose, tight):
     assert errors[0] < 10 * loose and errors[1] < 10 * tight
 
 
-# ---------------------------------------------------------------------------------------------------- stochastic samplers
+# -------------------------------------------------------------------------------------------------- stochastic samplers
 
 STOCHASTIC = [
     ("ddpm", {}, 250),
@@ -155,7 +157,8 @@ STOCHASTIC = [
 
 @pytest.mark.parametrize("name, options, n", STOCHASTIC, ids=[f"{n}-{list(o)}" for n, o, _ in STOCHASTIC])
 def test_stochastic_samplers_have_the_gaussians_moments(name, options, n):
-    """Data N(0.7, 0.5^2): the samples' mean and variance are those of the data, to sampling and discretisation error."""
+    """Data N(0.7, 0.5^2): the samples' mean and variance are those of the data, to sampling and discretisation error.
+    """
     process, mean, std = D.VP("eps"), 0.7, 0.5
     noise = seeded_noise()
     times = torch.cat([process.time(torch.exp(torch.linspace(5, -5, n + 1, dtype=torch.float64))), double([0.0])])
@@ -236,12 +239,18 @@ def test_straight_paths_euler_is_the_flow_update():
         d = denoise(x, i)
         x = x + (j - i) * (d.eps - d.x0)
     assert torch.allclose(x, end(S.euler, process, times, start()), atol=1e-12)
-    network = process.denoiser(lambda x, t, y: process.target(*(lambda d: (d.x0, d.eps))(denoise(x, t / 1000)), t / 1000))
+
+    def model(x, t, y):
+        d = denoise(x, t / 1000)
+        return d.eps - d.x0
+
+    network = process.denoiser(model)
     assert torch.allclose(x, end(S.euler, process, times, start(), denoise=network), atol=1e-12)
 
 
 def test_a_samplers_path_does_not_depend_on_the_coordinates():
-    """VP, VE and flow states of one noise level are multiples: DPM-Solver++ gives the same images on the same lambdas."""
+    """VP, VE and flow states of one noise level are multiples: DPM-Solver++ gives the same images on the same lambdas.
+    """
     images = []
     for process in (D.VP("eps"), D.EDM(), D.RectifiedFlow(), D.GVP(), D.SubVP("eps")):
         times = process.time(torch.exp(-torch.linspace(-2, 3, 9, dtype=torch.float64)))
@@ -262,14 +271,14 @@ def test_inversion_returns_the_image(process):
     assert errors[2] < 0.1 and errors[2] < 0.7 * errors[0], errors
 
 
-# --------------------------------------------------------------------------------------------- what every sampler survives
+# ------------------------------------------------------------------------------------------ what every sampler survives
 
 
 @pytest.mark.parametrize("sampler", S.SAMPLERS)
 @pytest.mark.parametrize("name", D.PROCESSES)
 def test_every_sampler_runs_on_every_process_or_says_why_not(name, sampler):
     torch.manual_seed(0)
-    process, model = D.create_process(name), Tiny(3)
+    process, model = made(name), Tiny(3)
     x = torch.randn(2, 3, 4, 4) * (0.3 if sampler == "ddim-inversion" else 1)
     try:
         states = list(S.generate(process, model, x, sampler=sampler, steps=6))
@@ -283,7 +292,8 @@ def test_every_sampler_runs_on_every_process_or_says_why_not(name, sampler):
         assert states[-1].abs().max() < 1.5, "clipped x0 stays in the range, whatever the steps"
 
 
-@pytest.mark.parametrize("process", [D.VP("eps"), LINEAR, D.RectifiedFlow(), D.EDM()], ids=["vp", "linear", "flow", "edm"])
+@pytest.mark.parametrize("process", [D.VP("eps"), LINEAR, D.RectifiedFlow(), D.EDM()],
+                         ids=["vp", "linear", "flow", "edm"])
 @pytest.mark.parametrize("sampler", PLAIN)
 def test_a_step_of_no_length_changes_nothing(sampler, process):
     """F3: at the beginning, in the middle, and as the last: it crashed about 15 samplers."""
@@ -297,7 +307,8 @@ def test_a_step_of_no_length_changes_nothing(sampler, process):
     a, b = (end(S.SAMPLERS[sampler], process, times, start(), **options) for times in (once, twice))
     assert b.isfinite().all()
     # index-based methods count the step, blocks shift, Langevin's corrections and renewed noise happen again
-    if sampler not in ("pndm", "plms", "ipndm", "dpm-solver", "dpmpp-singlestep", "pc", "lcm", "consistency", "ddpm", "edm"):
+    if sampler not in ("pndm", "plms", "ipndm", "dpm-solver", "dpmpp-singlestep", "pc", "lcm", "consistency", "ddpm",
+                       "edm"):
         assert torch.allclose(a, b, atol=1e-9)
 
 
@@ -359,8 +370,9 @@ def test_the_last_step_returns_x0(sampler):
         assert torch.allclose(x, seen[-1].x0, atol=1e-9)
 
 
-CALLS = {**dict.fromkeys(("heun", "edm", "midpoint", "dpm2", "dpm2-ancestral", "dpmpp-2s", "dpmpp-2s-ancestral", "dpmpp-sde",
-                          "sit-ode"), 2), "rk4": 4, "dpm3": 3}
+TWO_CALLS = ("heun", "edm", "midpoint", "dpm2", "dpm2-ancestral", "dpmpp-2s", "dpmpp-2s-ancestral", "dpmpp-sde",
+             "sit-ode")
+CALLS = dict.fromkeys(TWO_CALLS, 2) | {"rk4": 4, "dpm3": 3}
 
 
 @pytest.mark.parametrize("sampler", [s for s in PLAIN if s not in ("pndm", "plms", "pc")])
@@ -372,24 +384,27 @@ def test_network_calls_are_as_the_table_says(sampler):
     assert len(calls) == 6 * per_step - (per_step - 1)                # one into the clean image
 
 
-@pytest.mark.parametrize("sampler", [s for s in PLAIN])
+@pytest.mark.parametrize("sampler", PLAIN)
 def test_overhead_of_a_step(sampler):
-    """A network that returns its input, (64, 3, 32, 32): the time that is ours, by the processor's clock, so that a busy
-    machine does not matter. A step costs at most 2 ms a network call on an idle core; the bound leaves room for a slow
-    one."""
+    """A network that returns its input, (64, 3, 32, 32): what a call costs beside it, in passes over the state, whose
+    time is taken in between, so that a busy or slow machine changes little. 2 ms on an idle core are 40 of them."""
     process, x = D.create_process("flow" if sampler.startswith("sit") else "linear"), torch.randn(64, 3, 32, 32)
-    noise, calls, best = torch.randn_like(x), [], math.inf
+    noise, calls, ratios = torch.randn_like(x), [], []
     model = lambda x, t, y: calls.append(0) or x
-    for _ in range(3):
+    for _ in range(4):
         calls.clear()
-        began = time.process_time()
-        for _x in S.generate(process, model, x, sampler=sampler, steps=10, clip=False, noise=lambda s: noise):
+        times = [time.process_time()]
+        for _x in S.generate(process, model, x, sampler=sampler, steps=8, clip=False, noise=lambda s: noise):
             pass
-        best = min(best, (time.process_time() - began) / len(calls))
-    assert best < 0.006, f"{1000 * best:.2f} ms a call"
+        times.append(time.process_time())
+        for _k in range(40):
+            torch.add(x, noise, alpha=0.5)
+        times.append(time.process_time())
+        ratios.append((times[1] - times[0]) / len(calls) / ((times[2] - times[1]) / 40))
+    assert min(ratios) < 40, f"{min(ratios):.0f} passes a call"
 
 
-# ------------------------------------------------------------------------------------------------------ what users choose
+# ---------------------------------------------------------------------------------------------------- what users choose
 
 
 @pytest.mark.parametrize("grid", S.GRIDS)
@@ -457,8 +472,8 @@ def ring(process):
 @pytest.mark.parametrize("chain", ["linear", "cosine", "scaled-linear", "sigmoid", "laplace", "zero-snr"])
 @pytest.mark.parametrize("sampler", [s for s in PLAIN if not s.startswith("sit")])
 def test_default_grids_reach_the_modes(sampler, chain):
-    """F1: with the defaults of each sampler, at 20 steps: 0.15 is exact; it was 0.85 for some. At 3 steps nothing leaves
-    the range."""
+    """F1: with the defaults of each sampler, at 20 steps: 0.15 is exact; it was 0.85 for some. At 3 steps nothing
+    leaves the range."""
     process = D.create_process(chain)
     (model, distance), g = ring(process), torch.Generator().manual_seed(0)
     x, noise = torch.randn(200, 2, 1, 1, generator=g), lambda shape: torch.randn(shape, generator=g)
@@ -471,7 +486,8 @@ def test_default_grids_reach_the_modes(sampler, chain):
 
 @pytest.mark.parametrize("sampler", ODES)
 def test_churn_for_every_ode(sampler):
-    """With new noise before each step the images still have the data's moments: that noise is of the level's own size."""
+    """With new noise before each step the images still have the data's moments: that noise is of the level's own size.
+    """
     process, noise = D.VP("eps"), seeded_noise()
     times = torch.cat([process.time(torch.exp(torch.linspace(4, -4, 41, dtype=torch.float64))), double([0.0])])
     options = {"s_churn": 8.0, "s_min": 0.05, "s_max": 20.0}
@@ -534,8 +550,8 @@ def test_a_brownian_steps_noise_is_that_of_its_halves():
 
 
 def test_image_to_image():
-    """strength is the share of the steps; the weaker, the nearer to the image; full strength from an exploding process's
-    noise begins at its first level."""
+    """strength is the share of the steps; the weaker, the nearer to the image; full strength from an exploding
+    process's noise begins at its first level."""
     process, image, calls = D.RectifiedFlow("v"), 0.5 * start(16, 3), []
     denoise = lambda x, t: calls.append(t) or mixture(process)(x, t)
     distances = []

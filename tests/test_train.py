@@ -67,8 +67,10 @@ def weights(folder):
     """Everything that must be equal, as bytes."""
     state = runs.load_checkpoint(Path(folder) / "ckpt.pt")
     tensors = {f"{k}.{n}": v for k in ("model", "ema") for n, v in state[k].items()}
-    for k, moments in state["optimiser"]["state"].items():
-        tensors |= {f"optimiser.{k}.{n}": v for n, v in moments.items()}
+    optimisers = state["optimiser"]                                 # of Muon a pair
+    for part, one in ({"adamw": optimisers} if "state" in optimisers else optimisers).items():
+        for k, moments in one["state"].items():
+            tensors |= {f"{part}.{k}.{n}": v for n, v in moments.items()}
     return state["step"], {n: v.numpy().tobytes() for n, v in tensors.items()}
 
 
@@ -114,6 +116,21 @@ def test_resumed_is_unbroken(here, options):
     assert weights("parts")[0] == 4
     call(train.train, "--out", "parts", "--resume", "--save-every", "3")
     assert weights("parts") == weights("whole") and losses("parts") == losses("whole")
+
+
+@pytest.mark.parametrize("argv, own", [
+    (["--model", "dit-nano"], ("muon", 0.02)),
+    (["--model", "dit-nano", "--lr", "0.01"], ("muon", 0.01)),
+    (["--model", "dit-nano", "--optimiser", "adamw"], ("adamw", 1e-3)),
+    (["--model", "dit-nano:ternary=True"], ("adamw", 3e-3)),
+    (["--model", "terdit-nano", "--optimiser", "muon:momentum=0.9"], ("muon:momentum=0.9", 0.02)),
+    (["--model", "dit-nano", "--shard"], ("adamw", 1e-3)),
+    (["--model", "dit-s/2"], ("adamw", 1e-4)),
+    (["--model", "vitok-nano"], ("adamw", 1e-3)),
+])
+def test_a_model_says_its_own_optimiser(here, argv, own):
+    config = train.parse(["--out", "r", *argv])[0]
+    assert (config["optimiser"], config["lr"]) == own
 
 
 def test_micro_batches_and_seed(here):
@@ -518,6 +535,23 @@ def test_score_and_speed(run, capsys):
     assert "dit-nano:patch_size=2,hidden_size=" in said and 0.95 < share < 1.05 and "training" in said
 
 
+def test_runs_beside_each_other(here, capsys):
+    """Two logs as one picture; the bins of the noise level hold the run's loss and one number a bin, wherever samples
+    fell; a folder without a log is refused."""
+    call(train.train, *TINY, "--out", "a", "--log-every", "3")
+    call(train.train, *TINY, "--out", "b", "--prediction", "flow", "--accum", "2", "--log-every", "3")
+    for folder in ("a", "b"):
+        for entry in runs.history(Path(folder)):
+            assert len(entry["loss_by_noise"]) == len(entry["error_by_noise"]) == 10
+            there = [value for value in entry["loss_by_noise"] if value is not None]
+            assert min(there) <= entry["loss"] <= max(there)
+    capsys.readouterr()
+    call(evaluate.evaluate, "curves", "a", "b", "--out", "c.png")
+    said = capsys.readouterr().out
+    assert "c.png" in said and Image.open("c.png").size == (1600, 920)
+    assert "name folders of runs" in refused(capsys, evaluate.evaluate, "curves", ".")
+
+
 def test_list_and_help_and_recipes(here, capsys):
     for argv, words in ((["--list", "dit-xl"], ["dit-xl/2", "118.6"]),
                         (["--list"], ["imagenet64", "heun", "min-snr", "distill"]),
@@ -531,6 +565,7 @@ def test_list_and_help_and_recipes(here, capsys):
         assert all(word in said for word in words), argv
     for recipe in (ROOT / "recipes").glob("*.txt"):
         args = train.flags().parse_args([f"@{recipe}"])
+        build.own_optimiser(vars(args))
         build.check_settings(vars(args))
     Path("flags.txt").write_text("\ufeff--steps 9   # nine\n\n# only a comment\n--model dit-nano:depth=1\n")
     call(train.train, *TINY, "@flags.txt", "--dry-run", "--batch", "4")
