@@ -127,7 +127,8 @@ def churned(plan, denoise, x, noise):
                 x0 = before
             return D.Denoised(x0, (x_hat - x0) / s_hat)
 
-        churn = {"s_churn": o["s_churn"] / plan.n, "s_min": o.get("s_tmin", 0.0), "s_max": o.get("s_tmax", math.inf)}
+        n = plan.n + (getattr(plan.c, "interpolation_type", "") == "log_linear")      # it counts levels, not steps
+        churn = {"s_churn": o["s_churn"] / n, "s_min": o.get("s_tmin", 0.0), "s_max": o.get("s_tmax", math.inf)}
         inside = churn["s_min"] <= s <= churn["s_max"] and churn["s_churn"] > 0
         draw = noise if inside else lambda shape: torch.zeros(())
         last = following or 1e-12                      # its last step starts from sigma_hat too
@@ -159,6 +160,8 @@ def walk(plan, denoise, x, noise):
 def with_clipping(plan, denoise):
     """DDIM keeps the eps of the unclipped x0, unless asked."""
     c, o = plan.c, None
+    if plan.name == "TCDScheduler":                    # has these options, and no code for them
+        return denoise
     if getattr(c, "thresholding", False):
         o = (1.0, c.dynamic_thresholding_ratio, c.sample_max_value)
     elif getattr(c, "clip_denoised", False) or (getattr(c, "clip_sample", False)
