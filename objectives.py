@@ -103,9 +103,9 @@ class Diffusion(nn.Module):
     """
 
     options = {"sampler": "dpmpp-2m", "steps": 20, "grid": None, "last": "clean", "guidance": 1.0,
-               "guidance_rule": "cfg", "guidance_power": None, "guide_channels": None, "interval": None, "weak": Run(""), "clip": True,
-               "threshold": None, "guide": Run(""), "guide_scale": 7.5, "guide_image": "", "size": None, "rope": None,
-               "shift": None}
+               "guidance_rule": "cfg", "guidance_power": None, "guide_channels": None, "interval": None,
+               "weak": Run(""), "clip": True, "threshold": None, "guide": Run(""), "guide_scale": 7.5, "guide_image": "", "size": None,
+               "rope": None, "shift": None}
     options_help = {
         "steps": "sampling steps", "grid": "of sampling times (none: the process's own)",
         "last": "where the grid ends: clean, or least, the least noisy level that the network knows",
@@ -255,8 +255,9 @@ def extrapolate(objective, size=None, rope=None, shift=None):
 @torch.no_grad()
 def by_noise(process, t, parts, bins=10):
     """What each noise level has in a batch of losses {"loss": (B,), "mse": (B,)} at times t (B,): (3, bins), the sums
-    of the loss and of the squared error of the clean image, and the number of samples, over B. Means over the parts of a
-    batch are those of the whole. The bins are even in sigma/(alpha + sigma): 0 clean, 1 noise, on rectified flow t."""
+    of the loss and of the squared error of the clean image, and the number of samples, over B. Means over the parts of
+    a batch are those of the whole. The bins are even in sigma/(alpha + sigma): 0 clean, 1 noise; on rectified flow, t.
+    """
     alpha, sigma, p, q = process.coefficients(t)
     sigma = sigma.clamp(min=1e-8)
     error = parts["mse"] * (sigma / (alpha * q - sigma * p)) ** 2     # of x0, from that of the prediction p x0 + q eps

@@ -64,7 +64,8 @@ def flags():
     p.add_argument("--help", action="store_true", help="print this, and how RUN may draw, and leave")
     g = p.add_argument_group("published checkpoints")
     g.add_argument("--official", metavar="NAME", help="architecture of a published file, where its names do not "
-                   f"tell it: {', '.join([*convert.OFFICIAL, *build.MASKED, 'a2rl'])}; with options, such as dit-moe:top_k=1")
+                   f"tell it: {', '.join([*convert.OFFICIAL, *build.MASKED, 'a2rl'])}; with options, such as "
+                   "dit-moe:top_k=1")
     g.add_argument("--checkpoint", metavar="FILE", help="its file or folder (of a2rl .pkl), the same as RUN")
     g.add_argument("--decoder", metavar="FILE", help="Stable Diffusion's autoencoder, to turn latents into images")
     return p
