@@ -104,8 +104,8 @@ class Diffusion(nn.Module):
 
     options = {"sampler": "dpmpp-2m", "steps": 20, "grid": None, "last": "clean", "guidance": 1.0,
                "guidance_rule": "cfg", "guidance_power": None, "guide_channels": None, "interval": None,
-               "weak": Run(""), "clip": True, "threshold": None, "guide": Run(""), "guide_scale": 7.5, "guide_image": "", "size": None,
-               "rope": None, "shift": None}
+               "weak": Run(""), "clip": True, "threshold": None, "guide": Run(""), "guide_scale": 7.5,
+               "guide_image": "", "size": None, "rope": None, "shift": None}
     options_help = {
         "steps": "sampling steps", "grid": "of sampling times (none: the process's own)",
         "last": "where the grid ends: clean, or least, the least noisy level that the network knows",
