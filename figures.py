@@ -78,7 +78,8 @@ def nice_ticks(low, high, count=5):
 
 def log_ticks(low, high):
     """1, 2 and 5 times the powers of ten that cover [low, high], low above 0."""
-    ticks = [m * 10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**k for k in powers for m in (1, 2, 5)]
     below, above = [t for t in ticks if t <= low * 1.001], [t for t in ticks if t >= high * 0.999]
     return [t for t in ticks if below[-1] <= t <= above[0]]
 

@@ -382,7 +382,8 @@ def learned(folder):
     bins, error = None, None
     if "error_by_noise" in lines[-1]:
         rows = [mean_of(column) for column in zip(*(e["error_by_noise"] for e in tenths))]
-        bins = [(k + 0.5) / len(rows) for k, row in enumerate(rows) if row is not None], [r for r in rows if r is not None]
+        seen = [k for k, row in enumerate(rows) if row is not None]
+        bins = [(k + 0.5) / len(rows) for k in seen], [rows[k] for k in seen]
         error = figures.running_mean([mean_of(e["error_by_noise"]) for e in lines])
     work = [e["tmacs"] for e in lines] if "tmacs" in lines[-1] else None
     scored = {key: ([e["step"] for e in entries if key in e], [e[key] for e in entries if key in e])
