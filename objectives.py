@@ -4,9 +4,9 @@ Everything that is trained, denoiser or not, is an nn.Module with this contract 
 
     loss(batch)            {"loss": scalar, name: scalar, ...} of batch: x, y, step, noise (a `StepNoise`); a denoiser's
                            also {"by_noise": `by_noise`}. One backward pass a step. Two players (a generator and its
-                           critic): their losses are added, each detached from the other's weights (`layers.detached`).
-                           Marks on parameters: rate, a share of --lr; no_decay; paused, set in loss(): this step leaves
-                           them
+                           critic): their losses are added, each detached from the other's weights
+                           (`layers.detached`). Marks on parameters: rate, a share of --lr; no_decay; paused, set in
+                           loss(): this step leaves them
     conditions(n)          the conditions of a preview of n: labels in turn, example captions, ...; None without any
     trajectory(noise, conditions, **options)    a generator: what there is to show after each step, (n, C, H, W) in
                            [-1, 1]; noise is an `ImageNoise`, n = len(noise)
@@ -256,8 +256,8 @@ def extrapolate(objective, size=None, rope=None, shift=None):
 def by_noise(process, t, parts, bins=10):
     """What each noise level has in a batch of losses {"loss": (B,), "mse": (B,)} at times t (B,): (3, bins), the sums
     of the loss and of the squared error of the clean image, and the number of samples, over B. Means over the parts of
-    a batch are those of the whole. The bins are even in sigma/(alpha + sigma): 0 clean, 1 noise; on rectified flow, t.
-    """
+    a batch are those of the whole. The bins are even in sigma/(alpha + sigma): 0 clean, 1 noise, on rectified flow
+    t."""
     alpha, sigma, p, q = process.coefficients(t)
     sigma = sigma.clamp(min=1e-8)
     error = parts["mse"] * (sigma / (alpha * q - sigma * p)) ** 2     # of x0, from that of the prediction p x0 + q eps
