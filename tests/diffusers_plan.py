@@ -56,7 +56,7 @@ CLASSES = {
     "KDPM2AncestralDiscreteScheduler": ("sigmas", "dpm2-ancestral", TABLE | SIGMAS | SD),
     "DPMSolverSDEScheduler": ("sigmas", "dpmpp-sde", TABLE | SIGMAS | SD),
     "DPMSolverMultistepScheduler": ("solver", "multistep", SOLVER | MULTISTEP),
-    "DPMSolverSinglestepScheduler": ("solver", "singlestep", SOLVER | MULTISTEP),
+    "DPMSolverSinglestepScheduler": ("solver", "singlestep", SOLVER | MULTISTEP | {"lower_order_final": False}),
     "DEISMultistepScheduler": ("solver", "deis", SOLVER | {"algorithm_type": "deis", "solver_type": "logrho"}),
     "UniPCMultistepScheduler": ("solver", "unipc", SOLVER | {
         "predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None,
@@ -84,7 +84,8 @@ ELSEWHERE = {"clip_sample", "clip_sample_range", "clip_denoised", "thresholding"
              "sample_max_value", "algorithm_type", "solver_type", "steps_offset", "beta_start", "beta_end",
              "trained_betas", "beta_schedule", "timestep_spacing", "flow_shift", "time_shift_type", "s_noise",
              "set_alpha_to_one", "interpolation_type", "timestep_type", "upscale_mode", "stochastic_sampling",
-             "rescale_betas_zero_snr", "lambda_min_clipped", "final_sigmas_type", "use_dynamic_shifting"}
+             "rescale_betas_zero_snr", "lambda_min_clipped", "final_sigmas_type", "use_dynamic_shifting",
+             "lower_order_final"}
 PREDICTION = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow", "trigflow": "v"}
 
 
@@ -107,8 +108,14 @@ def plan_of(name, init, given, step):
     if set(init) - set(defaults):
         raise NotImplementedError(f"{name} with options {sorted(set(init) - set(defaults))}")
     plan = SimpleNamespace(name=name, family=family, sampler=sampler, c=Options(**defaults | init), options={},
-                           given=dict(given), step=dict(step), told=lambda t: t, scale=1.0, last_noise=False)
+                           given=dict(given), step=dict(step), told=lambda t: t, scale=1.0, last_noise=False,
+                           log_linear=False)
     plan.n, plan.kind = plan.given.pop("num_inference_steps", None), PREDICTION[plan.c.prediction_type]
+    if sampler in ("multistep", "singlestep"):                     # names of other classes' options stand for its own
+        plan.c.solver_type = plan.c.solver_type if plan.c.solver_type in ("midpoint", "heun") else "midpoint"
+        plan.c.algorithm_type = "dpmsolver++" if plan.c.algorithm_type == "deis" else plan.c.algorithm_type
+    if sampler != "ddpm" and str(getattr(plan.c, "variance_type", None)).startswith("learned"):
+        raise NotImplementedError(f"{name} with learned variance")
     FAMILIES[family](plan, plan.c)
     ignored = {k for k, v in init.items() if v != defaults[k]} - plan.c._read - ELSEWHERE
     if ignored:
@@ -231,15 +238,18 @@ def of_wuerstchen(plan, c):
 def of_sigmas(plan, c):
     """States are x/alpha, levels lie between whole steps."""
     plan.process = D.Discrete(table(c, 2.0**-24), plan.kind)
+    plan.log_linear = getattr(c, "interpolation_type", "") == "log_linear"
     sigmas = plan.given.pop("sigmas", None)
     listed = plan.given.pop("timesteps", None)
     if sigmas is not None:
         times = S.listed_times(plan.process, sigmas=sigmas)[:-1].tolist()
     else:
         times = listed or spaced(c, plan.n, plan.process.T, "linspace").tolist()
-        s = plan.process.p(torch.tensor([times[0], times[-1]], dtype=torch.float64)).tolist()
-        times = grid_of(plan, c, s) or times
-    if getattr(c, "interpolation_type", "") == "log_linear":       # n + 1 levels over the table, which make n steps
+        ends = [times[0], times[-1]] if not plan.log_linear else [plan.process.T - 1.0, 0.0]
+        listed = listed or grid_of(plan, c, plan.process.p(torch.tensor(ends, dtype=torch.float64)).tolist())
+        times = listed or times
+    plan.log_linear = plan.log_linear and not (sigmas or listed)
+    if plan.log_linear:                                            # n + 1 levels over the table, which make n steps
         ends = plan.process.p(torch.tensor([plan.process.T - 1.0, 0.0], dtype=torch.float64)).tolist()
         grid = partial(S.exponential, sigma_max=ends[0], sigma_min=ends[1])
         times = S.grid_times(plan.process, plan.n + 1, grid)[:-1].tolist()
@@ -255,11 +265,6 @@ def of_sigmas(plan, c):
 
 def of_solver(plan, c):
     """States of VP at whole t, or at noise levels between; or of a flow."""
-    if plan.sampler in ("multistep", "singlestep"):                # names of other classes' options stand for its own
-        c.solver_type = c.solver_type if c.solver_type in ("midpoint", "heun") else "midpoint"
-        c.algorithm_type = "dpmsolver++" if c.algorithm_type == "deis" else c.algorithm_type
-    if str(c.variance_type).startswith("learned"):
-        raise NotImplementedError(f"{plan.name} with variance_type {c.variance_type}")
     flow_shift = math.exp(plan.given.pop("mu", None) or math.log(c.flow_shift))
     final = getattr(c, "final_sigmas_type", "sigma_min")
     if c.use_flow_sigmas:

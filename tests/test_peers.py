@@ -226,8 +226,8 @@ def recorded(diffusers, chosen, inputs, **options):
         return None
     run = {"scheduler": name, "init": init, "set_timesteps": given, "step": step, "space": space_of(name),
            "init_scale": scale, "noise_used": used, "tol": max(2e-5, 10 * response)}
-    return SimpleNamespace(config={"runs": {"run": run}}, inputs=inputs, outputs={f"{k}:run": v for k, v in out.items()},
-                           meta={"source": "diffusers"})
+    outputs = {f"{key}:run": value for key, value in out.items()}
+    return SimpleNamespace(config={"runs": {"run": run}}, inputs=inputs, outputs=outputs, meta={"source": "diffusers"})
 
 
 def verdict(case):
@@ -320,7 +320,8 @@ def test_k_diffusions_functions(function, request):
         options, names = {}, {"s_churn": (4.0,), "eta": (0.0, 0.5, 1.0), "s_noise": (1.0, 1.1), "order": (1, 2, 3, 4),
                               "solver_type": ("midpoint", "heun")}
         for key, values in names.items():
-            if key in parameters and not (key == "s_noise" and options.get("s_churn") is None and "eta" not in parameters):
+            unused = key == "s_noise" and "s_churn" not in options and "eta" not in parameters
+            if key in parameters and not unused:
                 options[key] = pick.choice(values)
         renamed = {"solver_type": "solver"}
         mine = {renamed.get(k, k): v for k, v in options.items()}

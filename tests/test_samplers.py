@@ -7,13 +7,18 @@ import math
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from analytic import MEANS, Tiny, end, gaussian, made, mixture, no_noise, seeded_noise, start
+from PIL import Image
+from test_train import TINY, call, here, refused  # noqa: F401 (a fixture among them)
 
 import build
 import diffusion as D
+import sample
 import samplers as S
+import train
 
 torch.set_num_threads(1)
 LINEAR = D.Discrete(D.linear_betas())
@@ -614,3 +619,46 @@ def test_the_options_of_samplers_are_those_of_the_house():
             assert set(build.parameters(entry)) == set(S.options_of(entry)), name
     walk = build.bound("sampler", "unipc:order=3,uncorrected=(0,1),solver_p=dpmpp-2m", S.SAMPLERS)
     assert len(list(S.draw(LINEAR, mixture(LINEAR), start(), sampler=walk, steps=5))) == 5
+
+
+
+# ----------------------------------------------------------------------------------------------- from the command line
+
+
+def test_what_users_set_reaches_the_sampler(here, capsys):  # noqa: F811
+    """Each drawing option through sample.py: it is taken, and changes what is drawn; nonsense is refused by name."""
+    call(train.train, *TINY, "--process", "linear", "--prediction", "v", "--steps", "2", "--out", "run")
+    draws = {}
+    for words in (["--times", "999,700,400,100"], ["--sigmas", "100,3,0.3"], ["--lambda-min", "-2.5"],
+                  ["--brownian", "True", "--sampler", "ddim:eta=1"], ["--clip-range", "0.2"],
+                  ["--threshold", "0.5", "--clip-range", "0.3"], ["--sampler", "ddim:eta=1"],
+                  ["--threshold", "0.5", "--clip-range", "0.3", "--threshold-max", "0.4"], ["--last", "least"],
+                  ["--grid", "karras:rho=5,sigma_max=20"], ["--sampler", "heun:s_churn=5,s_noise=1.01"],
+                  ["--sampler", "unipc:order=3,solver_p=dpmpp-2m"], []):
+        call(sample.sample, "run", "--n", "2", "--steps", "4", *words, "--out", "x.npz")
+        draws[" ".join(words)] = np.load("x.npz")["arr_0"].tobytes()
+    same = [(a, b) for a, b in itertools.combinations(draws, 2) if draws[a] == draws[b]]
+    assert not same
+    for words, word in ((["--times", "1,2"], "fall"), (["--times", "2000,1"], "lives"), (["--sigmas", "-1"], "between"),
+                        (["--brownian", "3"], "True"), (["--shift", "auto"], "chain")):
+        assert word in refused(capsys, sample.sample, "run", *words), words
+
+
+def test_an_image_to_begin_at_and_a_hole_to_fill(here, capsys):  # noqa: F811
+    """--from: the weaker the nearer; --inpaint: the known pixels stay, bit for bit."""
+    call(train.train, *TINY, "--process", "flow", "--steps", "2", "--out", "run")
+    side = build.open_run("run").objective.shape[-1]
+    pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    hole = np.zeros((side, side), np.uint8)
+    hole[:, side // 2:] = 255
+    Image.fromarray(pixels).save("image.png")
+    Image.fromarray(hole).save("hole.png")
+    away = []
+    for strength in ("0.2", "0.9"):
+        call(sample.sample, "run", "--n", "2", "--from", "image.png", "--strength", strength, "--out", "x.npz")
+        away.append(np.abs(np.load("x.npz")["arr_0"].astype(float) - pixels).mean())
+    assert 0 < away[0] < away[1]
+    call(sample.sample, "run", "--n", "2", "--inpaint", "image.png", "--mask", "hole.png", "--out", "x.npz")
+    drawn = np.load("x.npz")["arr_0"]
+    assert (drawn[:, :, :side // 2] == pixels[:, :side // 2]).all() and (drawn != pixels).any()
+    call(sample.sample, "run", "--n", "1", "--shift", "auto", "--out", "x.npz")
