@@ -1382,18 +1382,22 @@ def draw(process, denoise, x, *, sampler="dpmpp-2m", steps=30, grid=None, times=
         yield from walk(denoise, x, times, process, noise, **options)
 
 
-# On a chain these walk the process's own grid, improved DDPM's, which ends with a long step in lambda from t = T/n to
-# 0. Over that no solver can extrapolate: the others begin at the noisiest step and end at T/n (trailing), and leave
-# out the steps of the cosine table above sigma/alpha = e^5.1, as DPM-Solver does. docs/samplers.md has the
-# experiment.
+# What suits a sampler on a chain, by the experiment of docs/samplers.md. The process's own grid, improved DDPM's, ends
+# with a long step in lambda from t = T/n to 0, over which most solvers extrapolate badly: these begin at the noisiest
+# step and end at T/n (trailing). All but the first order leave out the steps of the cosine table above sigma/alpha =
+# e^5.1, as DPM-Solver does.
 FIRST_ORDER = (ddpm, ddim, ddim_inversion, euler, euler_ancestral, flow_ancestral, repaint)
+STEADY = (midpoint, rk4, dpm3, dpmpp_2s, dpmpp_2s_ancestral, dpmpp_sde, dpmpp_singlestep, dpm_solver_3m, deis, lms,
+          plms, ipndm, tcd)
 
 
 def times_of(process, steps, sampler="dpmpp-2m", grid=None, last="clean", lambda_min=None):
     """`grid_times`, with what suits the sampler where no grid is asked for."""
     walk = choose(SAMPLERS, sampler, "sampler")
-    if grid is None and isinstance(process, Discrete) and getattr(walk, "func", walk) not in FIRST_ORDER:
-        grid, lambda_min = "trailing", -5.1 if lambda_min is None else lambda_min
+    walk = getattr(walk, "func", walk)               # with its options bound
+    if grid is None and isinstance(process, Discrete) and walk not in FIRST_ORDER:
+        grid = "spaced" if walk in STEADY else "trailing"
+        lambda_min = -5.1 if lambda_min is None else lambda_min
     return grid_times(process, steps, grid, last, lambda_min)
 
 
