@@ -916,8 +916,8 @@ class Opened:
         """n times an image (C, H, W) in [-1, 1] whose pixels are drawn anew where hole (H, W) is true: a generator of
         (n, C, H, W) after each step. ValueError if the objective fills no holes, or the sizes differ."""
         if not hasattr(self.objective, "fill"):
-            raise ValueError(f"{self.path} is a run of {self.config['network']}, which fills no holes: masked models "
-                             f"do ({', '.join(masked.GENERATORS)}), and ppgn-nano with encoder=")
+            raise ValueError(f"{self.path} is a run of {self.config['network']}, which fills no holes: denoisers do, "
+                             f"masked models ({', '.join(masked.GENERATORS)}), and ppgn-nano with encoder=")
         if not hole.any():
             raise ValueError("the mask has no hole: white pixels are those to draw anew")
         options = drawing_options(self.objective, self.config["draw"] | options, self.device)
@@ -928,6 +928,20 @@ class Opened:
         known, cells = (x, hole) if decoder is None else decoder.encoded(x, hole)
         for step in self.objective.fill(noise, known, cells, y, **options):
             yield torch.where(hole[:, None], as_images(self.objective, step), x)
+
+    def reworked(self, image, strength, n, seed=0, conditions=None, **options):
+        """n images after each step that begin at an image (C, H, W) in [-1, 1] with noise, and walk only the last
+        share `strength` of the steps (SDEdit, 2108.01073). ValueError if the run is no denoiser's."""
+        if not isinstance(self.objective, objectives.Diffusion):
+            raise ValueError(f"{self.path} is a run of {self.config['network']}, which begins at no image: denoisers "
+                             "do")
+        options = drawing_options(self.objective, self.config["draw"] | options, self.device)
+        noise, x = objectives.ImageNoise(seed, range(n), self.device), image.to(self.device).expand(n, -1, -1, -1)
+        y = conditions.to(self.device) if conditions is not None else None
+        if (decoder := self.objective.__dict__.get("decoder")) is not None:
+            x, _ = decoder.encoded(x, torch.zeros_like(x[:, 0], dtype=torch.bool))
+        for step in self.objective.trajectory(noise, y, image=x, strength=strength, **options):
+            yield as_images(self.objective, step)
 
     def data(self, split="test"):
         """The run's data set, no flips. ValueError for a published file of which no data set was said, or another."""

@@ -1011,8 +1011,9 @@ class UViTVP(VP):
 
 
 class Reversed(RectifiedFlow):
-    """Rectified flow as SiT, FiTv2 and Lumina have it: the network counts the time from noise, 0, to data, 1, and
-    predicts x0 - eps. spare: the second half of its channels is thrown away, as in SiT."""
+    """Rectified flow as SiT, FiTv2 and Lumina have it: the network counts from noise, 0, to data, 1; predicts x0 - eps.
+
+    spare: the second half of its channels is thrown away, as in SiT."""
 
     def __init__(self, prediction=None, *, spare=False, **options):
         super().__init__(prediction, **options)
@@ -1026,10 +1027,11 @@ class Reversed(RectifiedFlow):
 
 
 class DiTMoEFlow(RectifiedFlow):
-    """The rectified flow of DiT-MoE's XL and G: the network is told t itself, 0 to 1, and the second half of its
-    channels, if it has one (spare), has no loss and is thrown away."""
+    """The rectified flow of DiT-MoE's XL and G: the network is told t itself, 0 to 1.
 
-    def __init__(self, spare=True, prediction=None, **options):
+    spare: the second half of its channels has no loss and is thrown away."""
+
+    def __init__(self, prediction=None, *, spare=False, **options):
         super().__init__(prediction, **options)
         self.spare = spare
 

@@ -76,6 +76,14 @@ def nice_ticks(low, high, count=5):
     return [step * k for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
+def log_ticks(low, high):
+    """1, 2 and 5 times the powers of ten that cover [low, high], low above 0."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**k for k in powers for m in (1, 2, 5)]
+    below, above = [t for t in ticks if t <= low * 1.001], [t for t in ticks if t >= high * 0.999]
+    return [t for t in ticks if below[-1] <= t <= above[0]]
+
+
 def running_mean(values):
     """Each value's mean with those before it, a fiftieth of all."""
     width = max(1, len(values) // 50)
@@ -93,9 +101,9 @@ def beside(pictures, columns=2):
     return sheet
 
 
-def curves(series, title="", x_label="", y_label="", size=(800, 460)):
+def curves(series, title="", x_label="", y_label="", size=(800, 460), log=False):
     """Lines {name: (xs, ys)} on one pair of axes, as a PIL picture. A name that starts with "_" is drawn pale and kept
-    out of the legend (raw values behind their running mean)."""
+    out of the legend (raw values behind their running mean). log: the ys, all above 0, on a logarithmic axis."""
     font = ImageFont.load_default(14)
     W, H = size
     left, top, right, bottom = 70, 40, W - 20, H - 50
@@ -104,14 +112,20 @@ def curves(series, title="", x_label="", y_label="", size=(800, 460)):
     named = [v for k, v in series.items() if not k.startswith("_")] or list(series.values())
     xs = [x for v in named for x in v[0]]
     ys = [y for v in named for y in v[1] if math.isfinite(y)] or [0.0]
-    x_ticks, y_ticks = nice_ticks(min(xs, default=0), max(xs, default=1)), nice_ticks(min(ys), max(ys))
-    place = lambda x, y: (left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0] or 1) * (right - left),
-                          bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0] or 1) * (bottom - top))
+    x_ticks = nice_ticks(min(xs, default=0), max(xs, default=1))
+    y_ticks = log_ticks(min(ys), max(ys)) if log else nice_ticks(min(ys), max(ys))
+    scale = math.log10 if log else float
+    first, height = scale(y_ticks[0]), scale(y_ticks[-1]) - scale(y_ticks[0]) or 1
+
+    def place(x, y):
+        return (left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0] or 1) * (right - left),
+                bottom - (scale(y) - first) / height * (bottom - top))
+
     for y in y_ticks:
         draw.line([place(x_ticks[0], y), place(x_ticks[-1], y)], PALE)
-        draw.text((left - 8, place(0, y)[1]), f"{y:.4g}", GREY, font, anchor="rm")
+        draw.text((left - 8, place(x_ticks[0], y)[1]), f"{y:.4g}", GREY, font, anchor="rm")
     for x in x_ticks:
-        draw.text((place(x, 0)[0], bottom + 8), f"{x:,.6g}", GREY, font, anchor="mt")
+        draw.text((place(x, y_ticks[0])[0], bottom + 8), f"{x:,.6g}", GREY, font, anchor="mt")
     draw.text((W / 2, 12), title, INK, font, anchor="mt")
     draw.text(((left + right) / 2, H - 8), x_label, INK, font, anchor="mb")
     draw.text((8, 14), y_label, INK, font, anchor="lt")

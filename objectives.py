@@ -3,9 +3,10 @@
 Everything that is trained, denoiser or not, is an nn.Module with this contract (no base class is needed):
 
     loss(batch)            {"loss": scalar, name: scalar, ...} of batch: x, y, step, noise (a `StepNoise`); a denoiser's
-                           also {"by_noise": `by_noise`}. One backward pass a step. Two players (a generator and its critic): their losses are added, each detached
-                           from the other's weights (`layers.detached`). Marks on parameters: rate, a share of --lr;
-                           no_decay; paused, set in loss(): this step leaves them
+                           also {"by_noise": `by_noise`}. One backward pass a step. Two players (a generator and its
+                           critic): their losses are added, each detached from the other's weights
+                           (`layers.detached`). Marks on parameters: rate, a share of --lr; no_decay; paused, set in
+                           loss(): this step leaves them
     conditions(n)          the conditions of a preview of n: labels in turn, example captions, ...; None without any
     trajectory(noise, conditions, **options)    a generator: what there is to show after each step, (n, C, H, W) in
                            [-1, 1]; noise is an `ImageNoise`, n = len(noise)
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import Discrete
+from diffusion import Discrete, resolution_shift
 from guidance import check_fractions, compose, stitch_by_steps, stitch_by_time, stitched
 from guides import asked, with_gradient
 from layers import Text, canvas
@@ -101,25 +102,32 @@ class Diffusion(nn.Module):
     previews, by default the labels in turn.
     """
 
-    options = {"sampler": "dpmpp-2m", "steps": 20, "grid": None, "last": "clean", "guidance": 1.0, "guidance_rule": "cfg",
-               "guidance_power": None, "guide_channels": None, "interval": None, "weak": Run(""), "clip": True,
-               "threshold": None, "guide": Run(""), "guide_scale": 7.5, "guide_image": "", "size": None, "rope": None,
-               "shift": None}
+    options = {"sampler": "dpmpp-2m", "steps": 20, "grid": None, "last": "clean", "times": None, "sigmas": None,
+               "lambda_min": None, "brownian": False, "guidance": 1.0, "guidance_rule": "cfg", "guidance_power": None,
+               "guide_channels": None, "interval": None, "weak": Run(""), "clip": True, "clip_range": 1.0,
+               "threshold": None, "threshold_max": None, "guide": Run(""), "guide_scale": 7.5, "guide_image": "",
+               "size": None, "rope": None, "shift": None}
     options_help = {
-        "steps": "sampling steps", "grid": "of sampling times (none: the process's own)",
+        "steps": "sampling steps", "grid": "of sampling times (none: what suits process and sampler)",
         "last": "where the grid ends: clean, or least, the least noisy level that the network knows",
+        "times": "T,...: the times themselves, from noise down, instead of steps and grid, such as 999,749,499,249",
+        "sigmas": "S,...: the same as noise levels sigma/alpha (of a straight path: its t)",
+        "lambda_min": "begin no noisier than this log(alpha/sigma), such as -5.1 for the cosine chain",
+        "brownian": "noise that is one path whatever the number of steps: more steps come nearer to one image",
         "guidance": "classifier-free guidance, 1 for none", "guidance_rule": "how it is applied",
         "guidance_power": "let it fall from noise to image by the power-cosine schedule (FiTv2), for example 1",
         "guide_channels": "guide only the first so many channels, as the published DiT does",
         "interval": "LOW,HIGH: guide only between these times of the process",
         "weak": "a run (smaller, or less trained) to guide away from instead of the null condition (autoguidance)",
-        "clip": "keep the clean image in [-1, 1]",
+        "clip": "keep the clean image in its range", "clip_range": "that range: [-1, 1] times this",
         "threshold": "dynamic thresholding: clip at this quantile of |x0|, for example 0.995, and rescale",
+        "threshold_max": "the largest such bound, for example 1.5 (none: any)",
         "guide": "a run of a classifier, or of ppap, whose gradients guide (2105.05233); --classes are then its",
         "guide_scale": "of its gradients", "guide_image": "a picture: draw what the guide sees in it",
         "size": "HxW (clips: FxHxW, sounds: T): another size than that of training, if the model can",
         "rope": "rotary frequencies for sizes beyond training: FiT: see layers.ROPE; Flag-DiT: FlagDiT.ropes",
-        "shift": "multiplies sigma/alpha of every time: above 1 for larger images, which need more steps at noise"}
+        "shift": "multiplies sigma/alpha of every time: above 1 for larger images, which need more steps at noise; "
+                 "auto: by the number of tokens (2403.03206)"}
 
     def __init__(self, model, process, shape, num_classes=0, label_drop=0.1, encoder=None, examples=None):
         super().__init__()
@@ -188,6 +196,10 @@ class Diffusion(nn.Module):
         y, null = self.told(conditions if self.conditional else None)
         yield from self.generated(noise((len(noise), *self.shape)), y, null, noise, **options)
 
+    def fill(self, noise, image, hole, conditions, **options):
+        """RePaint, 2201.09865: a trajectory in which only the hole (n, H, W) of an image (n, C, H, W) is drawn."""
+        yield from self.trajectory(noise, conditions, image=image, mask=~hole[:, None], **options)
+
     def asking(self, conditions, guide=None, guide_image="", **options):
         """The options with a guide's log p(y | x_t) in the place of the guide."""
         return options | {"guide": asked(guide, self, conditions, guide_image)} if guide else options
@@ -205,8 +217,12 @@ class Diffusion(nn.Module):
             other = weak.denoiser(y) if weak else self.denoiser(null)
         denoise = compose(self.process, self.denoiser(y), other, guidance=scale, rule=options.pop("guidance_rule"),
                           interval=options.pop("interval"), power=options.pop("guidance_power"),
-                          channels=options.pop("guide_channels"), clip=options.pop("clip"),
-                          quantile=options.pop("threshold"))
+                          channels=options.pop("guide_channels"), clip=options.pop("clip") and options["clip_range"],
+                          quantile=options.pop("threshold"), largest=options.pop("threshold_max") or math.inf)
+        del options["clip_range"]
+        for key in ("times", "sigmas"):
+            if isinstance(options[key], (int, float)):
+                options[key] = [options[key]]
         guide, scale = options.pop("guide"), options.pop("guide_scale")
         if guide is not None and scale != 0:         # after clipping, as published
             denoise, options["sampler"] = with_gradient(denoise, options["sampler"], guide, scale, self.process)
@@ -230,7 +246,8 @@ EXTRAPOLATE = ("size", "rope", "shift")
 def extrapolate(objective, size=None, rope=None, shift=None):
     """Let a denoiser draw images of another size, sides in pixels (one number: a square), with other rotary
     frequencies, and with sigma/alpha of every time multiplied by `shift`: above 1 for larger images, which need more
-    steps at noise. A plain DiT interpolates its position table. ValueError if the model cannot."""
+    steps at noise ("auto": by their number of tokens). A plain DiT interpolates its position table. ValueError if the
+    model cannot."""
     model, sides = objective.model, len(objective.shape) - 1
     own = "x".join(map(str, objective.shape[1:]))
     if size is not None:
@@ -245,6 +262,9 @@ def extrapolate(objective, size=None, rope=None, shift=None):
             raise ValueError(f"rope {rope!r}: " + (f"choose from {', '.join(model.ropes)}" if model.ropes else
                                                    "this model has no rotary positions"))
         model.rope = rope
+    if shift == "auto":
+        tokens = math.prod(objective.shape[1:]) / getattr(model, "patch_size", 1) ** sides
+        shift = resolution_shift(tokens)
     if shift is not None:
         if isinstance(objective.process, Discrete) or not shift > 0:
             raise ValueError(f"shift {shift}: it must be above 0, and a discrete chain is shifted in training only")
@@ -253,9 +273,10 @@ def extrapolate(objective, size=None, rope=None, shift=None):
 
 @torch.no_grad()
 def by_noise(process, t, parts, bins=10):
-    """What each noise level has in a batch of losses {"loss": (B,), "mse": (B,)} at times t (B,): (3, bins), the sums of
-    the loss and of the squared error of the clean image, and the number of samples, over B. Means over the parts of a
-    batch are those of the whole. The bins are even in sigma/(alpha + sigma): 0 clean, 1 noise, on rectified flow t."""
+    """What each noise level has in a batch of losses {"loss": (B,), "mse": (B,)} at times t (B,): (3, bins), the sums
+    of the loss and of the squared error of the clean image, and the number of samples, over B. Means over the parts of
+    a batch are those of the whole. The bins are even in sigma/(alpha + sigma): 0 clean, 1 noise, on rectified flow
+    t."""
     alpha, sigma, p, q = process.coefficients(t)
     sigma = sigma.clamp(min=1e-8)
     error = parts["mse"] * (sigma / (alpha * q - sigma * p)) ** 2     # of x0, from that of the prediction p x0 + q eps
@@ -322,9 +343,11 @@ class Stitch(Diffusion):
     def trajectory(self, noise, conditions, **options):
         if options.get("weak"):
             raise ValueError("stitched models cannot be guided by a weak one: leave out --weak or --stitch")
+        if options.get("times") or options.get("sigmas"):
+            raise ValueError("stitched models share the steps of a grid: leave out --times and --sigmas")
         if self.rule == "steps":
             steps, sampler, last = (options.get(key, self.options[key]) for key in ("steps", "sampler", "last"))
-            times = times_of(self.process, steps, sampler, options.get("grid"), last)
+            times = times_of(self.process, steps, sampler, options.get("grid"), last, options.get("lambda_min"))
             self.chosen = stitch_by_steps(times, self.fractions)
         else:
             self.chosen = stitch_by_time(self.fractions, self.process.t_noisy - self.process.t_clean)

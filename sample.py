@@ -59,12 +59,17 @@ def flags():
     p.add_argument("--stitch-rule", choices=["steps", "time"], default="steps",
                    help="whole steps, or a threshold on t as in the published code (default: %(default)s)")
     p.add_argument("--inpaint", metavar="IMAGE", help="draw only the hole of --mask in this image, for a run of a "
-                   "masked model")
+                   "masked model or a denoiser (RePaint)")
     p.add_argument("--mask", metavar="FILE", help="a picture of the image's size, white where it is to be drawn anew")
+    p.add_argument("--from", dest="begin", metavar="IMAGE", help="begin at this image with noise, instead of noise "
+                   "(SDEdit), for a run of a denoiser")
+    p.add_argument("--strength", type=build.number(low=0, high=1), metavar="F", default=0.6,
+                   help="of --from: the share of the steps that are walked (default: %(default)s)")
     p.add_argument("--help", action="store_true", help="print this, and how RUN may draw, and leave")
     g = p.add_argument_group("published checkpoints")
-    g.add_argument("--official", metavar="NAME", help="architecture of a published file, where its names do not tell "
-                   f"it: {', '.join([*convert.OFFICIAL, *build.MASKED, 'a2rl'])}; with options, such as dit-moe:top_k=1")
+    g.add_argument("--official", metavar="NAME", help="architecture of a published file, where its names do not "
+                   f"tell it: {', '.join([*convert.OFFICIAL, *build.MASKED, 'a2rl'])}; with options, such as "
+                   "dit-moe:top_k=1")
     g.add_argument("--checkpoint", metavar="FILE", help="its file or folder (of a2rl .pkl), the same as RUN")
     g.add_argument("--decoder", metavar="FILE", help="Stable Diffusion's autoencoder, to turn latents into images")
     return p
@@ -183,6 +188,16 @@ def inpainted(args, opened, conditions, frames, options):
     return x.cpu()
 
 
+def reworked(args, opened, conditions, frames, options):
+    """--from and --strength: args.n images that begin at one, (n, C, H, W)."""
+    pixels = torch.from_numpy(picture(args.begin, opened, "RGB"))
+    image = (pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1).float() / 127.5 - 1
+    for x in opened.reworked(image, args.strength, args.n, args.seed, conditions, **options):
+        if frames is not None:
+            frames.append(x.cpu())
+    return x.cpu()
+
+
 def save_npz(path, **arrays):
     def to(partial):
         with open(partial, "wb") as file:
@@ -287,6 +302,8 @@ def sample():
     frames = [] if args.film else None
     if args.inpaint or args.mask:
         x = inpainted(args, opened, conditions, frames, options)
+    elif args.begin:
+        x = reworked(args, opened, conditions, frames, options)
     else:
         batches = opened.images(args.n, args.seed, args.batch, conditions, frames=frames, **options)
         x = torch.cat([b.cpu() for b in batches])

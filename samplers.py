@@ -248,7 +248,7 @@ def at(process, t=None, lam=None, p=None):
 def below(process, i, j, eta):
     """The level below j from which new noise leads up to j: sigma_up = eta sigma_j sqrt(1 - e^(-2h)), h = lambda_j -
     lambda_i, so that eta = 1 is the SDE's own noise (2010.02502, eq. 16; k-diffusion's get_ancestral_step)."""
-    up = min(1.0, eta * math.sqrt(-math.expm1(2 * (i.lam - j.lam))))
+    up = min(1.0, eta * math.sqrt(max(0.0, -math.expm1(2 * (i.lam - j.lam)))))
     return level(process, j.t, j.alpha, j.sigma * math.sqrt(1 - up**2))
 
 
@@ -718,7 +718,7 @@ def lms(denoise, x, times, process, noise, memory=None, *, order=4):
         d = denoise(x, i.t)
         if not j.sigma or not i.c > NO_IMAGE:
             x = ddim_step(d, j)
-        else:
+        elif j.lam > i.lam:
             nodes = [(i, process.slope(d)), *outputs][:order]
             w = lagrange_integrals([level.p for level, _ in nodes], i.p, j.p)
             x = j.c * (x / i.c + weighted_sum(w, [slope for _, slope in nodes]))
@@ -1175,7 +1175,7 @@ def dpm_adaptive(denoise, x, times, process, noise, memory=None, *, order=3, rto
     i, end, h, before = grid[0], grid[-1] if grid[-1].sigma else at(process, t=process.t_least), h_init, x
     while i.lam < end.lam - 1e-5:
         require(h > 1e-6, f"DPM-Solver's steps shrink to nothing at t = {i.t:.6g}: no tolerance of {rtol:g} can be met")
-        j = at(process, lam=min(end.lam, i.lam + h)) if not i.noise else grid[1]
+        j = at(process, lam=min(end.lam, i.lam + h)) if not i.noise else next(k for k in grid if not k.noise)
         down, d = below(process, i, j, eta) if eta else j, denoise(x, i.t)
         if down.lam > end.lam:
             down = level(process, j.t, j.alpha, j.alpha * math.exp(-end.lam))
@@ -1251,11 +1251,11 @@ class Brownian:
     number of variance SNR_j - SNR_i, SNR = (alpha/sigma)^2. So z = (W(SNR_j) - W(SNR_i)) / sqrt(SNR_j - SNR_i), with
     W(SNR) = B(u)/(1 - u) and B a Brownian bridge on u = SNR/(1 + SNR), which is alpha_bar: it is found by bisection,
     each midpoint normal given its two neighbours (virtual Brownian tree, 2001.01328, section 4). noise(shape): where
-    its n streams are drawn from; it costs `depth` draws a step."""
+    its n streams are drawn from; a step costs up to `depth` draws, fewer where its levels are near each other."""
 
     def __init__(self, noise, n, depth=32):
         keys = noise((n, 2))
-        self.noise, self.depth, self.kind, self.last = noise, depth, (keys.device, keys.dtype), {}
+        self.noise, self.depth, self.kind, self.last, self.nodes = noise, depth, (keys.device, keys.dtype), {}, {}
         self.keys = keys.float().cpu().contiguous().view(torch.int32).abs().tolist()
 
     def __call__(self, shape):
@@ -1275,9 +1275,12 @@ class Brownian:
         u = i.alpha**2 / (i.alpha**2 + i.sigma**2)
         if u not in self.last:
             left, right, low, high, index = 0.0, 0.0, 0.0, 1.0, 0        # B and u at both ends of an interval
+            known, self.nodes = self.nodes, {}                           # those of the last level are mostly the same
             for n in range(self.depth):
                 middle, std = (low + high) / 2, math.sqrt((high - low) / 4)
-                between = (left + right) / 2 + std * self.normal(shape, n, index)
+                z = known.get((n, index))
+                self.nodes[n, index] = z = self.normal(shape, n, index) if z is None else z
+                between = (left + right) / 2 + std * z
                 index = 2 * index + (u >= middle)
                 left, right, low, high = (between, right, middle, high) if u >= middle else (left, between, low, middle)
             share = (u - low) / (high - low)
@@ -1379,18 +1382,22 @@ def draw(process, denoise, x, *, sampler="dpmpp-2m", steps=30, grid=None, times=
         yield from walk(denoise, x, times, process, noise, **options)
 
 
-# On a chain these walk the process's own grid, improved DDPM's, which ends with a long step in lambda from t = T/n to
-# 0. Over that no solver can extrapolate: the others begin at the noisiest step and end at T/n (trailing), and leave
-# out the steps of the cosine table above sigma/alpha = e^5.1, as DPM-Solver does. docs/samplers.md has the
-# experiment.
+# What suits a sampler on a chain, by the experiment of docs/samplers.md. The process's own grid, improved DDPM's, ends
+# with a long step in lambda from t = T/n to 0, over which most solvers extrapolate badly: these begin at the noisiest
+# step and end at T/n (trailing). All but the first order leave out the steps of the cosine table above sigma/alpha =
+# e^5.1, as DPM-Solver does.
 FIRST_ORDER = (ddpm, ddim, ddim_inversion, euler, euler_ancestral, flow_ancestral, repaint)
+STEADY = (midpoint, rk4, dpm3, dpmpp_2s, dpmpp_2s_ancestral, dpmpp_sde, dpmpp_singlestep, dpm_solver_3m, deis, lms,
+          plms, ipndm, tcd)
 
 
 def times_of(process, steps, sampler="dpmpp-2m", grid=None, last="clean", lambda_min=None):
     """`grid_times`, with what suits the sampler where no grid is asked for."""
     walk = choose(SAMPLERS, sampler, "sampler")
-    if grid is None and isinstance(process, Discrete) and getattr(walk, "func", walk) not in FIRST_ORDER:
-        grid, lambda_min = "trailing", -5.1 if lambda_min is None else lambda_min
+    walk = getattr(walk, "func", walk)               # with its options bound
+    if grid is None and isinstance(process, Discrete) and walk not in FIRST_ORDER:
+        grid = "spaced" if walk in STEADY else "trailing"
+        lambda_min = -5.1 if lambda_min is None else lambda_min
     return grid_times(process, steps, grid, last, lambda_min)
 
 

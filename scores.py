@@ -346,16 +346,19 @@ def curves(args):
         logs[log["name"] if log["name"] not in logs else folder] = log
     macs = all(log["macs"] for log in logs.values())
     by_work = {name: (log["macs" if macs else "steps"], log["loss"]) for name, log in logs.items()}
-    panels = [(by_work, "loss", "multiply-accumulates of training, 10^12" if macs else "steps"),
-              ({name: (log["seconds"], log["loss"]) for name, log in logs.items()}, "loss", "seconds of training"),
-              ({name: (log["steps"], log["error"]) for name, log in logs.items() if log["error"]},
+
+    def of(key):
+        return {name: log[key] for name, log in logs.items() if log[key]}
+
+    panels = [(by_work, True, "loss", "multiply-accumulates of training, 10^12" if macs else "steps"),
+              ({name: (log["seconds"], log["loss"]) for name, log in logs.items()}, True, "loss",
+               "seconds of training"),
+              ({name: (log["steps"], log["error"]) for name, log in logs.items() if log["error"]}, True,
                "squared error of the clean image", "steps"),
-              ({name: log["bins"] for name, log in logs.items() if log["bins"]},
-               "the same in the last tenth, by noise", "noise level, 0 clean to 1 noise"),
-              ({name: log["accuracy"] for name, log in logs.items() if log["accuracy"]}, "class accuracy", "steps"),
-              ({name: log["frechet"] for name, log in logs.items() if log["frechet"]}, "Frechet distance", "steps")]
-    figures.save(figures.beside([figures.curves(series, title, across) for series, title, across in panels if series]),
-                 Path(args.out))
+              (of("bins"), True, "the same in the last tenth, by noise", "noise level, 0 clean to 1 noise"),
+              (of("accuracy"), False, "class accuracy", "steps"), (of("frechet"), False, "Frechet distance", "steps")]
+    pictures = [figures.curves(series, title, across, log=steep) for series, steep, title, across in panels if series]
+    figures.save(figures.beside(pictures), Path(args.out))
     print(f"{'run':32}{'steps':>8}{'seconds':>9}{'loss':>9}   error of the clean image by noise level, last tenth")
     for name, log in logs.items():
         cells = " ".join(f"{error:.4f}" for error in log["bins"][1]) if log["bins"] else "not in its log"
@@ -379,7 +382,8 @@ def learned(folder):
     bins, error = None, None
     if "error_by_noise" in lines[-1]:
         rows = [mean_of(column) for column in zip(*(e["error_by_noise"] for e in tenths))]
-        bins = [(k + 0.5) / len(rows) for k, row in enumerate(rows) if row is not None], [r for r in rows if r is not None]
+        seen = [k for k, row in enumerate(rows) if row is not None]
+        bins = [(k + 0.5) / len(rows) for k in seen], [rows[k] for k in seen]
         error = figures.running_mean([mean_of(e["error_by_noise"]) for e in lines])
     work = [e["tmacs"] for e in lines] if "tmacs" in lines[-1] else None
     scored = {key: ([e["step"] for e in entries if key in e], [e[key] for e in entries if key in e])

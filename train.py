@@ -68,8 +68,8 @@ def flags(every=True):
     group("how long and how fast",
           ("--steps", 2000, "optimiser steps", whole),
           ("--batch", 32, "images a step, over all GPUs and micro-batches together", whole),
-          ("--optimiser", None, "what moves the weights: muon (small models learn in fewer steps) or adamw (default: the "
-           "model's own)", word),
+          ("--optimiser", None, "what moves the weights: muon (small models learn in fewer steps) or adamw (default: "
+           "the model's own)", word),
           ("--lr", None, "learning rate (default: the model's own, or that of --optimiser)",
            {"type": number(0, 1e30), "metavar": "RATE"}),
           ("--warmup", 100, "steps in which it rises from 0", {"type": build.count(0, 10**9), "metavar": "N"}),
@@ -105,8 +105,8 @@ def flags(every=True):
            {"type": number(0, 1), "metavar": "SHARE"}), common=False)
     group("ways to begin",
           *((f"--{name}", None, build.line(way), run) for name, way in build.WAYS.items()),
-          ("--official", None, "architecture of a published file that one of these names, where its weights do not tell "
-           "it", word), common=False)
+          ("--official", None, "architecture of a published file that one of these names, where its weights do not "
+           "tell it", word), common=False)
     group("optimisation, more",
           ("--accum", 1, "micro-batches a step: less memory, same result", whole),
           ("--weight-decay", 0.0, "weight decay", {"type": number(0, 1e6), "metavar": "W"}),

@@ -1,4 +1,4 @@
-"""Options and paths of the tests:  python -m pytest [--golden FOLDER] [-m slow] [-m gpu]"""
+"""Options and paths of the tests:  python -m pytest [--golden FOLDER] [--peer-seed N] [-m slow] [-m gpu]"""
 
 import os
 import sys
@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "golden")]
 def pytest_addoption(parser):
     parser.addoption("--golden", default=str(ROOT / "tests" / "golden"), metavar="FOLDER",
                      help="folder of golden cases (.npz) for test_golden.py")
+    parser.addoption("--peer-seed", default="7", metavar="N", help="of the random configurations in test_peers.py")
 
 
 def pytest_generate_tests(metafunc):

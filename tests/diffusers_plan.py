@@ -56,7 +56,7 @@ CLASSES = {
     "KDPM2AncestralDiscreteScheduler": ("sigmas", "dpm2-ancestral", TABLE | SIGMAS | SD),
     "DPMSolverSDEScheduler": ("sigmas", "dpmpp-sde", TABLE | SIGMAS | SD),
     "DPMSolverMultistepScheduler": ("solver", "multistep", SOLVER | MULTISTEP),
-    "DPMSolverSinglestepScheduler": ("solver", "singlestep", SOLVER | MULTISTEP),
+    "DPMSolverSinglestepScheduler": ("solver", "singlestep", SOLVER | MULTISTEP | {"lower_order_final": False}),
     "DEISMultistepScheduler": ("solver", "deis", SOLVER | {"algorithm_type": "deis", "solver_type": "logrho"}),
     "UniPCMultistepScheduler": ("solver", "unipc", SOLVER | {
         "predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None,
@@ -79,7 +79,23 @@ CLASSES = {
     "SCMScheduler": ("scm", "consistency", {"num_train_timesteps": 1000, "sigma_data": 0.5}),
 }
 CLASSES |= {f"{name}ParallelScheduler": CLASSES[f"{name}Scheduler"] for name in ("DDPM", "DDIM")}
+# read by `golden_diffusers.py`; or about nothing that a trajectory depends on; or without effect beside other options
+ELSEWHERE = {"clip_sample", "clip_sample_range", "clip_denoised", "thresholding", "dynamic_thresholding_ratio",
+             "sample_max_value", "algorithm_type", "solver_type", "steps_offset", "beta_start", "beta_end",
+             "trained_betas", "beta_schedule", "timestep_spacing", "flow_shift", "time_shift_type", "s_noise",
+             "set_alpha_to_one", "interpolation_type", "timestep_type", "upscale_mode", "stochastic_sampling",
+             "rescale_betas_zero_snr", "lambda_min_clipped", "final_sigmas_type", "use_dynamic_shifting",
+             "lower_order_final"}
 PREDICTION = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow", "trigflow": "v"}
+
+
+class Options(SimpleNamespace):
+    """A class's options, which knows what was asked for."""
+
+    def __getattribute__(self, name):
+        values = super().__getattribute__("__dict__")
+        values.setdefault("_read", set()).add(name)
+        return super().__getattribute__(name)
 
 
 def plan_of(name, init, given, step):
@@ -91,10 +107,19 @@ def plan_of(name, init, given, step):
     defaults = {"prediction_type": "epsilon"} | defaults
     if set(init) - set(defaults):
         raise NotImplementedError(f"{name} with options {sorted(set(init) - set(defaults))}")
-    plan = SimpleNamespace(name=name, family=family, sampler=sampler, c=SimpleNamespace(**defaults | init), options={},
-                           given=dict(given), step=dict(step), told=lambda t: t, scale=1.0, last_noise=False)
+    plan = SimpleNamespace(name=name, family=family, sampler=sampler, c=Options(**defaults | init), options={},
+                           given=dict(given), step=dict(step), told=lambda t: t, scale=1.0, last_noise=False,
+                           log_linear=False)
     plan.n, plan.kind = plan.given.pop("num_inference_steps", None), PREDICTION[plan.c.prediction_type]
+    if sampler in ("multistep", "singlestep"):                     # names of other classes' options stand for its own
+        plan.c.solver_type = plan.c.solver_type if plan.c.solver_type in ("midpoint", "heun") else "midpoint"
+        plan.c.algorithm_type = "dpmsolver++" if plan.c.algorithm_type == "deis" else plan.c.algorithm_type
+    if sampler != "ddpm" and str(getattr(plan.c, "variance_type", None)).startswith("learned"):
+        raise NotImplementedError(f"{name} with learned variance")
     FAMILIES[family](plan, plan.c)
+    ignored = {k for k, v in init.items() if v != defaults[k]} - plan.c._read - ELSEWHERE
+    if ignored:
+        raise NotImplementedError(f"{name} with {', '.join(sorted(ignored))}")
     if plan.step or [v for v in plan.given.values() if v is not None]:
         raise NotImplementedError(f"{name} with {plan.step} {plan.given}")
     return plan
@@ -116,7 +141,9 @@ def table(c, last=None):
         ours = {"squaredcos_cap_v2": "cosine"}.get(c.beta_schedule, c.beta_schedule.replace("_", "-"))
         betas = D.BETAS[ours](T, *ends)
     if c.rescale_betas_zero_snr:
-        betas = D.zero_terminal_snr(betas)
+        root = torch.cumprod(1 - betas.float(), 0).sqrt()           # D.zero_terminal_snr in float32, as there
+        alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        betas = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
     alpha_bar = torch.cumprod(1 - betas.float(), 0).double()
     if c.rescale_betas_zero_snr and last:
         alpha_bar[-1] = last
@@ -190,7 +217,9 @@ def of_distilled(plan, c):
     listed = plan.given.pop("timesteps", None)
     chosen = np.floor(np.linspace(0, original, plan.n or 1, endpoint=False)).astype(int)
     finish(plan, listed or origin[chosen].tolist(), 0.0 if plan.sampler == "tcd" else -1.0)
-    plan.options = {"scaling": c.timestep_scaling} if plan.sampler == "lcm" else {"eta": plan.step.pop("eta", 0.3)}
+    plan.options = {"scaling": c.timestep_scaling}
+    if plan.sampler == "tcd":                        # has the option, and does nothing with it
+        plan.options = {"eta": plan.step.pop("eta", 0.3)}
 
 
 def of_decoder(plan, c):
@@ -209,15 +238,18 @@ def of_wuerstchen(plan, c):
 def of_sigmas(plan, c):
     """States are x/alpha, levels lie between whole steps."""
     plan.process = D.Discrete(table(c, 2.0**-24), plan.kind)
+    plan.log_linear = getattr(c, "interpolation_type", "") == "log_linear"
     sigmas = plan.given.pop("sigmas", None)
     listed = plan.given.pop("timesteps", None)
     if sigmas is not None:
         times = S.listed_times(plan.process, sigmas=sigmas)[:-1].tolist()
     else:
         times = listed or spaced(c, plan.n, plan.process.T, "linspace").tolist()
-        s = plan.process.p(torch.tensor([times[0], times[-1]], dtype=torch.float64)).tolist()
-        times = grid_of(plan, c, s) or times
-    if getattr(c, "interpolation_type", "") == "log_linear":       # n + 1 levels over the table, which make n steps
+        ends = [times[0], times[-1]] if not plan.log_linear else [plan.process.T - 1.0, 0.0]
+        listed = listed or grid_of(plan, c, plan.process.p(torch.tensor(ends, dtype=torch.float64)).tolist())
+        times = listed or times
+    plan.log_linear = plan.log_linear and not (sigmas or listed)
+    if plan.log_linear:                                            # n + 1 levels over the table, which make n steps
         ends = plan.process.p(torch.tensor([plan.process.T - 1.0, 0.0], dtype=torch.float64)).tolist()
         grid = partial(S.exponential, sigma_max=ends[0], sigma_min=ends[1])
         times = S.grid_times(plan.process, plan.n + 1, grid)[:-1].tolist()
@@ -238,14 +270,18 @@ def of_solver(plan, c):
     if c.use_flow_sigmas:
         plan.process = D.RectifiedFlow(plan.kind, shift=flow_shift)
         plan.process.t_noisy = 1.0
-        high, low = (1.0, 1 / 1000) if plan.sampler == "unipc" else (0.999, 0.0)
+        T = c.num_train_timesteps
+        high, low = (1.0, 1 / T) if plan.sampler == "unipc" else (1 - 1 / T, 0.0)
         times = plan.process.shifted(torch.linspace(high, low, plan.n + 1, dtype=torch.float64)[:-1])
         if c.shift_terminal:
             times = 1 - (1 - times) * (1 - c.shift_terminal) / (1 - times[-1])
         plan.process.shift = 1.0
         times[0] = min(times[0].item(), 1 - 1e-6)
-        finish(plan, times.tolist(), 0.0 if final == "zero" else times[-1].item())
-        plan.told = lambda t: 1000 * t
+        last = times[-1].item()
+        if plan.sampler in ("multistep", "singlestep"):                # the table's own, as a time of the flow
+            last = D.Discrete(table(c)).p(torch.zeros((), dtype=torch.float64)).item()
+        finish(plan, times.tolist(), 0.0 if final == "zero" else last)
+        plan.told = lambda t: T * t
     else:
         plan.process = D.Discrete(table(c, 2.0**-24), plan.kind)
         T, lam = plan.process.T, -torch.log(plan.process.p(torch.arange(plan.process.T).double()))
@@ -270,7 +306,7 @@ def of_flow(plan, c):
         points = plan.n + 1 if plan.name.startswith("FlowMap") else plan.n
         times = plan.process.shifted(torch.linspace(1, 0, points, dtype=torch.float64)[:-1])
     else:                                            # the library takes its ends after one shift, and shifts again
-        low = torch.tensor(1e-3, dtype=torch.float64)
+        low = torch.tensor(1 / c.num_train_timesteps, dtype=torch.float64)
         low = low if c.use_dynamic_shifting else plan.process.shifted(low)
         times = plan.process.shifted(torch.linspace(1, low.item(), plan.n, dtype=torch.float64))
     if c.shift_terminal:
@@ -278,7 +314,7 @@ def of_flow(plan, c):
     plan.process.shift, plan.n = 1.0, len(times)
     times = torch.tensor(grid_of(plan, c, (times[0].item(), times[-1].item())) or times.tolist(), dtype=torch.float64)
     finish(plan, (1 - times if c.invert_sigmas else times).tolist(), float(c.invert_sigmas))
-    plan.told = (lambda t: 1 - t) if plan.name.startswith("MiniMax") else (lambda t: 1000 * t)
+    plan.told = (lambda t: 1 - t) if plan.name.startswith("MiniMax") else (lambda t: c.num_train_timesteps * t)
     if plan.sampler == "flow-ancestral":
         plan.options = {"eta": c.eta, "s_noise": c.s_noise}
     elif c.stochastic_sampling:
@@ -345,12 +381,13 @@ def of_singlestep(plan, c):
 
 
 def of_unipc(plan, c):
-    plan.options = {"order": c.solver_order, "form": "x0" if c.predict_x0 else "eps", "bh": c.solver_type,
+    bh = c.solver_type if c.solver_type in ("bh1", "bh2") else "bh2"                 # as there
+    plan.options = {"order": c.solver_order, "form": "x0" if c.predict_x0 else "eps", "bh": bh,
                     "uncorrected": tuple(c.disable_corrector), "lower_final": c.lower_order_final}
 
 
 def of_sa(plan, c):
-    T = 1000.0 if c.use_flow_sigmas else 1.0
+    T = float(c.num_train_timesteps) if c.use_flow_sigmas else 1.0
     taus = {"one": 1.0, "half": 0.5, "zero": 0.0}
     plan.options = {"order": c.predictor_order, "corrector": c.corrector_order, "lower_final": c.lower_order_final,
                     "tau": taus.get(c.tau_func, lambda t: float(200 <= math.floor(t * T) <= 800)),

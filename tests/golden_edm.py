@@ -57,7 +57,7 @@ def run_edm(report, name, run):
     start = case.inputs["x_T"].double() * process.path(times[0].item())[1]
     if (schedule, solver, alpha) == ("linear", "heun", 1):
         walk = partial(S.edm, **{"s_churn": 0.0, "s_min": 0.0, "s_max": math.inf, "s_noise": 1.0} | churn)
-    else:                                              # solved in EDM's t, where sigma(t) is not t, and by its method alpha
+    else:                                              # solved in EDM's t, where sigma(t) is not t, by its alpha
         method = solver if alpha == 1 else ((alpha,), ((1,),), (1 - 1 / (2 * alpha), 1 / (2 * alpha)))
         walk = partial(S.sit_ode, method=method, **churn)
         if kind != "edm" or schedule != "linear":      # there a last step by Euler in t is not DDIM's

@@ -116,7 +116,7 @@ def training(case, model):
 
 
 def flow(case, model):
-    process = convert.DiTMoEFlow(case.config["learn_sigma"])
+    process = convert.DiTMoEFlow(spare=case.config["learn_sigma"])
     x0, noise, z, y = (case.inputs[k] for k in ("x0", "noise", "z", "y"))
     t = torch.sigmoid(case.inputs["t_logit"])
     ours = {"t": t, "loss_per_sample": process.loss(model, x0, y, t, noise)["loss"]}

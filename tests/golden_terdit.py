@@ -71,7 +71,8 @@ def training(case, model):
     ours = process.loss(model, *(case.inputs[k] for k in ("x0", "y", "t", "noise")))
     ours["loss"].mean().backward()
     weights = dict(model.named_parameters())
-    ours |= gradients({name: weights[next(iter(convert.renamed({name: None}, convert.TERDIT)))] for name in case.state_dict})
+    called = {name: next(iter(convert.renamed({name: None}, convert.TERDIT))) for name in case.state_dict}
+    ours |= gradients({name: weights[mine] for name, mine in called.items()})
     for name, value in case.outputs.items():
         tolerance = 1e-5
         if name.endswith(("wq.alphas", "wk.alphas")) and case.config["qk_norm"]:

@@ -237,9 +237,9 @@ def test_runs_of_version_1_open(here, capsys):  # noqa: F811
 
 FLOORS = {"train": 4, "sample": 4, "evaluate": 4, "build": 3, "export": 3, "objectives": 3, "speed": 3, "scores": 3,
           "claims": 3, "report": 3, "diffusion_classifier": 3, "models": 2, "autoencoders": 2, "masked": 2, "ppgn": 2,
-          "cropping": 2, "guides": 2, "convert": 2, "convert_tokens": 2, "layers": 1, "moe": 1, "scans": 1, "parallel": 1,
-          "diffusion": 1, "samplers": 1, "guidance": 1, "optim": 1, "data": 1, "metrics": 1, "distance": 1,
-          "figures": 1, "runs": 0, "weights": 0, "kernels": 0}
+          "cropping": 2, "guides": 2, "convert": 2, "convert_tokens": 2, "layers": 1, "moe": 1, "scans": 1,
+          "parallel": 1, "diffusion": 1, "samplers": 1, "guidance": 1, "optim": 1, "data": 1, "metrics": 1,
+          "distance": 1, "figures": 1, "runs": 0, "weights": 0, "kernels": 0}
 
 
 def imports(path):

@@ -821,7 +821,8 @@ def test_multi_scale_loss_sums_the_branches():
     objective = MultiScale(model, create_process("linear"), (3, 16, 16), 5)
     batch = {"x": torch.zeros(64, 3, 16, 16), "y": torch.zeros(64, dtype=torch.long), "noise": StepNoise(0, 0, 64)}
     losses = objective.loss(batch)
-    assert losses["loss"].item() == pytest.approx(1.75, abs=0.06) and set(losses) == {"loss", "mse", "mse_4", "mse_8"}
+    assert losses["loss"].item() == pytest.approx(1.75, abs=0.06) and set(losses) == {
+        "loss", "mse", "mse_4", "mse_8", "by_noise"}
     losses["loss"].backward()
     assert all(b.head.bias.grad.abs().sum() > 0 for b in model.branches)
 

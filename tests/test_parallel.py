@@ -151,7 +151,7 @@ def test_a_sharded_training_is_one_process_and_goes_on_exactly(tmp_path):
     """train.py --shard under torchrun, two processes (gloo): the weights of one process within 1e-5; a run killed
     between two checkpoints and started again ends with the bits of one that was not. Its file opens as any other."""
     command = ["train.py", "--model", "dit-nano:depth=2,hidden_size=32,num_heads=2", "--data", "shapes:size=8",
-               "--batch", "8", "--steps", "60", "--save-every", "5", "--sample-every", "0", "--sample-n", "2", "--draw",
+               "--batch", "8", "--steps", "40", "--save-every", "5", "--sample-every", "0", "--sample-n", "2", "--draw",
                "steps=2", "--device", "cpu", "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -165,10 +165,12 @@ def test_a_sharded_training_is_one_process_and_goes_on_exactly(tmp_path):
     killed = start("killed", *torchrun)
     while killed.poll() is None and not (tmp_path / "killed/ckpt.parts.prev").exists():
         time.sleep(0.05)
-    os.killpg(killed.pid, signal.SIGKILL)
+    workers = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    for process in (killed.pid, *map(int, workers)):               # the workers have sessions of their own
+        os.kill(process, signal.SIGKILL)
     killed.wait()
     parts = tmp_path / "killed" / "ckpt.parts"
-    assert parts.exists() and 0 < int((parts / "step").read_text()) < 60
+    assert parts.exists() and 0 < int((parts / "step").read_text()) < 40
     assert start("killed", *torchrun).wait() == 0 and not parts.exists()
     one, straight, again = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
                             for name in ("one", "straight", "killed"))
@@ -178,7 +180,7 @@ def test_a_sharded_training_is_one_process_and_goes_on_exactly(tmp_path):
         for name, value in one[key].items():
             error = ((value - straight[key][name]).norm() / value.norm().clamp(min=1e-6)).item()
             worst = max(worst, 0.0 if name.endswith("qkv.bias") else error)     # a key's bias: no gradient but rounding
-    print(f"\n60 steps, two processes sharded against one: largest relative difference of a weight {worst:.1e}")
+    print(f"\n40 steps, two processes sharded against one: largest relative difference of a weight {worst:.1e}")
     assert worst < 1e-5
 
 

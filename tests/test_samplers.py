@@ -7,13 +7,18 @@ import math
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from analytic import MEANS, Tiny, end, gaussian, made, mixture, no_noise, seeded_noise, start
+from PIL import Image
+from test_train import TINY, call, here, refused  # noqa: F401 (a fixture among them)
 
 import build
 import diffusion as D
+import sample
 import samplers as S
+import train
 
 torch.set_num_threads(1)
 LINEAR = D.Discrete(D.linear_betas())
@@ -143,7 +148,7 @@ STOCHASTIC = [
     ("dpmpp-sde", {}, 200),
     ("dpmpp-2m-sde", {}, 60),
     ("dpmpp-3m-sde", {}, 60),
-    ("dpmpp-singlestep", {"eta": 1.0}, 100),
+    ("dpmpp-singlestep", {"eta": 1.0}, 400),        # two of its steps are one of dpmpp-sde, of first order
     ("dpm-adaptive", {"eta": 1.0, "rtol": 0.01}, 1),
     ("sa-solver", {}, 60),
     ("sa-solver", {"tau": lambda t: float(t > 0.3)}, 60),
@@ -304,6 +309,8 @@ def test_a_step_of_no_length_changes_nothing(sampler, process):
     options = {"lower_final": False} if sampler in MULTISTEP else {}
     options |= {"eta": 0.0} if "eta" in S.options_of(S.SAMPLERS[sampler]) else {}
     options |= {"tau": 0.0} if sampler == "sa-solver" else {}
+    options |= {"corrector": 0} if sampler in ("unipc", "sa-solver") else {}     # it would be asked at the corrected x
+    options |= {"last_step": "none"} if sampler == "sit-sde" else {}              # the last step, whatever its level
     a, b = (end(S.SAMPLERS[sampler], process, times, start(), **options) for times in (once, twice))
     assert b.isfinite().all()
     # index-based methods count the step, blocks shift, Langevin's corrections and renewed noise happen again
@@ -415,7 +422,7 @@ def test_grids_fall_from_noise_to_the_clean_image(name, grid):
         times = S.grid_times(process, 10, grid)
     except ValueError as refusal:
         assert len(str(refusal)) > 20
-        assert grid in ("spaced", "leading", "trailing") or name in ("zero-snr", "gvp")  # these begin at infinite s
+        assert grid in ("spaced", "leading", "trailing", "fast") or name in ("zero-snr", "gvp")  # of infinite s
         return
     assert len(times) == 11 and (times.diff() < 0).all() and times[-1] == process.t_clean
     assert times[0] <= process.t_noisy and S.grid_times(process, 10, grid, "least")[-1] == process.t_least
@@ -481,7 +488,7 @@ def test_default_grids_reach_the_modes(sampler, chain):
     assert distance(image) < 0.33, distance(image)
     for steps in (2, 3, 15):
         *_, image = S.generate(process, model, x, sampler=sampler, steps=steps, noise=noise)
-        assert image.abs().max() < 1.5
+        assert image.abs().max() < (1.5 if sampler != "pc" else 5), "the last step of pc is the SDE's, not x0"
 
 
 @pytest.mark.parametrize("sampler", ODES)
@@ -489,8 +496,8 @@ def test_churn_for_every_ode(sampler):
     """With new noise before each step the images still have the data's moments: that noise is of the level's own size.
     """
     process, noise = D.VP("eps"), seeded_noise()
-    times = torch.cat([process.time(torch.exp(torch.linspace(4, -4, 41, dtype=torch.float64))), double([0.0])])
-    options = {"s_churn": 8.0, "s_min": 0.05, "s_max": 20.0}
+    times = torch.cat([process.time(torch.exp(torch.linspace(4, -4, 81, dtype=torch.float64))), double([0.0])])
+    options = {"s_churn": 4.0, "s_min": 0.05, "s_max": 20.0}
     options |= {"rtol": 1e-3, "atol": 1e-3} if sampler == "rk45" else {}
     plain, churned = (end(S.SAMPLERS[sampler], process, times, seeded_noise(2)((4000, 1, 1, 1)), noise,
                           gaussian(process, 0.7), **o) for o in ({}, options))
@@ -500,7 +507,7 @@ def test_churn_for_every_ode(sampler):
 
 @pytest.mark.parametrize("sampler", ["lms", "pndm", "plms", "ipndm", "deis", "unipc", "sa-solver", "dpm-solver",
                                      "dpmpp-singlestep", *(n for n in MULTISTEP if "m" in n)])
-@pytest.mark.parametrize("cut", [3, 5])
+@pytest.mark.parametrize("cut", [5, 7])
 def test_a_walk_cut_in_two_goes_on_with_its_memory(sampler, cut):
     """Restart of a multistep trajectory: bit for bit the walk in one piece; without the memory it is another."""
     process = D.VP("eps")
@@ -519,20 +526,20 @@ def test_a_walk_cut_in_two_goes_on_with_its_memory(sampler, cut):
 def test_brownian_noise_is_one_path_for_any_number_of_steps(sampler, options):
     """The images of 40 and of 80 steps come closer to each other than those of two seeds, and than those of noise that
     knows nothing of steps; image i depends on stream i alone; the noise is standard normal."""
-    process, x = D.VP("eps"), start(32)
+    process, x = D.VP("eps"), start(12)
     denoise = mixture(process)
     keys = lambda seed: lambda shape: torch.stack([torch.randn(
         shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])])
 
-    def images(n, seed, rows=32, brownian=True):
-        walk = S.draw(process, denoise, x[:rows], sampler=sampler, steps=n, grid="linspace", brownian=brownian,
+    def images(n, seed, rows=12, brownian=True):
+        walk = S.draw(process, denoise, x[:rows], sampler=sampler, steps=n, grid="exponential", brownian=brownian,
                       noise=keys(seed), **options)
         *_, last = walk
         return last
 
-    fine, coarse, other = images(80, 0), images(40, 0), images(80, 1000)
+    fine, coarse, other = images(60, 0), images(30, 0), images(60, 1000)
     assert (fine - coarse).abs().mean() < 0.5 * (fine - other).abs().mean()
-    assert torch.equal(images(40, 0, rows=3), coarse[:3])
+    assert torch.allclose(images(30, 0, rows=3), coarse[:3], rtol=0, atol=1e-10)
     noise = S.Brownian(torch.randn, 400)
     i, j = S.levels(process, double([0.5, 0.45]))
     z = noise.between((400, 1, 1, 1), i, j)
@@ -584,11 +591,11 @@ def test_repaint_keeps_what_is_known_and_paints_the_rest():
     errors = []
     for jumps in (1, 5):
         *_, x = S.draw(process, denoise, seeded_noise()((n, 1, 2, 1)), steps=40, image=0.0 + image, mask=mask,
-                       noise=seeded_noise(7), jump_length=5, jump_n_sample=jumps)
+                       noise=seeded_noise(7), jump_length=2, jump_n_sample=jumps)
         assert torch.allclose(x[:, :, 0], image[:, :, 0], atol=1e-12)
         errors.append((x[:, :, 1] - image[:, :, 1]).square().mean().sqrt().item())
-    assert errors[1] < 0.6 * errors[0] and errors[1] < 0.15, errors
-    assert S.repaint_walk(4, 2, 2) == [0, 1, 2, 3, 2, 1, 2, 3, 4] or S.repaint_walk(4, 2, 2)[-1] == 4
+    assert errors[1] < 0.7 * errors[0] < 0.06, errors
+    assert S.repaint_walk(4, 2, 2) == [0, 1, 2, 3, 2, 1, 2, 3, 4]
 
 
 def test_flow_maps_are_told_both_times():
@@ -612,3 +619,46 @@ def test_the_options_of_samplers_are_those_of_the_house():
             assert set(build.parameters(entry)) == set(S.options_of(entry)), name
     walk = build.bound("sampler", "unipc:order=3,uncorrected=(0,1),solver_p=dpmpp-2m", S.SAMPLERS)
     assert len(list(S.draw(LINEAR, mixture(LINEAR), start(), sampler=walk, steps=5))) == 5
+
+
+
+# ----------------------------------------------------------------------------------------------- from the command line
+
+
+def test_what_users_set_reaches_the_sampler(here, capsys):  # noqa: F811
+    """Each drawing option through sample.py: it is taken, and changes what is drawn; nonsense is refused by name."""
+    call(train.train, *TINY, "--process", "linear", "--prediction", "v", "--steps", "2", "--out", "run")
+    draws = {}
+    for words in (["--times", "999,700,400,100"], ["--sigmas", "100,3,0.3"], ["--lambda-min", "-2.5"],
+                  ["--brownian", "True", "--sampler", "ddim:eta=1"], ["--clip-range", "0.2"],
+                  ["--threshold", "0.5", "--clip-range", "0.3"], ["--sampler", "ddim:eta=1"],
+                  ["--threshold", "0.5", "--clip-range", "0.3", "--threshold-max", "0.4"], ["--last", "least"],
+                  ["--grid", "karras:rho=5,sigma_max=20"], ["--sampler", "heun:s_churn=5,s_noise=1.01"],
+                  ["--sampler", "unipc:order=3,solver_p=dpmpp-2m"], []):
+        call(sample.sample, "run", "--n", "2", "--steps", "4", *words, "--out", "x.npz")
+        draws[" ".join(words)] = np.load("x.npz")["arr_0"].tobytes()
+    same = [(a, b) for a, b in itertools.combinations(draws, 2) if draws[a] == draws[b]]
+    assert not same
+    for words, word in ((["--times", "1,2"], "fall"), (["--times", "2000,1"], "lives"), (["--sigmas", "-1"], "between"),
+                        (["--brownian", "3"], "True"), (["--shift", "auto"], "chain")):
+        assert word in refused(capsys, sample.sample, "run", *words), words
+
+
+def test_an_image_to_begin_at_and_a_hole_to_fill(here, capsys):  # noqa: F811
+    """--from: the weaker the nearer; --inpaint: the known pixels stay, bit for bit."""
+    call(train.train, *TINY, "--process", "flow", "--steps", "2", "--out", "run")
+    side = build.open_run("run").objective.shape[-1]
+    pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    hole = np.zeros((side, side), np.uint8)
+    hole[:, side // 2:] = 255
+    Image.fromarray(pixels).save("image.png")
+    Image.fromarray(hole).save("hole.png")
+    away = []
+    for strength in ("0.2", "0.9"):
+        call(sample.sample, "run", "--n", "2", "--from", "image.png", "--strength", strength, "--out", "x.npz")
+        away.append(np.abs(np.load("x.npz")["arr_0"].astype(float) - pixels).mean())
+    assert 0 < away[0] < away[1]
+    call(sample.sample, "run", "--n", "2", "--inpaint", "image.png", "--mask", "hole.png", "--out", "x.npz")
+    drawn = np.load("x.npz")["arr_0"]
+    assert (drawn[:, :, :side // 2] == pixels[:, :side // 2]).all() and (drawn != pixels).any()
+    call(sample.sample, "run", "--n", "1", "--shift", "auto", "--out", "x.npz")

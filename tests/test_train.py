@@ -578,6 +578,7 @@ def test_curves_and_grids_are_drawn():
     series = {"a": ([0, 1, 2], [1.0, 0.5, float("nan")]), "_b": ([0, 2], [2.0, 3.0])}
     picture = figures.curves(series, "title", "x", "y")
     assert picture.size == (800, 460) and len(picture.getcolors(2**24)) > 20
+    assert figures.log_ticks(0.03, 1.7) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
     x = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 0.0, 1.0)])
     assert figures.to_uint8(x)[:, 0, 0, 0].tolist() == [0, 128, 255]
     assert figures.grid(figures.to_uint8(x), columns=3).size == (3 * 66 + 2, 66 + 2)
