@@ -1,16 +1,22 @@
 """samplers.py against what theory says: orders of convergence, closed-form moments, equivalences, what every sampler
 must survive, and what users can choose."""
 
+import ast
 import functools
+import inspect
 import itertools
 import math
+import re
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from analytic import MEANS, Tiny, end, gaussian, made, mixture, no_noise, seeded_noise, start
+from diffusers_plan import CLASSES
+from golden_kdiffusion import FUNCTIONS
 from PIL import Image
 from test_train import TINY, call, here, refused  # noqa: F401 (a fixture among them)
 
@@ -620,6 +626,36 @@ def test_the_options_of_samplers_are_those_of_the_house():
     walk = build.bound("sampler", "unipc:order=3,uncorrected=(0,1),solver_p=dpmpp-2m", S.SAMPLERS)
     assert len(list(S.draw(LINEAR, mixture(LINEAR), start(), sampler=walk, steps=5))) == 5
 
+
+
+# ---------------------------------------------------------------------------------------------------------- their page
+
+
+PAGE = (Path(S.__file__).parent / "docs" / "samplers.md").read_text()
+
+
+def test_names_of_the_page():
+    """Every flag, every class of diffusers and function of k-diffusion that the tests compare with, and nothing else of
+    theirs."""
+    table = PAGE.split("## Names")[1].split("Not here:")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == [*(f"`{name}`" for name in S.SAMPLERS), "`--inpaint`"]
+    classes = {word for row in rows for word in re.findall(r"\b[A-Z]\w+\b", re.sub(r"`[^`]*`|\(.*?\)", "", row[2]))}
+    compared = {name.removesuffix("Scheduler").removesuffix("Discrete") for name in CLASSES}
+    assert {name.removesuffix("Discrete") for name in classes} - {"RePaint", "KarrasVe", "ScoreSdeVe"} == compared
+    assert {word for row in rows for word in re.findall(r"sample_\w+", row[3])} == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE, re.S), ids=lambda c: c.split("(")[0][4:])
+def test_definitions_of_the_page_are_those_of_the_file(code):
+    assert code in Path(S.__file__).read_text()
+
+
+@pytest.mark.parametrize("name", S.SAMPLERS)
+def test_a_definition_fits_on_a_screen(name):
+    """25 lines, its docstring not counted."""
+    tree = ast.parse(inspect.getsource(inspect.unwrap(S.SAMPLERS[name]))).body[0]
+    assert tree.end_lineno - tree.body[1].lineno + 1 <= 25
 
 
 # ----------------------------------------------------------------------------------------------- from the command line
