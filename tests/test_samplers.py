@@ -292,15 +292,16 @@ def test_every_sampler_runs_on_every_process_or_says_why_not(name, sampler):
     process, model = made(name), Tiny(3)
     x = torch.randn(2, 3, 4, 4) * (0.3 if sampler == "ddim-inversion" else 1)
     try:
-        states = list(S.generate(process, model, x, sampler=sampler, steps=6))
+        states = list(S.generate(process, model, x, sampler=sampler, steps=3))
     except ValueError as refusal:
         assert sampler in ("sit-ode", "sit-sde", "rk45") and "derivative in t" in str(refusal)
         assert isinstance(process, D.Discrete)
         return
-    assert len(states) == 6 or sampler == "dpm-adaptive"
+    assert len(states) == 3 or sampler == "dpm-adaptive"
     assert all(s.shape == x.shape and s.dtype == x.dtype and s.isfinite().all() for s in states)
     if sampler != "ddim-inversion":
-        assert states[-1].abs().max() < 1.5, "clipped x0 stays in the range, whatever the steps"
+        bound = 1.5 if sampler != "pc" else 5                        # the last step of pc is the SDE's, not x0
+        assert states[-1].abs().max() < bound, "clipped x0 stays in the range, whatever the steps"
 
 
 @pytest.mark.parametrize("process", [D.VP("eps"), LINEAR, D.RectifiedFlow(), D.EDM()],
@@ -532,20 +533,20 @@ def test_a_walk_cut_in_two_goes_on_with_its_memory(sampler, cut):
 def test_brownian_noise_is_one_path_for_any_number_of_steps(sampler, options):
     """The images of 40 and of 80 steps come closer to each other than those of two seeds, and than those of noise that
     knows nothing of steps; image i depends on stream i alone; the noise is standard normal."""
-    process, x = D.VP("eps"), start(12)
+    process, x = D.VP("eps"), start(8)
     denoise = mixture(process)
     keys = lambda seed: lambda shape: torch.stack([torch.randn(
         shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(seed + i)) for i in range(shape[0])])
 
-    def images(n, seed, rows=12, brownian=True):
+    def images(n, seed, rows=8, brownian=True):
         walk = S.draw(process, denoise, x[:rows], sampler=sampler, steps=n, grid="exponential", brownian=brownian,
                       noise=keys(seed), **options)
         *_, last = walk
         return last
 
-    fine, coarse, other = images(60, 0), images(30, 0), images(60, 1000)
+    fine, coarse, other = images(40, 0), images(20, 0), images(40, 1000)
     assert (fine - coarse).abs().mean() < 0.5 * (fine - other).abs().mean()
-    assert torch.allclose(images(30, 0, rows=3), coarse[:3], rtol=0, atol=1e-10)
+    assert torch.allclose(images(20, 0, rows=3), coarse[:3], rtol=0, atol=1e-10)
     noise = S.Brownian(torch.randn, 400)
     i, j = S.levels(process, double([0.5, 0.45]))
     z = noise.between((400, 1, 1, 1), i, j)
