@@ -1387,8 +1387,8 @@ def draw(process, denoise, x, *, sampler="dpmpp-2m", steps=30, grid=None, times=
 # step and end at T/n (trailing). All but the first order leave out the steps of the cosine table above sigma/alpha =
 # e^5.1, as DPM-Solver does.
 FIRST_ORDER = (ddpm, ddim, ddim_inversion, euler, euler_ancestral, flow_ancestral, repaint)
-STEADY = (midpoint, rk4, dpm3, dpmpp_2s, dpmpp_2s_ancestral, dpmpp_sde, dpmpp_singlestep, dpm_solver_3m, deis, lms,
-          plms, ipndm, tcd)
+STEADY = (edm, midpoint, rk4, dpm3, dpmpp_2s, dpmpp_2s_ancestral, dpmpp_sde, dpmpp_singlestep, dpm_solver_3m, deis, lms,
+          plms, ipndm, tcd, consistency)
 
 
 def times_of(process, steps, sampler="dpmpp-2m", grid=None, last="clean", lambda_min=None):

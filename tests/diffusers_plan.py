@@ -233,6 +233,7 @@ def of_wuerstchen(plan, c):
     plan.process = D.ContinuousCosine(plan.kind, offset=c.s, power=c.scaler)
     ends = [plan.process.time(torch.tensor((1 / a - 1) ** 0.5, dtype=torch.float64)).item() for a in (1e-4, 0.9999)]
     finish(plan, np.linspace(1, 0, plan.n + 1)[:-1].clip(max=ends[0]).tolist(), ends[1])
+    plan.told = lambda t: torch.where(t < ends[0], t, 1.0)
 
 
 def of_sigmas(plan, c):

@@ -73,12 +73,16 @@ STEP = {                                               # of `step`
     "TCDScheduler": ({}, {"eta": 0.0}, {"eta": 1.0}),
     "EulerDiscreteScheduler": ({}, {"s_churn": 8.0, "s_tmin": 0.05, "s_tmax": 30.0, "s_noise": 1.01}),
 }
-# Not drawn: networks of their own kind (two times, an autoencoder's decoder, trigonometric flow), a step that needs two
-# outputs, and those that are another class under another name.
-LEFT_OUT = ("ConsistencyDecoderScheduler", "FlowMapEulerDiscreteScheduler", "SCMScheduler", "DDPMWuerstchenScheduler",
-            "CMStochasticIterativeScheduler", "CogVideoXDPMScheduler", "CogVideoXDDIMScheduler", "DDIMInverseScheduler",
-            "MiniMaxH3Scheduler", "DDPMParallelScheduler", "DDIMParallelScheduler")
-NAMES = [name for name in CLASSES if name not in LEFT_OUT]
+# Not drawn: those of one network, each of which is tried once, and two of golden cases.
+ONE_NETWORK = {
+    "ConsistencyDecoderScheduler": ({}, 2), "FlowMapEulerDiscreteScheduler": ({"shift": 3.0}, 8),
+    "DDPMWuerstchenScheduler": ({"scaler": 1.5}, 12), "MiniMaxH3Scheduler": ({"shift": 5.0}, 9),
+    "CogVideoXDPMScheduler": ({"prediction_type": "v_prediction"}, 10),
+    "CogVideoXDDIMScheduler": ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+                                "timestep_spacing": "trailing"}, 8),
+    "DDIMInverseScheduler": ({"clip_sample": False}, 8), "DDPMParallelScheduler": ({"clip_sample": False}, 8),
+    "DDIMParallelScheduler": ({"clip_sample": False}, 8)}
+NAMES = [n for n in CLASSES if n not in (*ONE_NETWORK, "SCMScheduler", "CMStochasticIterativeScheduler")]
 
 
 # Where the library is wrong, and the adapters of these tests follow it: (reason, class, whether it shows).
@@ -130,7 +134,9 @@ def space_of(name):
 def level_of(s, name, init, k, t):
     """alpha and sigma at the k-th call of the network, in the space of its states."""
     if not hasattr(s, "sigmas"):
-        a2 = float(s.alphas_cumprod[int(t)])
+        tables = {"DDPMWuerstchenScheduler": lambda: s._alpha_cumprod(t, "cpu"),
+                  "ConsistencyDecoderScheduler": lambda: s.sqrt_alphas_cumprod[t] ** 2}
+        a2 = float(tables.get(name, lambda: s.alphas_cumprod[int(t)])().max())
         return a2**0.5, (1 - a2) ** 0.5
     sigma = float(s.sigmas[k])
     if name == "DPMSolverSDEScheduler" and not s.state_in_first_order:                 # half-way in log sigma
@@ -153,11 +159,20 @@ def network_output(name, s, init, x, x0, eps, alpha, sigma):
         data = s.config.sigma_data
         out = sigma * data / (sigma**2 + data**2) ** 0.5
         return (x0 - data**2 / (sigma**2 + data**2) * x) / (-out if kind == "v_prediction" else out)
+    if name == "ConsistencyDecoderScheduler":
+        skip, out = (float(table[s.timesteps[int(sigma < 0.9)]]) for table in (s.c_skip, s.c_out))
+        return (x0 - skip * x) / out
     if CLASSES[name][0] == "flow" or kind == "flow_prediction":
-        return eps - x0
+        return x0 - eps if name == "MiniMaxH3Scheduler" else eps - x0
     scale = (alpha**2 + sigma**2) ** 0.5
     v = (alpha * eps - sigma * x0) / scale
     return v if name == "IPNDMScheduler" else {"epsilon": eps, "sample": x0, "v_prediction": v}[kind]
+
+
+def class_of(diffusers, name):
+    if name == "ConsistencyDecoderScheduler":
+        return getattr(importlib.import_module("diffusers.schedulers.scheduling_consistency_decoder"), name)
+    return getattr(diffusers, name)
 
 
 class Double:
@@ -172,12 +187,15 @@ class Double:
 def drive(diffusers, name, init, given, step, inputs, jitter=0.0, dtype=torch.float32):
     """The library's own loop: states after each step, and the times and levels of the network's calls. float64: its
     steps in that precision, on the same tables."""
-    s = getattr(diffusers, name)(**init)
+    s = class_of(diffusers, name)(**init)
     s.set_timesteps(**given)
-    exact, rest, used = Mixture(inputs), iter(inputs["noise"]), []
+    exact, rest, used, thrown = Mixture(inputs), iter(inputs["noise"]), [], []
     module, rng = sys.modules[type(s).__module__], torch.Generator().manual_seed(5)
 
     def draw(*_, **__):
+        if name == "CogVideoXDPMScheduler" and len(thrown) < len(out["x"]):
+            thrown.append(1)                           # after its first step it draws twice, and throws the first away
+            return inputs["noise"][0]
         used.append(1)
         return next(rest).to(dtype)
 
@@ -191,18 +209,23 @@ def drive(diffusers, name, init, given, step, inputs, jitter=0.0, dtype=torch.fl
     scale = float(s.init_noise_sigma) if space_of(name) == "ve" else 1.0
     x, out = (scale * inputs["x_T"]).to(dtype), {"x": [], "t": [], "alpha": [], "sigma": [], "pred0": None}
     x = x + jitter * scale * torch.randn(x.shape, generator=rng).to(dtype)
-    random_like, torch.randn_like = torch.randn_like, draw
+    random_like, torch.randn_like, before = torch.randn_like, draw, (None, None)
     try:
         for key in old:
             setattr(module, key, fakes[key])
-        for k, t in enumerate(s.timesteps):
+        for k, t in enumerate(s.timesteps[:-1] if name == "DDPMWuerstchenScheduler" else s.timesteps):
+            t = t.expand(len(x)) if name == "DDPMWuerstchenScheduler" else t
             alpha, sigma = level_of(s, name, init, k, t)
             s.scale_model_input(x, t) if hasattr(s, "scale_model_input") else None
             x0, eps = exact(x, alpha, sigma)
             said = network_output(name, s, init, x, x0, eps, alpha, sigma).to(dtype)
             out["pred0"] = said if out["pred0"] is None else out["pred0"]
-            x = s.step(said + jitter * torch.randn(x.shape, generator=rng).to(dtype), t, x, **step).prev_sample
-            for key, value in (("x", x), ("t", float(t)), ("alpha", alpha), ("sigma", sigma)):
+            said = said + jitter * torch.randn(x.shape, generator=rng).to(dtype)
+            if name == "CogVideoXDPMScheduler":        # told of the output and the time before
+                x, *before = *s.step(said, before[0], t, before[1], x), t
+            else:
+                x = s.step(said, t, x, **step).prev_sample
+            for key, value in (("x", x), ("t", float(t.max())), ("alpha", alpha), ("sigma", sigma)):
                 out[key].append(value)
     finally:
         torch.randn_like = random_like
@@ -285,6 +308,13 @@ def test_random_configurations_of_diffusers(request, capsys):
         for row in different:
             print("     ", *row)
     assert not different
+
+
+@pytest.mark.parametrize("name", ONE_NETWORK)
+def test_schedulers_of_one_network(name):
+    diffusers, (init, n) = library("diffusers"), ONE_NETWORK[name]
+    case = recorded(diffusers, (name, init, {"num_inference_steps": n}, {}), random_inputs(1))
+    assert case is not None and verdict(case) is None, case and verdict(case)
 
 
 # ---------------------------------------------------------------------------------------------------------- k-diffusion
