@@ -1009,7 +1009,7 @@ class UViTVP(VP):
 
 
 class Reversed(RectifiedFlow):
-    """Rectified flow as SiT, FiTv2 and Lumina have it: the network counts the time from noise, 0, to data, 1, and
+    """Rectified flow as SiT, FiTv2 and Lumina have it. The network counts the time from noise, 0, to data, 1, and
     predicts x0 - eps. spare: the second half of its channels is thrown away, as in SiT."""
 
     def __init__(self, prediction=None, *, spare=False, **options):
