@@ -1024,7 +1024,7 @@ class Reversed(RectifiedFlow):
 
 
 class DiTMoEFlow(RectifiedFlow):
-    """The rectified flow of DiT-MoE's XL and G: the network is told t itself, 0 to 1, and the second half of its
+    """The rectified flow of DiT-MoE's XL and G. The network is told t itself, 0 to 1, and the second half of its
     channels, if it has one (spare), has no loss and is thrown away."""
 
     def __init__(self, spare=True, prediction=None, **options):
