@@ -418,9 +418,9 @@ def edm(denoise, x, times, process, noise, memory=None, *, s_churn=40.0, s_min=0
     and p = sigma/c, see `Process.ode_scale`."""
     for i, j in steps(process, times):
         gamma = min(s_churn / (len(times) - 1), math.sqrt(2) - 1) if s_min <= i.sigma / i.alpha <= s_max else 0.0
-        hat, eps = i, noise(x.shape) if s_churn and not i.noise else None                 # line 5
+        hat, eps = i, noise(x.shape) if s_churn and not i.noise else None                 # line 4
         if gamma and not i.noise:
-            hat = at(process, lam=i.lam - math.log(1 + gamma))                            # t^ = t + gamma t, line 4
+            hat = at(process, lam=i.lam - math.log(1 + gamma))                            # t^ = t + gamma t, line 5
             x = raised(x, i, hat, eps, s_noise)                                           # x^, line 6
         d = denoise(x, hat.t)
         if not j.sigma or not hat.c > NO_IMAGE:

@@ -246,7 +246,7 @@ def compare_grid(report, plan, name, t, space=None):
     between = any(getattr(plan.c, f"use_{k}", False)
                   for k in ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas", "flow_sigmas"))
     # levels between the table's whole steps: the library rounds or interpolates their times in its own way
-    steep = 3.0 if getattr(plan.c, "rescale_betas_zero_snr", False) else 1.0         # its last step is from 4096
+    steep = 5.0 if getattr(plan.c, "rescale_betas_zero_snr", False) else 1.0         # its last step is from 4096
     slack = steep if between else 0.02 if plan.sampler.startswith("dpm") else 2e-3
     ref = report.case.outputs[f"t:{name}"]
     if plan.log_linear:                                # its times do not belong to its levels

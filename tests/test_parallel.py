@@ -151,8 +151,8 @@ def test_a_sharded_training_is_one_process_and_goes_on_exactly(tmp_path):
     """train.py --shard under torchrun, two processes (gloo): the weights of one process within 1e-5; a run killed
     between two checkpoints and started again ends with the bits of one that was not. Its file opens as any other."""
     command = ["train.py", "--model", "dit-nano:depth=2,hidden_size=32,num_heads=2", "--data", "shapes:size=8",
-               "--batch", "8", "--steps", "40", "--save-every", "5", "--sample-every", "0", "--sample-n", "2", "--draw",
-               "steps=2", "--device", "cpu", "--out"]
+               "--batch", "8", "--steps", "40", "--save-every", "5", "--sample-every", "0", "--sample-n", "2",
+               "--draw", "steps=2", "--optimiser", "adamw", "--lr", "1e-3", "--device", "cpu", "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
     def start(name, *before):
