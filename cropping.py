@@ -393,8 +393,8 @@ def episodes(agent, look, n, sides, steps, uniform=None, form="paper", aspect=Tr
 
     look: windows in units (n, K, 4) -> (features (n, K, D), scores (n, K)), one pass of the ranker a move. sides:
     (height, width) of the images. uniform: numbers in [0, 1), (n, steps), that choose the actions; None: the likeliest
-    action. form: "paper", "gain" or "code", for the reward; as in the code, "code" puts the critic's value in place of the last
-    reward of an episode that reached `steps` without an end.
+    action. form: "paper", "gain" or "code", for the reward; as in the code, "code" puts the critic's value in place of
+    the last reward of an episode that reached `steps` without an end.
     """
     device = next(agent.parameters()).device
     boxes, done = whole(n, device), torch.zeros(n, dtype=torch.bool, device=device)
@@ -507,8 +507,9 @@ class Cropping(nn.Module):
     """Trains an agent against a frozen ranker, an update per batch of episodes, and crops with it.
 
     form: "paper" (its reward, returns over t_max moves, entropy weight beta), "gain" (the same with `gain_reward` and
-    normalised advantages) or "code" (those of the public training code). aspect: punish odd shapes. context: crop photographs that were pasted into a larger surrounding, since the
-    ranker was taught that a photograph as it is cannot be improved.
+    normalised advantages) or "code" (those of the public training code). aspect: punish odd shapes. context: crop
+    photographs that were pasted into a larger surrounding, since the ranker was taught that a photograph as it is
+    cannot be improved.
     """
 
     num_classes, options = 0, {"steps": 50, "sampled": False}
@@ -1024,8 +1025,8 @@ def vfn(image_size, in_channels, spp: bool = False, pooling: str = "max", pairs:
 
 
 def a2rl(image_size, in_channels, ranker: Run = None, hidden: int = 1024, steps: int = 50, form: str = "paper",
-         t_max: int = 10, gamma: float = 0.99, aspect: bool = True, recurrent: bool = True, context: bool = True, beta: float = 0.05,
-         standardise: bool = False):
+         t_max: int = 10, gamma: float = 0.99, aspect: bool = True, recurrent: bool = True, context: bool = True,
+         beta: float = 0.05, standardise: bool = False):
     """A2-RL: a recurrent agent that crops by moves, rewarded by a ranker (ranker=RUN, of vfn or vfn-nano), 1709.04595.
 
     hidden: width of its layers and its LSTM; steps: moves at most; the others: see Cropping and Agent.
