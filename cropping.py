@@ -75,9 +75,10 @@ def pixels(boxes, height, width):
 def crop_resize(images, boxes, size, border="edge", dense=1):
     """Windows of images as squares: images (B, C, H, W), boxes in pixels (B, K, 4) -> (B, K, C, size, size).
 
-    Bilinear with half-pixel centres. border: what lies outside the outermost pixel centres of a window, its own edge or
-    "zero", with which the published code (scikit-image of 2017, mode "constant") blends the borders of enlarged crops.
-    dense: sample so many times finer and average, against aliasing in large windows.
+    Bilinear with half-pixel centres; a window may reach beyond its image, whose edges are drawn out. border: what lies
+    outside the outermost pixel centres of a window, its own edge or "zero", with which the published code (scikit-image
+    of 2017, mode "constant") blends the borders of enlarged crops. dense: sample so many times finer and average,
+    against aliasing in large windows.
     """
     B, K = boxes.shape[:2]
     H, W = images.shape[-2:]
@@ -93,7 +94,7 @@ def crop_resize(images, boxes, size, border="edge", dense=1):
     (x, across), (y, down) = places(x0, x1), places(y0, y1)
     S = size * dense
     grid = torch.stack(torch.broadcast_tensors((2 * x[:, :, None] + 1) / W - 1, (2 * y[..., None] + 1) / H - 1), -1)
-    crops = F.grid_sample(images, grid.reshape(B, K * S, S, 2), align_corners=False)     # (B, C, K S, S)
+    crops = F.grid_sample(images, grid.reshape(B, K * S, S, 2), padding_mode="border", align_corners=False)
     crops = crops.unflatten(2, (K, S)).transpose(1, 2)
     if border == "zero":
         crops = crops * (down[..., None] * across[:, :, None])[:, :, None]
@@ -216,18 +217,31 @@ def random_boxes(u, smallest, largest, height, width):
     return torch.stack([x * width, y * height, (x + w) * width, (y + h) * height], -1)
 
 
+def around(u, smallest, height, width):
+    """Windows in pixels (..., 4), by uniform numbers u (..., 8), of surroundings in which the photograph fills 0.35 to
+    0.7 of either side, anywhere: they may reach beyond it on any side, or miss it. Areas are from `smallest` of the
+    surrounding to all of it."""
+    sides = torch.tensor([width, height], device=u.device) / (0.35 + 0.35 * u[..., 4:6])
+    boxes = random_boxes(u[..., :4], smallest, 1.0, 1, 1) * torch.cat([sides, sides], -1)
+    corner = (sides - torch.tensor([width, height], device=u.device)) * u[..., 6:8]      # of the photograph
+    return boxes - torch.cat([corner, corner], -1)
+
+
 class Ranking(nn.Module):
     """Learns to rank: a photograph, taken to be composed well, above any random crop of itself.
 
     network: images -> features, and its `score`. pairs: crops of each photograph in a step. smallest: the least area of
     a crop; one that saw only large crops is fooled by windows without a subject. objective: "hinge" or "ranknet".
+    beyond: half of the crops are windows of a larger surrounding (see `around`). The published ranker has none of them,
+    and then says little of windows in which the subject is small: it has seen none.
     """
 
     num_classes, options = 0, {"steps": 20}
 
-    def __init__(self, network, shape, pairs=4, smallest=0.05, objective="hinge"):
+    def __init__(self, network, shape, pairs=4, smallest=0.05, objective="hinge", beyond=False):
         super().__init__()
         self.ranker, self.shape, self.pairs, self.smallest = network, shape, pairs, smallest
+        self.beyond = beyond
         if objective not in ("hinge", "ranknet"):
             raise ValueError(f"objective {objective!r}: choose hinge or ranknet")
         self.objective = hinge if objective == "hinge" else ranknet
@@ -250,6 +264,9 @@ class Ranking(nn.Module):
         x = torch.where(flip < 0.5, x, x.flip(-1))
         x = x * (0.95 + 0.1 * contrast) + 0.02 * (2 * light - 1)
         crops = random_boxes(noise.uniform(self.pairs, 4), self.smallest, 0.9, H, W)
+        if self.beyond:
+            wider = around(noise.uniform(self.pairs, 8), self.smallest, H, W)
+            crops = torch.where(torch.arange(self.pairs, device=x.device)[:, None] % 2 == 0, wider, crops)
         photo = torch.tensor([0.0, 0.0, W, H], device=x.device).expand(len(x), 1, 4)
         scores = self.look(x, torch.cat([photo, crops], 1))[1]                          # (B, 1 + pairs)
         return {"loss": self.objective(scores[:, 1:], scores[:, :1]),
@@ -287,6 +304,13 @@ def paper_reward(before, after, boxes, t, aspect=True):
     return torch.sign(after - before) - 0.001 * (t + 1) - 5.0 * (odd_shape(boxes) & aspect)
 
 
+def gain_reward(before, after, boxes, t, aspect=True):
+    """`paper_reward` with the gain s_{t+1} - s_t in place of its sign, in the units of the hinge's margin: gains add up
+    to that of the last window, so a walk is worth what it finds. Signs add up to the number of steps upwards, and the
+    longest slow walk earns most, wherever it ends. nr is -2: a good move gains about as much."""
+    return after - before - 0.001 * (t + 1) - 2.0 * (odd_shape(boxes) & aspect)
+
+
 def code_reward(before, after, boxes, t, done, aspect=True):
     """That of the public training code: a tie counts as worse, and the move that ends the episode (done) earns 0."""
     reward = torch.where(after > before, 1.0, -1.0) - 0.001 * (t + 1) - 5.0 * (odd_shape(boxes) & aspect)
@@ -300,12 +324,17 @@ class Agent(nn.Module):
     """Observations (B, 2D), features of the whole image and of the window -> (logits (B, 14), value (B,), state).
 
     Three linear layers, an LSTM cell that remembers the moves so far, an actor and a critic on its output. recurrent
-    False leaves the LSTM out (the paper's ablation). State: (h, c), each (B, hidden).
+    False leaves the LSTM out (the paper's ablation). standardise: observations are taken relative to the mean and the
+    spread of those it was trained on (see `meet`). State: (h, c), each (B, hidden).
     """
 
-    def __init__(self, observation=2000, hidden=1024, recurrent=True):
+    def __init__(self, observation=2000, hidden=1024, recurrent=True, standardise=False):
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self.standardise = hidden, standardise
+        if standardise:
+            self.register_buffer("mean", torch.zeros(observation))
+            self.register_buffer("spread", torch.ones(observation))
+            self.register_buffer("met", torch.zeros(()))
         self.fc1 = nn.Linear(observation, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, hidden)
@@ -322,7 +351,17 @@ class Agent(nn.Module):
         """The state before the first move."""
         return self.fc1.weight.new_zeros(n, self.hidden), self.fc1.weight.new_zeros(n, self.hidden)
 
+    @torch.no_grad()
+    def meet(self, observations):
+        """Let the mean and the spread follow observations (N, 2D): an average over about the last 100 calls."""
+        self.met += 1
+        share = 1 / self.met.clamp(max=100)
+        self.mean.lerp_(observations.mean(0), share)
+        self.spread.lerp_(observations.std(0) + 0.05, share)    # features that are nearly constant stay small
+
     def forward(self, observation, state):
+        if self.standardise:
+            observation = (observation - self.mean) / self.spread
         x = F.relu(self.fc3(F.relu(self.fc2(F.relu(self.fc1(observation))))))
         if self.lstm is not None:
             state = self.lstm(x, state)
@@ -354,8 +393,8 @@ def episodes(agent, look, n, sides, steps, uniform=None, form="paper", aspect=Tr
 
     look: windows in units (n, K, 4) -> (features (n, K, D), scores (n, K)), one pass of the ranker a move. sides:
     (height, width) of the images. uniform: numbers in [0, 1), (n, steps), that choose the actions; None: the likeliest
-    action. form: "paper" or "code", for the reward; as in the code, "code" puts the critic's value in place of the last
-    reward of an episode that reached `steps` without an end.
+    action. form: "paper", "gain" or "code", for the reward; as in the code, "code" puts the critic's value in place of
+    the last reward of an episode that reached `steps` without an end.
     """
     device = next(agent.parameters()).device
     boxes, done = whole(n, device), torch.zeros(n, dtype=torch.bool, device=device)
@@ -370,8 +409,8 @@ def episodes(agent, look, n, sides, steps, uniform=None, form="paper", aspect=Tr
         boxes, done = act(boxes, done, action)
         old, (feature, score) = score, (found[:, 0] for found in look(boxes[:, None]))
         shape = pixels(boxes, *sides)
-        if form == "paper":
-            reward = paper_reward(old, score, shape, t, aspect)
+        if form != "code":
+            reward = (gain_reward if form == "gain" else paper_reward)(old, score, shape, t, aspect)
         else:
             reward = code_reward(old, score, shape, t, done, aspect)
             if t == steps - 1:
@@ -432,11 +471,14 @@ def a2c_loss(values, logits, actions, rewards, mask, gamma=0.99, lam=1.0, value_
             "neg_entropy": neg_entropy, "gae": gae, "advantage": advantage, "returns": returns}
 
 
-def a3c_loss(values, logits, actions, rewards, mask, last, t_max=10, gamma=0.99, beta=0.05):
+def a3c_loss(values, logits, actions, rewards, mask, last, t_max=10, gamma=0.99, beta=0.05, normalise=False):
     """That of the paper: R_t = sum_i gamma^i r_{t+i} + gamma^k V(s_{t+k}), to the end of its t_max moves.
 
     -log pi (R - V), minus the entropy times beta, and 1/2 (R - V)^2: sums over the moves of an episode, mean over
     episodes.
+
+    normalise: the advantages R - V are centred and scaled over the batch's moves, as `a2c_loss` does, and the critic's
+    error is scaled alike, so that the three terms weigh the same whatever the scale of the rewards.
 
     The paper's workers update after every t_max moves (A3C, 1602.01783); here all episodes run to their end first, and
     their gradients are added in one update."""
@@ -446,9 +488,13 @@ def a3c_loss(values, logits, actions, rewards, mask, last, t_max=10, gamma=0.99,
         following = expected[t + 1] if (t + 1) % t_max == 0 or t + 1 == len(rewards) else returns[t + 1]
         returns[t] = (rewards[t] + gamma * following) * mask[t]
     log_p = logits.log_softmax(2)
-    advantage = returns - values.detach()
+    advantage, scale = returns - values.detach(), 1.0
+    if normalise:
+        advantage = advantage - (advantage * mask).sum() / mask.sum()
+        scale = ((advantage**2 * mask).sum() / mask.sum()).sqrt().clamp(min=1e-8)
+        advantage = advantage / scale
     policy = -(log_p.gather(2, actions[..., None])[..., 0] * advantage * mask).sum(0).mean()
-    value = 0.5 * ((returns - values)**2 * mask).sum(0).mean()
+    value = 0.5 * (((returns - values) / scale)**2 * mask).sum(0).mean()
     neg_entropy = ((log_p * log_p.exp()).sum(2) * mask).sum(0).mean()
     return {"loss": policy + value + beta * neg_entropy, "policy": policy, "value": value, "neg_entropy": neg_entropy,
             "returns": returns}
@@ -460,19 +506,21 @@ def a3c_loss(values, logits, actions, rewards, mask, last, t_max=10, gamma=0.99,
 class Cropping(nn.Module):
     """Trains an agent against a frozen ranker, an update per batch of episodes, and crops with it.
 
-    form: "paper" (its reward, returns over t_max moves, entropy weight 0.05) or "code" (those of the public training
-    code). aspect: punish odd shapes. context: crop photographs that were pasted into a larger surrounding, since the
-    ranker was taught that a photograph as it is cannot be improved.
+    form: "paper" (its reward, returns over t_max moves, entropy weight beta), "gain" (the same with `gain_reward` and
+    normalised advantages) or "code" (those of the public training code). aspect: punish odd shapes. context: crop
+    photographs that were pasted into a larger surrounding, since the ranker was taught that a photograph as it is
+    cannot be improved.
     """
 
     num_classes, options = 0, {"steps": 50, "sampled": False}
 
     def __init__(self, ranking, agent, shape, steps=50, form="paper", t_max=10, gamma=0.99, aspect=True,
-                 context=True):
+                 context=True, beta=0.05):
         super().__init__()
         self.__dict__["ranking"] = ranking           # frozen, and no part of the state
         self.agent, self.shape, self.steps = agent, shape, steps
         self.form, self.t_max, self.gamma, self.aspect, self.context = form, t_max, gamma, aspect, context
+        self.beta = beta
 
     def loss(self, batch):
         x, noise = batch["x"], batch["noise"]
@@ -480,11 +528,14 @@ class Cropping(nn.Module):
             x, _ = in_context(x, noise.uniform(4))
         e = episodes(self.agent, self.ranking.look_at(x), len(x), x.shape[-2:], self.steps, noise.uniform(self.steps),
                      self.form, self.aspect)
-        if self.form == "paper":
+        if self.form != "code":
             values, logits = replay(self.agent, e, memory=self.t_max)
-            losses = a3c_loss(values, logits, e.actions, e.rewards, e.mask, e.last, self.t_max, self.gamma)
+            losses = a3c_loss(values, logits, e.actions, e.rewards, e.mask, e.last, self.t_max, self.gamma, self.beta,
+                              normalise=self.form == "gain")
         else:
             losses = a2c_loss(*replay(self.agent, e), e.actions, e.rewards, e.mask, self.gamma)
+        if self.agent.standardise and self.training:
+            self.agent.meet(e.observations[e.mask.bool()])
         told = {name: losses[name] for name in ("loss", "policy", "value", "neg_entropy")}
         return told | {"reward": (e.rewards * e.mask).sum(0).mean(), "moves": e.mask.sum(0).mean()}
 
@@ -951,16 +1002,16 @@ def shape_of(image_size, in_channels):
 
 
 def vfn_nano(image_size, in_channels, window: int = 64, width: int = 24, embedding: int = 128, pairs: int = 4,
-             smallest: float = 0.05, objective: str = "hinge"):
+             smallest: float = 0.05, objective: str = "hinge", beyond: bool = True):
     """View finding network, small: ranks windows of photographs by their composition, 1702.00503.
 
     window: the side at which a window is seen; images of twice that keep small crops as sharp as large ones. pairs,
-    smallest, objective: see Ranking.
+    smallest, objective, beyond: see Ranking.
     """
     shape = shape_of(image_size, in_channels)
     if window % 16:
         raise ValueError(f"window is {window}, and must be a multiple of 16")
-    return Ranking(SmallVFN(width, embedding, window, in_channels), shape, pairs, smallest, objective)
+    return Ranking(SmallVFN(width, embedding, window, in_channels), shape, pairs, smallest, objective, beyond)
 
 
 def vfn(image_size, in_channels, spp: bool = False, pooling: str = "max", pairs: int = 14, smallest: float = 0.05,
@@ -974,7 +1025,8 @@ def vfn(image_size, in_channels, spp: bool = False, pooling: str = "max", pairs:
 
 
 def a2rl(image_size, in_channels, ranker: Run = None, hidden: int = 1024, steps: int = 50, form: str = "paper",
-         t_max: int = 10, gamma: float = 0.99, aspect: bool = True, recurrent: bool = True, context: bool = True):
+         t_max: int = 10, gamma: float = 0.99, aspect: bool = True, recurrent: bool = True, context: bool = True,
+         beta: float = 0.05, standardise: bool = False):
     """A2-RL: a recurrent agent that crops by moves, rewarded by a ranker (ranker=RUN, of vfn or vfn-nano), 1709.04595.
 
     hidden: width of its layers and its LSTM; steps: moves at most; the others: see Cropping and Agent.
@@ -982,13 +1034,14 @@ def a2rl(image_size, in_channels, ranker: Run = None, hidden: int = 1024, steps:
     if not isinstance(ranker, Ranking):
         raise ValueError("the cropping agent is rewarded by a trained ranker: --model a2rl-nano:ranker=RUN, a run of "
                          "vfn-nano or vfn")
-    if form not in ("paper", "code"):
-        raise ValueError(f"form {form!r}: choose paper or code")
+    if form not in ("paper", "gain", "code"):
+        raise ValueError(f"form {form!r}: choose paper, gain or code")
     shape = shape_of(image_size, in_channels)
-    return Cropping(ranker, Agent(2 * ranker.ranker.embedding, hidden, recurrent), shape, steps, form, t_max, gamma,
-                    aspect, context)
+    return Cropping(ranker, Agent(2 * ranker.ranker.embedding, hidden, recurrent, standardise), shape, steps, form,
+                    t_max, gamma, aspect, context, beta)
 
 
-a2rl_nano = functools.partial(a2rl, hidden=128, steps=30)
+a2rl_nano = functools.partial(a2rl, hidden=128, steps=15, form="gain", t_max=5, gamma=0.9, beta=0.04,
+                              standardise=True)
 
 AGENTS = {"vfn": vfn, "vfn-nano": vfn_nano, "a2rl": a2rl, "a2rl-nano": a2rl_nano}

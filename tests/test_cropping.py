@@ -150,6 +150,21 @@ def test_ranker_learns_and_crops_fit():
         assert (ranking.look(x[16:], small)[1] < whole).float().mean() > 0.8
 
 
+def test_windows_beyond_a_photograph():
+    """Within surroundings that are 1/0.7 to 1/0.35 times as wide and high, all of one of them at most; the pixels
+    beyond the photograph are those of its edge."""
+    u = torch.rand(4000, 8)
+    x0, y0, x1, y1 = c.around(u, 0.05, 50, 100).unbind(-1)
+    w, h = 100 / (0.35 + 0.35 * u[:, 4]), 50 / (0.35 + 0.35 * u[:, 5])
+    area = (x1 - x0) * (y1 - y0) / (w * h)
+    assert 0.049 < area.min() < 0.06 and 0.95 < area.max() < 1.001
+    assert ((x0 >= 99.9 - w) & (x1 <= w + 0.1) & (y0 >= 49.9 - h) & (y1 <= h + 0.1)).all()
+    assert ((x0 < 0) & (x1 > 100)).any() and ((x1 < 0) | (x0 > 100)).any()
+    image = torch.rand(1, 3, 8, 8)
+    outside = c.crop_resize(image, torch.tensor([[[-8.0, 0.0, 0.0, 8.0]]]), 8)[0, 0]
+    torch.testing.assert_close(outside, image[0, :, :, :1].expand(-1, -1, 8))
+
+
 # ---- rewards ---------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +178,13 @@ def test_reward_sees_order_alone():
     one = torch.ones(4)
     assert c.paper_reward(0 * one, one, shapes, 0).tolist() == pytest.approx([0.999, -4.001, 0.999, -4.001])
     assert c.paper_reward(0 * one, one, shapes, 0, aspect=False).tolist() == pytest.approx([0.999] * 4)
+
+
+def test_gains_add_up_to_that_of_the_last_window():
+    """But for 0.001 (t + 1) a move and 2 for an odd shape, whatever the way."""
+    scores, square, strip = torch.randn(7).double(), torch.tensor([[0, 0, 9, 9]]), torch.tensor([[0, 0, 9, 2]])
+    earned = sum(c.gain_reward(scores[t:t + 1], scores[t + 1:t + 2], strip if t == 2 else square, t) for t in range(6))
+    assert earned.item() == pytest.approx((scores[6] - scores[0]).item() - 0.021 - 2)
 
 
 # ---- agent -----------------------------------------------------------------------------------------------------------
@@ -274,7 +296,33 @@ def test_replay_goes_back_through_memory():
     torch.testing.assert_close(agent.lstm(torch.ones(1, 8), agent.start(1))[0], h)
 
 
-@pytest.mark.parametrize("form", ["paper", "code"])
+def test_normalised_losses_know_no_scale():
+    """Rewards and values ten times as large: the same losses, and the same gradient of the logits."""
+    agent = c.Agent(8, 16).double()
+    torch.manual_seed(0)
+    e = c.episodes(agent, lambda b: (torch.rand(3, 1, 4).double(), torch.rand(b.shape[:2]).double()), 3, (60, 60), 6,
+                   torch.rand(3, 6) * 0.9)
+    values, logits = (x.detach() for x in c.replay(agent, e))
+    found = []
+    for k in (1, 10):
+        leaf = logits.clone().requires_grad_()
+        losses = c.a3c_loss(k * values, leaf, e.actions, k * e.rewards, e.mask, k * e.last, normalise=True)
+        found.append((losses["value"], losses["policy"], torch.autograd.grad(losses["loss"], leaf)[0]))
+    torch.testing.assert_close(*found)
+
+
+def test_standardised_observations():
+    """The agent sees what it met as numbers of mean 0 and spread 1, and nothing else changes."""
+    plain, agent = c.Agent(4, 8), c.Agent(4, 8, standardise=True)
+    agent.load_state_dict(plain.state_dict(), strict=False)
+    seen = 100 * torch.randn(500, 4) + 7
+    for _ in range(3):
+        agent.meet(seen)
+    expected = plain((seen - seen.mean(0)) / (seen.std(0) + 0.05), plain.start(500))[0]
+    torch.testing.assert_close(agent(seen, agent.start(500))[0], expected)
+
+
+@pytest.mark.parametrize("form", ["paper", "gain", "code"])
 def test_training_reaches_the_agent_alone(form):
     ranking = c.vfn_nano(32, 3, width=4, embedding=8)
     objective = c.a2rl_nano(32, 3, ranker=ranking, hidden=8, steps=4, form=form)
