@@ -1647,9 +1647,9 @@ def optimiser_of(name, ternary=False, **options):
     """(--optimiser, --lr) for a model of the registry and its options, where train.py is told neither.
 
     The small presets (-nano, -pico): Muon at 0.02, measured on shapes, see docs/optimiser.md; ternary weights, which
-    learned no better by Muon, AdamW at 3e-3, a rate that is not measured. Published sizes: AdamW at the papers' rates, 2e-4 for DDPM's U-Net on CIFAR-10 (2006.11239,
-    appendix B), U-ViT (2209.12152) and DiMR (2406.09416), 5e-4 for Flag-DiT (2405.05945) and TerDiT (2405.14854), and
-    for all others that of DiT, 1e-4 (2212.09748, section 4).
+    learned no better by Muon, AdamW at 3e-3, a rate that is not measured. Published sizes: AdamW at the papers' rates,
+    2e-4 for DDPM's U-Net on CIFAR-10 (2006.11239, appendix B), U-ViT (2209.12152) and DiMR (2406.09416), 5e-4 for
+    Flag-DiT (2405.05945) and TerDiT (2405.14854), and for all others that of DiT, 1e-4 (2212.09748, section 4).
     """
     small = name.endswith(("-nano", "-pico"))
     if small and (ternary or name.startswith("terdit")):
