@@ -359,6 +359,8 @@ def test_every_guide_trains_and_guides(furnished, model, more):
         Image.fromarray(shape.permute(1, 2, 0).numpy()).save("asked.png")
         picture = ["--guide-image", "asked.png"]
     call(sample.sample, "d", "--n", "2", "--guide", guide, "--guide-scale", "3", *picture, "--out", "x.npz")
+    with np.load("x.npz") as drawn:
+        assert drawn["arr_0"].shape == (2, 8, 8, 3) and drawn["arr_0"].std() > 0
 
 
 def test_published_weights_load_by_name(here, capsys):  # noqa: F811
