@@ -22,6 +22,7 @@ from tqdm import tqdm
 import build
 import data
 import figures
+import guides
 import metrics
 import runs
 
@@ -34,15 +35,40 @@ def judge_flags(p):
                    help="averaged or last weights (default: %(default)s)")
     p.add_argument("--classifier-steps", type=build.positive, default=400,
                    help="training steps of 128 images, the first time (default: %(default)s)")
+    p.add_argument("--judge", type=runs.Run, metavar="RUN",
+                   help="a run of a ResNet (--model resnet-nano) that judges instead of a classifier trained here")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
 
 
-def judge_of(run, steps, dataset=None):
-    """The judge of a run's data set; ValueError if that has no classes."""
+class ResNetJudge(metrics.FeatureNetwork):
+    """A trained ResNet as judge: its features, averaged over the image, and its classes. ValueError for a run of
+    something else, or of other classes."""
+
+    def __init__(self, run, classes):
+        super().__init__()
+        self.network = getattr(run.objective, "model", None)
+        if type(self.network) is not guides.ResNet:
+            raise ValueError(f"--judge {run.path} is no run of a ResNet: python train.py --model resnet-nano makes one")
+        if run.config["classes"] != list(classes):
+            raise ValueError(f"--judge {run.path} knows other classes ({', '.join(run.config['classes'][:3])}, ...) than "
+                             f"the images have ({', '.join(list(classes)[:3])}, ...)")
+        self.width, self.title = self.network.fc.in_features, f"{self.network.fc.in_features} features of {run.path}"
+
+    def of_images(self, x):
+        return self.network.features(x)[-1].mean((2, 3))
+
+    def logits(self, features):
+        return self.network.fc(features)
+
+
+def judge_of(run, args, dataset=None):
+    """The judge of a run's data set, as the flags say; ValueError if the data have no classes."""
     dataset = run.data("train") if dataset is None else dataset
     if not dataset.classes:
         raise ValueError(f"{run.path}: its data have no classes, which a judge needs to learn")
-    return metrics.judge(dataset, run.config["data"].partition(":")[0], steps, run.device)
+    if args.judge:
+        return ResNetJudge(args.judge, dataset.classes).to(run.device).eval()
+    return metrics.judge(dataset, run.config["data"].partition(":")[0], args.classifier_steps, run.device)
 
 
 def real_batches(dataset, rows):
@@ -91,7 +117,7 @@ def score_flags(p):
 def score(args):
     """Class accuracy and Frechet distance of a run's samples, beside real images."""
     run, labels = args.run, class_conditions(args.run, args.n, args.draw)
-    network = judge_of(run, args.classifier_steps)
+    network = judge_of(run, args)
     # Real images that no training has seen: one half is the reference, the other the ceiling.
     held_out = run.data("test")
     n = min(args.n, len(held_out) // 2)
@@ -114,8 +140,7 @@ def score(args):
     print(f"{'class accuracy':34}{result['class_accuracy']:10.4f}{result['class_accuracy_real']:15.4f}")
     print(f"{'Frechet distance, classifier':34}{result['frechet_classifier']:10.3f}"
           f"{result['frechet_classifier_real']:15.3f}")
-    print(f"(128 features of a classifier of {run.config['data']}, against {len(reference)} held-out real images: "
-          "not the FID of the literature)")
+    print(f"({network.title}, against {len(reference)} held-out real images: not the FID of the literature)")
     if n < 256:
         print(f"{n} images are few: a share of {result['class_accuracy']:.2f} has a standard error of "
               f"{math.sqrt(result['class_accuracy'] * (1 - result['class_accuracy']) / n):.2f}, and a Frechet distance "
@@ -136,7 +161,7 @@ def samplers_flags(p):
 def samplers(args):
     """What order buys: every sampler at every number of steps, on the same noise and labels: distance and time."""
     run, names, counts = args.run, args.samplers.split(","), [int(word) for word in args.counts.split(",")]
-    network, held_out = judge_of(run, args.classifier_steps), run.data("test")
+    network, held_out = judge_of(run, args), run.data("test")
     reference, _ = network.read(real_batches(held_out, torch.arange(len(held_out))))
     table = {name: [] for name in names}
     for name, count in tqdm([(name, count) for name in names for count in counts], desc="sampler x steps"):
@@ -197,7 +222,7 @@ def prompts(args):
     print(f"{'':10}{'generated':>11}{'held-out real':>15}")
     for name, words in {"colour": list(data.COLOURS), "shape": data.SHAPES}.items():
         real_train = dataclasses.replace(train, labels=first_word(train.captions, words), classes=words)
-        network = judge_of(run, args.classifier_steps, real_train.to(run.device))
+        network = judge_of(run, args, real_train.to(run.device))
         _, drawn = network.read(images.split(256))
         rows = torch.arange(min(2000, len(test)))
         _, real = network.read(real_batches(test, rows))
@@ -255,7 +280,9 @@ def sizes(args):
     for run in args.run:
         if run.config["classes"] != data.SHAPES:
             raise ValueError(f"{run.path}: this command knows the shapes only, train with --data shapes and classes")
-    network = size_judge(chosen, args.classifier_steps, args.run[0].device)
+    device = args.run[0].device
+    network = (ResNetJudge(args.judge, data.SHAPES).to(device).eval() if args.judge else
+               size_judge(chosen, args.classifier_steps, device))
     for run in args.run:
         ropes = run.objective.model.ropes or [None]
         for rope in ropes if args.ropes == "all" else [name for name in ropes if name in args.ropes.split(",")]:
@@ -295,7 +322,7 @@ def stitch(args):
     labels = class_conditions(large, args.n, args.draw)
     stitched = [build.open_stitched([args.small, large.path], [f, 1 - f], args.stitch_rule, large.device)
                 for f in fractions]
-    network, held_out = judge_of(large, args.classifier_steps), large.data("test")
+    network, held_out = judge_of(large, args), large.data("test")
     reference, _ = network.read(real_batches(held_out, torch.arange(len(held_out))))
     macs = [part.cost()[1] for part in stitched[0].objective.runs]
     rows = [{"fraction": f, "macs": f * macs[0] + (1 - f) * macs[1], "frechet_classifier": [], "class_accuracy": [],

@@ -25,6 +25,7 @@ import objectives
 import runs
 import sample
 import samplers
+import scores
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -533,6 +534,21 @@ def test_score_and_speed(run, capsys):
     said = capsys.readouterr().out
     share = float(said.split("times the MACs")[0].split()[-1])
     assert "dit-nano:patch_size=2,hidden_size=" in said and 0.95 < share < 1.05 and "training" in said
+
+
+def test_a_run_as_judge(run, capsys):
+    """A ResNet's run judges in place of a classifier trained on the spot: its own features, its own classes."""
+    call(train.train, "--model", "resnet-nano:widths=(8,16),blocks=(1,1)", *TINY[2:], "--out", "judge")
+    call(evaluate.evaluate, "score", "r", "--n", "16", "--judge", "judge")
+    said = capsys.readouterr().out
+    assert "16 features of judge" in said and "class accuracy" in said
+    judge, x = scores.ResNetJudge(build.open_run("judge"), data.SHAPES), torch.rand(4, 3, 8, 8) * 2 - 1
+    logits = build.open_run("judge").objective.model(x)
+    assert torch.equal(judge.read([x])[1], logits.argmax(1))
+    torch.testing.assert_close(judge.logits(judge.of_images(x)), logits)
+    assert "no run of a ResNet" in refused(capsys, evaluate.evaluate, "score", "r", "--n", "4", "--judge", "r")
+    with pytest.raises(ValueError, match="knows other classes"):
+        scores.ResNetJudge(build.open_run("judge"), ["cat", "dog"])
 
 
 def test_runs_beside_each_other(here, capsys):
