@@ -27,16 +27,17 @@ import metrics
 import runs
 
 
-def judge_flags(p):
-    """Flags of every command that draws images from a run and shows them to a judge."""
+def judge_flags(p, of_a_run=True):
+    """Flags of every command that draws images from a run and shows them to a judge, which may be a run itself."""
     p.add_argument("--seed", type=int, default=1, help="of the samples (default: %(default)s)")
     p.add_argument("--batch", type=build.positive, default=64, help="images drawn at once (default: %(default)s)")
     p.add_argument("--weights", choices=["ema", "model"], default="ema",
                    help="averaged or last weights (default: %(default)s)")
     p.add_argument("--classifier-steps", type=build.positive, default=400,
                    help="training steps of 128 images, the first time (default: %(default)s)")
-    p.add_argument("--judge", type=runs.Run, metavar="RUN",
-                   help="a run of a ResNet (--model resnet-nano) that judges instead of a classifier trained here")
+    if of_a_run:
+        p.add_argument("--judge", type=runs.Run, metavar="RUN",
+                       help="a run of a ResNet (--model resnet-nano) that judges instead of a classifier trained here")
     p.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
 
 
@@ -50,8 +51,8 @@ class ResNetJudge(metrics.FeatureNetwork):
         if type(self.network) is not guides.ResNet:
             raise ValueError(f"--judge {run.path} is no run of a ResNet: python train.py --model resnet-nano makes one")
         if run.config["classes"] != list(classes):
-            raise ValueError(f"--judge {run.path} knows other classes ({', '.join(run.config['classes'][:3])}, ...) than "
-                             f"the images have ({', '.join(list(classes)[:3])}, ...)")
+            raise ValueError(f"--judge {run.path} knows other classes, {', '.join(run.config['classes'][:3])}, ..., "
+                             f"than the images have, {', '.join(list(classes)[:3])}, ...")
         self.width, self.title = self.network.fc.in_features, f"{self.network.fc.in_features} features of {run.path}"
 
     def of_images(self, x):
@@ -61,9 +62,9 @@ class ResNetJudge(metrics.FeatureNetwork):
         return self.network.fc(features)
 
 
-def judge_of(run, args, dataset=None):
+def judge_of(run, args):
     """The judge of a run's data set, as the flags say; ValueError if the data have no classes."""
-    dataset = run.data("train") if dataset is None else dataset
+    dataset = run.data("train")
     if not dataset.classes:
         raise ValueError(f"{run.path}: its data have no classes, which a judge needs to learn")
     if args.judge:
@@ -201,7 +202,7 @@ def prompts_flags(p):
     p.add_argument("run", type=runs.Run, help="folder of a run of --data shapes with text")
     p.add_argument("--n", type=build.positive, default=256, help="prompts, of the test split (default: %(default)s)")
     p.add_argument("--subset", metavar="REGEX", help="only captions that this finds, such as those not trained on")
-    judge_flags(p)
+    judge_flags(p, of_a_run=False)
 
 
 def prompts(args):
@@ -222,7 +223,8 @@ def prompts(args):
     print(f"{'':10}{'generated':>11}{'held-out real':>15}")
     for name, words in {"colour": list(data.COLOURS), "shape": data.SHAPES}.items():
         real_train = dataclasses.replace(train, labels=first_word(train.captions, words), classes=words)
-        network = judge_of(run, args, real_train.to(run.device))
+        network = metrics.judge(real_train.to(run.device), run.config["data"].partition(":")[0], args.classifier_steps,
+                                run.device)
         _, drawn = network.read(images.split(256))
         rows = torch.arange(min(2000, len(test)))
         _, real = network.read(real_batches(test, rows))
