@@ -51,10 +51,11 @@ def orthogonalised_by_gram(matrices, steps=5):
     X = matrices.mT if tall else matrices
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     G, identity, product = X @ X.mT, torch.eye(X.shape[-2], dtype=X.dtype, device=X.device), None
-    for _ in range(steps):
+    for step in range(steps):
         Q = a * identity + b * G + c * G @ G
         product = Q if product is None else Q @ product
-        G = Q @ G @ Q
+        if step < steps - 1:
+            G = Q @ G @ Q
     X = product @ X
     return X.mT if tall else X
 
