@@ -384,14 +384,16 @@ class MAGE(nn.Module):
     no classes. 2211.09117, section 3.
 
     Words: K codes, a fake class (the first token of every sequence), the mask; legacy: the published rows, K + 1001 of
-    them, of which the fake class is K + 76 and the mask K + 1000, and 257 positions.
+    them, of which the fake class is K + 76 and the mask K + 1000, and 257 positions. detach: the logits, products with
+    the words' embeddings, give these no gradient, as published; a narrow network, of which 1,000 such vectors fill the
+    few dimensions, then hardly learns. position_std: of the decoder's positions at the start, beside blanks of about 1.
     """
     num_classes, null = 0, None
 
     def __init__(self, codes=1024, length=256, width=768, depth=12, num_heads=12, decoder_width=None, decoder_depth=8,
-                 decoder_heads=16, dropout=0.1, legacy=False):
+                 decoder_heads=16, dropout=0.1, legacy=False, detach=True, position_std=0.02):
         super().__init__()
-        decoder_width = decoder_width or width
+        decoder_width, self.detach = decoder_width or width, detach
         self.codes, self.length = codes, length
         self.fake_class, self.mask = (codes + 76, codes + 1000) if legacy else (codes, codes + 1)
         words, positions = (codes + 1001, max(257, length + 1)) if legacy else (codes + 2, length + 1)
@@ -399,7 +401,7 @@ class MAGE(nn.Module):
         self.blocks = nn.ModuleList(Block(width, num_heads, dropout=dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_embed = nn.Linear(width, decoder_width)
-        self.decoder_pos_embed_learned = nn.Parameter(0.02 * torch.randn(1, length + 1, decoder_width))
+        self.decoder_pos_embed_learned = nn.Parameter(position_std * torch.randn(1, length + 1, decoder_width))
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_width, decoder_heads, dropout=dropout) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
@@ -433,8 +435,9 @@ class MAGE(nn.Module):
         return self.decoder_norm(x), memory
 
     def words(self, h):
-        """Logits of all words; the tied embedding gets no gradient from here, as published."""
-        return self.mlm_layer(h, self.token_emb.word_embeddings.weight.detach())
+        """Logits of all words."""
+        embeddings = self.token_emb.word_embeddings.weight
+        return self.mlm_layer(h, embeddings.detach() if self.detach else embeddings)
 
     def forward(self, tokens, y=None, positions=None, past=None):
         depth = len(self.blocks)
@@ -1080,10 +1083,14 @@ def maskgit_r(image_size, num_classes, codes, width=768, depth=24, num_heads=8, 
 MASKGIT_R = {"steps": 16, "schedule": "pow2.5", "choice": 5.5, "temperature": 0.65, "recap": "u=0,full=0"}
 
 
-def mage(image_size, codes, width=768, depth=12, num_heads=12, decoder_depth=8, decoder_heads=16, dropout=0.1):
-    """MAGE: MAsked Generative Encoder, 2211.09117: one model that represents and, without classes, generates."""
+def mage(image_size, codes, width=768, depth=12, num_heads=12, decoder_depth=8, decoder_heads=16, dropout=0.1,
+         detach=True, position_std=0.02):
+    """MAGE: MAsked Generative Encoder, 2211.09117: one model that represents and, without classes, generates.
+
+    detach, position_std: how a small one learns, see masked.MAGE."""
     grid = grid_of(image_size, codes, "MAGE")
-    network = MAGE(codes, math.prod(grid), width, depth, num_heads, width, decoder_depth, decoder_heads, dropout)
+    network = MAGE(codes, math.prod(grid), width, depth, num_heads, width, decoder_depth, decoder_heads, dropout,
+                   detach=detach, position_std=position_std)
     return Codes(network, grid, steps=20, choice=6.0)
 
 
@@ -1125,7 +1132,8 @@ GENERATORS = {
     "maskgit-r-nano": partial(maskgit_r, width=128, depth=6, num_heads=4),
     "mage-b": mage,
     "mage-l": partial(mage, width=1024, depth=24, num_heads=16),
-    "mage-nano": partial(mage, width=128, depth=4, num_heads=4, decoder_depth=3, decoder_heads=4, dropout=0.0),
+    "mage-nano": partial(mage, width=128, depth=4, num_heads=4, decoder_depth=3, decoder_heads=4, dropout=0.0,
+                         detach=False, position_std=0.5),
     "mar-b": mar,
     "mar-l": partial(mar, width=1024, depth=16, num_heads=16, head_depth=8, head_width=1280),
     "mar-h": partial(mar, width=1280, depth=20, num_heads=16, head_depth=12, head_width=1536),
