@@ -195,6 +195,16 @@ def test_published_sizes(name, millions):
     assert round(objective.cost()[0] / 1e6, 2) == millions
 
 
+@pytest.mark.parametrize("detach", [True, False])
+def test_mage_words_and_the_gradient_of_the_logits(detach):
+    """Where no code is seen, only the logits tell the codes' vectors anything: as published, nothing."""
+    network = masked.MAGE(12, 4, 16, 1, 2, 16, 1, 2, dropout=0.0, detach=detach, position_std=0.5)
+    tokens, hidden = torch.randint(12, (3, 4)), torch.ones(3, 4, dtype=torch.bool)
+    network.loss(tokens, None, (hidden, torch.zeros_like(hidden))).backward()
+    assert (network.token_emb.word_embeddings.weight.grad[:12] == 0).all() == detach
+    assert 0.3 < network.decoder_pos_embed_learned.std() < 0.7
+
+
 @pytest.mark.parametrize("width, depth, heads, millions", [(768, 12, 12, 144.9), (1024, 24, 16, 407.8)])
 def test_published_sizes_of_mage(width, depth, heads, millions):
     with torch.device("meta"):
