@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import guides
 from layers import count, detached, pair
 from runs import Run
 
@@ -732,7 +733,8 @@ class PlugAndPlay(nn.Module):
 def chains_flags(p):
     p.add_argument("run", type=Run, nargs="+", help="folders of runs of generators (ppgn-nano with encoder=)")
     p.add_argument("--judge", type=Run, required=True, metavar="RUN",
-                   help="a classifier's run (ppgn-nano without encoder=) that took no part in training and drawing")
+                   help="a classifier's run (resnet-nano, or ppgn-nano without encoder=) that took no part in training "
+                        "and drawing")
     p.add_argument("--n", type=int, default=20, metavar="N", help="samples of each class (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     p.add_argument("--train", type=int, default=10000, metavar="N",
@@ -753,7 +755,7 @@ def chains(args):
     near = train.gather(torch.arange(min(args.train, len(train))))[0]
     picked = torch.cat([(test.labels == k).nonzero()[:args.n, 0] for k in range(K)]).cpu()
     x, y = test.gather(picked)
-    judge = args.judge.objective.network
+    judge = classifier_in(args.judge, first.config["classes"])
     print(f"{len(y)} samples each; RMS per pixel, images in [-1, 1]\n{'':28}judge   own   diversity   nearest")
 
     def show(name, images, own):
@@ -771,6 +773,20 @@ def chains(args):
             show(f"{variant} (run {objective.variant})", drawn, own)
         if objective.variant != "x":
             show_holes(opened, x[::args.n], y[::args.n], args.seed, args.draw)
+
+
+def classifier_in(run, classes):
+    """The network of a classifier's run: images -> logits of these classes. ValueError if it is none."""
+    objective = run.objective
+    if isinstance(objective, Encoding):
+        network = objective.network
+    elif isinstance(objective, guides.Guide) and not objective.dense and objective.process is None:
+        network = objective.model
+    else:
+        raise ValueError(f"--judge {run.path} is no run of a classifier: `--model resnet-nano` makes one")
+    if run.config["classes"] != classes:
+        raise ValueError(f"--judge {run.path} knows other classes than the generators")
+    return network
 
 
 def show_holes(opened, x, y, seed, options):

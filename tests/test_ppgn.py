@@ -415,6 +415,10 @@ def test_two_runs(here, capsys):  # noqa: F811
     assert Path("f.gif").exists()
     call(evaluate.evaluate, "chains", "whole", "--judge", "e", "--n", "2", "--train", "50", "--device", "cpu")
     assert capsys.readouterr().out.count("run h") == 3
+    call(train.train, *house[:-2], "--model", "resnet-nano:widths=(4,8),blocks=(1,1)", "--out", "judge")
+    call(evaluate.evaluate, "chains", "whole", "--judge", "judge", "--n", "2", "--train", "50", "--device", "cpu")
+    assert capsys.readouterr().out.count("run h") == 3
+    assert "no run of a classifier" in refused(capsys, evaluate.evaluate, "chains", "whole", "--judge", "whole")
     call(train.train, *house, "--model", "captioner-nano:encoder=e,width=8", "--out", "c")
     call(sample.sample, "c", "--prompt", "a red star", "--n", "2", "--out", "b.png")
     call(train.train, *house, "--model", "ppgn-nano:encoder=e,condition=c,width=4", "--out", "g")
