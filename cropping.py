@@ -478,7 +478,7 @@ def a3c_loss(values, logits, actions, rewards, mask, last, t_max=10, gamma=0.99,
     episodes.
 
     normalise: the advantages R - V are centred and scaled over the batch's moves, as `a2c_loss` does, and the critic's
-    error is scaled alike, so that the three terms weigh the same whatever the scale of the rewards.
+    error is scaled alike, so that the three terms weigh the same whatever the scale of the rewards above a tenth.
 
     The paper's workers update after every t_max moves (A3C, 1602.01783); here all episodes run to their end first, and
     their gradients are added in one update."""
@@ -491,7 +491,7 @@ def a3c_loss(values, logits, actions, rewards, mask, last, t_max=10, gamma=0.99,
     advantage, scale = returns - values.detach(), 1.0
     if normalise:
         advantage = advantage - (advantage * mask).sum() / mask.sum()
-        scale = ((advantage**2 * mask).sum() / mask.sum()).sqrt().clamp(min=1e-8)
+        scale = ((advantage**2 * mask).sum() / mask.sum()).sqrt().clamp(min=0.1)  # below that it is not worth learning
         advantage = advantage / scale
     policy = -(log_p.gather(2, actions[..., None])[..., 0] * advantage * mask).sum(0).mean()
     value = 0.5 * (((returns - values) / scale)**2 * mask).sum(0).mean()
