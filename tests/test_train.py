@@ -193,8 +193,10 @@ def test_averaged_weights_converge_in_single_precision(here):
 
 
 def start(argv, **env):
+    """train.py as a process of its own, which listens to Ctrl-C even where these tests run in a shell's background."""
     return subprocess.Popen([sys.executable, ROOT / "train.py", *argv], env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def lines(folder):
